@@ -1,0 +1,76 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
+#
+# Nothing is built: the programs run from where they are.  PYTHON chooses the
+# interpreter.  If it cannot import cryptography >= 36, a virtual environment
+# that can is made in VENV and used instead.
+
+PYTHON = python3
+VENV = .venv
+
+# The interpreter of a recipe; every recipe but clean asks for it anew.
+FIND = py=$$(sh contrib/python.sh '$(PYTHON)' '$(VENV)')
+
+# What `make demo` backs up; empty: the standard library of the interpreter.
+DIR =
+
+# Arguments for tests/run.py, such as modules, or -p PATTERN.
+TESTS =
+
+# What tests run besides Python, as command:package of Debian.
+TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
+	sshd:openssh-server
+
+SOURCES = *.py contrib/*.py tests/*.py
+
+help:
+	@echo 'make demo [DIR=...]    back DIR up, restore it and compare, by'
+	@echo '                       directory and over the network'
+	@echo 'make test [TESTS=...]  run the tests'
+	@echo 'make lint              check sources and manual pages'
+	@echo 'make clean             remove what these make'
+	@echo 'PYTHON=... chooses the interpreter, VENV=... where one is made.'
+
+demo:
+	@$(FIND) && exec "$$py" contrib/demo.py $(DIR)
+
+test: tools
+	@$(FIND) && exec "$$py" tests/run.py $(TESTS)
+
+# As root on Debian what is missing is installed; elsewhere the tests that need
+# it say so.
+tools:
+	@PATH=$$PATH:/usr/sbin:/sbin; missing=; \
+	for tool in $(TOOLS); do \
+		command -v $${tool%%:*} >/dev/null || \
+			missing="$$missing $${tool#*:}"; \
+	done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && \
+	    command -v apt-get >/dev/null; then \
+		echo "installing$$missing"; \
+		(apt-get -q update && DEBIAN_FRONTEND=noninteractive \
+		    apt-get -q -y --no-install-recommends install $$missing) \
+		    >/dev/null; \
+	fi
+
+# ruff, or where there is none a virtual environment with it.
+lint:
+	@ruff=ruff; ruff --version >/dev/null 2>&1 || { \
+		$(FIND) && ruff=$(VENV)-lint/bin/ruff && \
+		{ $$ruff --version >/dev/null 2>&1 || { \
+			"$$py" -m venv $(VENV)-lint && \
+			$(VENV)-lint/bin/python -m pip -q install ruff; }; }; \
+	}; \
+	$$ruff check --no-cache --quiet --isolated --target-version py39 \
+	    --line-length 79 --select E501,E7,E9,F,W $(SOURCES)
+	@if command -v mandoc >/dev/null; then \
+		mandoc -T lint -W warning man/*; \
+	else \
+		echo 'no mandoc: the manual pages are not checked'; \
+	fi
+	@! LC_ALL=C.UTF-8 grep -nE '^.{80}' man/* contrib/*.sh Makefile .ci/run
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help demo test tools lint clean

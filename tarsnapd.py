@@ -1,0 +1,4009 @@
+#!/usr/bin/env python3
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
+"""tarsnapd: the server; it keeps sealed blocks and a signed history of them.
+
+It can read nothing of what it keeps.  Blocks arrive sealed and named; what the
+server sees is sizes, names that are keyed hashes, and which commit put or
+deleted which of them.  One file; Python >= 3.9 and the `cryptography` package.
+
+The way of a backup:
+
+    frame PUT -> checked for shape -> batch of 256 KiB -> spool file (RECEIVED)
+              -> at 32 MiB, or at a commit: entry table, fsync, a segment object
+    frame COMMIT -> signature, base and lists against the index
+                 -> all segments durable -> log entry k+1 by put-if-absent
+                 -> the index catches up with the log -> COMMITTED
+
+The log is the truth: entry k is written once, only if absent, and never
+changes.  The index (SQLite) is a function of the log and may be thrown away
+at any time; a live index is made by the same code that rebuilds it.
+
+Nothing in the protocol does I/O.  Its handlers are generators that yield what
+they want (`data = yield ('get', key, offset, length)`) and are sent what came
+of it, or have the error thrown in.  A driver carries the wishes out: at once
+(a directory opened by the client, a pipe), in a pool of threads (the event
+loop), or in whatever order a test finds cruel.  The wishes are
+
+    ('get', key, offset, length)  ('put', key, data)      the store
+    ('list', prefix)  ('size', key)  ('delete', key)
+    ('spool', method, ...)                                open segments
+    ('index', machine, method, ...)                       the index
+    ('now',)  ('random', n)  ('wait', seconds)            clock and chance
+    ('answer', type, body[, request id])                  a frame to the client
+
+Map of this file, bottom up; no section uses a name from a later one:
+
+    constants, errors     numbers, and what can go wrong by its remedy
+    wire                  frames, blocks, commit objects; shared with the client
+    store                 five verbs over flat files
+    segments, spool       many blocks to an object; the open one is a file
+    log                   entry k, which decides
+    index                 SQLite, caught up from the log
+    history               the rules a commit must pass
+    accounts, machines    who may register, and who did
+    session               one connection's requests, without I/O
+    server directory      keys, configuration, and what carries wishes out
+    drivers               at once: embedded and on a pipe
+    event loop            many connections over TLS
+    commands, main        the command line
+
+Formats and protocol are written down byte by byte in tarsnap-format(5) and
+tarsnap-protocol(7); commands in tarsnapd(8).
+"""
+
+import base64
+import collections
+import errno
+import fcntl
+import hashlib
+import heapq
+import hmac
+import itertools
+import json
+import os
+import queue
+import select
+import struct
+import sys
+import threading
+import time
+import zlib
+
+VERSION = '1.1.0'
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# What the server alone limits.  Bytes, unless the name says otherwise.
+LIMIT = {
+    'segment': 32 * MIB,            # an open segment is closed at this size
+    'segment entries': 65536,       # or with so many entries
+    'batch': 256 * KIB,             # puts written together
+    'batch in memory': 2 * MIB,     # above it no more is taken
+    'unparsed': 2 * MIB,            # above it a connection is not read
+    'read at once': MIB,            # then it is another connection's turn
+    'read': 4 * MIB,                # one range read for GET
+    'read gap': 64 * KIB,           # read over rather than read twice
+    'out': MIB,                     # waiting to be sent; nothing more is made
+    'all connections': 64 * MIB,    # requests, batches and answers together
+    'transactions': 4,              # open, of one machine
+    'unauthenticated': 64,          # connections
+    'unauthenticated per address': 8,
+    'seconds to authenticate': 10,
+    'seconds to drain': 60,         # a peer that reads nothing is let go
+    'seconds to finish': 30,        # after SIGTERM
+    'logins': 3,                    # wrong passwords on one connection
+}
+
+PORT = 9279
+
+##############################################################################
+# Errors
+#
+# Classed by what the reader can do.  Refused goes to the client as a typed
+# ERROR; ServerError is for whoever typed the command; StoreError is the disk.
+##############################################################################
+
+
+class ServerError(Exception):
+    """The command, a file or the environment is wrong; str() is one line."""
+
+
+class StoreError(Exception):
+    """An operation on a stored object failed, with an unclear outcome."""
+
+    def __init__(self, operation, key, reason):
+        super().__init__('%s %s: %s' % (operation, key, reason))
+
+
+class NoObject(StoreError):
+    """There is no object of that key."""
+
+    def __init__(self, operation, key):
+        super().__init__(operation, key, 'no such object')
+
+
+class Damaged(StoreError):
+    """What is stored is not what was written; never retried."""
+
+
+class Refused(Exception):
+    """A request cannot be served; `code` is one of E_*."""
+
+    def __init__(self, code, text):
+        super().__init__(text)
+        self.code = code
+
+
+##############################################################################
+# Wire
+#
+# Frames, their types, error codes and ceilings, blocks as far as a server can
+# look into them, and commit objects: tarsnap-protocol(7).  The client has its
+# own copy of these numbers; a test holds the two equal.
+##############################################################################
+
+PROTOCOL = 1
+
+# Client to server.
+HELLO = 1
+REGISTER1 = 2
+REGISTER2 = 3
+AUTH = 4
+STAT = 5
+CHANGES = 6
+LIST = 7
+GET = 8
+HAS = 9
+BEGIN = 10
+PUT = 11
+WITHDRAW = 12
+DELETE = 13
+CHECKPOINT = 14
+COMMIT = 15
+ABORT = 16
+NUKE = 17
+
+# Server to client.
+STATEMENT = 128
+OK = 129
+ERROR = 130
+CHALLENGE = 131
+REGISTERED = 132
+AUTHOK = 133
+STATUS = 134
+COMMIT_OBJECT = 135
+ADDED = 136
+REMOVED = 137
+ARCHIVES = 138
+BLOCK = 139
+BITMAP = 140
+BEGUN = 141
+RECEIVED = 142
+COMMITTED = 143
+BUSY = 144
+
+E_BAD = 1
+E_ROLE = 2
+E_CONFLICT = 3
+E_EXISTS = 4
+E_NOBLOCK = 5
+E_FUNDS = 6
+E_QUOTA = 7
+E_READONLY = 8
+E_BUSY = 9
+E_EXPIRED = 10
+E_RESYNC = 11
+E_LOGIN = 12
+E_NOMACHINE = 13
+E_MISMATCH = 14
+E_NOARCHIVE = 15
+E_INTERNAL = 16
+
+ROLE_READ, ROLE_WRITE, ROLE_DELETE, ROLE_NUKE = 1, 2, 3, 4
+ROLE_LETTER = {ROLE_READ: 'r', ROLE_WRITE: 'w', ROLE_DELETE: 'd',
+               ROLE_NUKE: 'n'}
+
+KIND_WRITE, KIND_DELETE, KIND_NUKE, KIND_ABORT = 1, 2, 3, 4
+KIND_ROLE = {1: ROLE_WRITE, 2: ROLE_DELETE, 3: ROLE_NUKE, 4: ROLE_WRITE}
+
+OPEN, PARTIAL, COMPLETE = 1, 2, 3
+
+TRANSPORT_TLS, TRANSPORT_STDIO, TRANSPORT_DIR = 1, 2, 3
+
+# Bytes, unless the name says otherwise.
+CEILING = {
+    'frame before auth': 4 * KIB,
+    'frame': MIB + 4 * KIB,
+    'chunk': 256 * KIB,             # plain
+    'part': 256 * KIB,              # plain rows, refs, names, meta
+    'stored chunk': 288 * KIB,
+    'stored index': MIB,
+    'names': 4096,                  # in one frame
+    'note': 256,
+    'requests in flight': 256,
+    'bytes in flight': 16 * MIB,
+}
+
+FRAME = struct.Struct('>IBI')           # length of body, type, request id
+
+U16 = struct.Struct('>H')
+U32 = struct.Struct('>I')
+U64 = struct.Struct('>Q')
+
+ZERO32 = bytes(32)
+DIGEST_OF_NONE = hashlib.sha256(b'').digest()
+ALL_DELETED = 0xffffffffffffffff
+
+
+def sha256(data):
+    return hashlib.sha256(data).digest()
+
+
+class Reader:
+    """Takes a request's body apart; every shortfall is Refused as BAD."""
+
+    __slots__ = ('buf', 'pos')
+
+    def __init__(self, buf):
+        self.buf = buf
+        self.pos = 0
+
+    def take(self, length):
+        """The next `length` bytes."""
+        end = self.pos + length
+        if end > len(self.buf):
+            raise Refused(E_BAD, 'request cut short at byte %d of %d'
+                          % (self.pos, len(self.buf)))
+        out = self.buf[self.pos:end]
+        self.pos = end
+        return out
+
+    def u8(self):
+        return self.take(1)[0]
+
+    def u16(self):
+        return U16.unpack(self.take(2))[0]
+
+    def u32(self):
+        return U32.unpack(self.take(4))[0]
+
+    def u64(self):
+        return U64.unpack(self.take(8))[0]
+
+    def names(self):
+        """A count and as many names, not above the ceiling."""
+        count = self.u16()
+        if count > CEILING['names']:
+            raise Refused(E_BAD, '%d names in one frame' % count)
+        return split_names(self.take(32 * count))
+
+    def end(self):
+        """Nothing may follow."""
+        if self.pos != len(self.buf):
+            raise Refused(E_BAD, 'request is %d bytes too long'
+                          % (len(self.buf) - self.pos))
+
+
+def split_names(data):
+    """The 32-byte names that stand one after the other in `data`."""
+    return [data[i:i + 32] for i in range(0, len(data), 32)]
+
+
+class Frames:
+    """Cuts a stream of bytes into frames.
+
+    `ceiling` is the longest body allowed; a longer one is Refused when its
+    header has arrived, before anything is allocated for it.
+    """
+
+    __slots__ = ('buf', 'ceiling')
+
+    def __init__(self):
+        self.buf = bytearray()
+        self.ceiling = CEILING['frame before auth']
+
+    def peek(self):
+        """The type of the next frame if it is here whole, or None."""
+        if len(self.buf) < FRAME.size:
+            return None
+        length, kind, _ = FRAME.unpack_from(self.buf)
+        if length > self.ceiling:
+            raise Refused(E_BAD, 'frame of %d bytes, at most %d are allowed'
+                          % (length, self.ceiling))
+        return kind if len(self.buf) >= FRAME.size + length else None
+
+    def next(self):
+        """The next whole frame as (type, request id, body), or None."""
+        if self.peek() is None:
+            return None
+        buf = self.buf
+        length, kind, rid = FRAME.unpack_from(buf)
+        end = FRAME.size + length
+        body = bytes(memoryview(buf)[FRAME.size:end])
+        del buf[:end]       # bytearray moves its start, not its bytes
+        return kind, rid, body
+
+
+CHUNK, INDEX, RECORD = b'c', b'i', b'a'
+DELETED_LIST, WITHDRAWN_LIST = b'd', b'w'
+BLOCK_CLASSES = (CHUNK, INDEX, RECORD)
+
+# Recipients of a block's parts (1 data, 2 refs), in order, by class.
+RECIPIENTS = {CHUNK: (1,), INDEX: (2, 1), RECORD: (2, 2, 1)}
+TO_REFS = 2
+BLOCK_CEILING = {CHUNK: CEILING['stored chunk'],
+                 INDEX: CEILING['stored index'],
+                 RECORD: CEILING['stored index']}
+BLOCK_HEAD = struct.Struct('>BcB32s')       # suite, class, parts, epk
+PART_HEAD = struct.Struct('>BI')            # recipient, length
+PART_LEAST = 28                             # nonce and tag
+
+
+def block_check(cls, block):
+    """Refused unless sealed `block` has the shape of its class.
+
+    Returns the length of its refs view: the header and all leading parts
+    whose recipient is refs.
+    """
+    recipients = RECIPIENTS.get(cls)
+    if recipients is None or len(block) > BLOCK_CEILING[cls]:
+        raise Refused(E_BAD, 'block of unknown class or over its ceiling')
+    if len(block) < BLOCK_HEAD.size or block[0] != 1 or (
+            block[1:2] != cls or block[2] != len(recipients)):
+        raise Refused(E_BAD, 'block header does not fit its class')
+    pos = view = BLOCK_HEAD.size
+    for recipient in recipients:
+        if pos + PART_HEAD.size > len(block):
+            raise Refused(E_BAD, 'block cut short')
+        found, length = PART_HEAD.unpack_from(block, pos)
+        if found != recipient or length < PART_LEAST:
+            raise Refused(E_BAD, 'block part has a wrong header')
+        pos += PART_HEAD.size + length
+        if recipient == TO_REFS:
+            view = pos
+    if pos != len(block):
+        raise Refused(E_BAD, 'block lengths do not add up')
+    return view
+
+
+COMMIT_MAGIC = b'tarsnap-commit-1'
+COMMIT_HEAD = struct.Struct('>16sQQ32sB16s')
+
+
+class Commit:
+    """A commit object taken apart.  Made by commit_decode only."""
+
+    __slots__ = ('machine', 'n', 'previous', 'kind', 'tid', 'linked',
+                 'unlinked', 'puts', 'deletes', 'live', 'signed', 'signature',
+                 'hash')
+
+
+def commit_decode(data):
+    """The Commit in `data`; Refused as BAD unless well formed.
+
+    Says nothing yet of its truth: see history_check.
+    """
+    reader = Reader(data)
+    commit = Commit()
+    (magic, commit.machine, commit.n, commit.previous, commit.kind,
+     commit.tid) = COMMIT_HEAD.unpack(reader.take(COMMIT_HEAD.size))
+    if magic != COMMIT_MAGIC or commit.kind not in KIND_ROLE:
+        raise Refused(E_BAD, 'not a commit object')
+    commit.linked = [(reader.take(32), reader.take(32), reader.take(16),
+                      reader.u8()) for _ in range(reader.u16())]
+    commit.unlinked = [(reader.take(32), reader.take(32))
+                       for _ in range(reader.u16())]
+    commit.puts = (reader.u64(), reader.take(32))
+    commit.deletes = (reader.u64(), reader.take(32))
+    commit.live = reader.take(32)
+    note = reader.u16()
+    if note > CEILING['note']:
+        raise Refused(E_BAD, 'note of %d bytes' % note)
+    reader.take(note)
+    commit.signed = b'tarsnap-history-1\0' + data[:reader.pos]
+    commit.signature = reader.take(64)
+    reader.end()
+    commit.hash = sha256(data)
+    return commit
+
+
+def verify(public, signature, message):
+    """True if `signature` of `message` is by Ed25519 key `public`."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(public).verify(
+            signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def genesis(machine, store_id, keys):
+    """H_0 of a machine; `keys` are its four public keys, joined."""
+    return sha256(b'tarsnap-genesis-1' + U64.pack(machine) + store_id + keys)
+
+
+def error_body(code, text):
+    """Body of an ERROR frame; `text` becomes one line."""
+    return U16.pack(code) + ' '.join(text.split()).encode('utf-8', 'replace')
+
+
+##############################################################################
+# Store
+#
+# Five verbs over immutable objects: get, put if absent, delete, list, size.
+# A second back end need only have these.  Everything durable goes through the
+# name `os` of this module, with os.write in a loop and os.fsync, so that a
+# test can make the n-th call fail.  Knows nothing of what it stores.
+##############################################################################
+
+# link() is not to be had on FAT, some FUSE, SMB and network file systems.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+def write_all(fd, data):
+    """Write all of `data` to `fd`, whatever a single write takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def fsync_dir(path):
+    """Make the names in directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL:     # some network file systems
+            raise
+    finally:
+        os.close(fd)
+
+
+def read_range(fd, offset, length):
+    """`length` bytes at `offset`, fewer only at the end of the file."""
+    pieces = []
+    while length:
+        piece = os.pread(fd, length, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        offset += len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b''.join(pieces)
+
+
+def read_file(path, ceiling=MIB):
+    """A small file whole."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return read_range(fd, 0, min(os.fstat(fd).st_size, ceiling))
+    finally:
+        os.close(fd)
+
+
+def write_file(path, data, mode=0o600):
+    """Replace `path` by `data`; durable on return, whole at any time."""
+    temporary = '%s.%d.new' % (path, os.getpid())
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+    fsync_dir(os.path.dirname(path))
+
+
+class FileStore:
+    """Objects as files under a directory: key `a/b` is the file `root/a/b`.
+
+    A file appears by link(2) from a synced temporary, so it is whole from
+    the first moment and never replaces another.  Used by any thread.
+    """
+
+    def __init__(self, root, temporary):
+        self.root = root
+        self.temporary = temporary      # directory on the same file system
+        self.durable = set()            # directories synced up to the root
+        self.lock = threading.Lock()    # for file systems without links
+        # Temporaries of two stores in one process must not meet.
+        self.tag = os.urandom(4).hex()
+        self.counter = itertools.count(1)
+
+    def get(self, key, offset=0, length=None):
+        """`length` bytes of an object, or all from `offset`.
+
+        NoObject if it is not there; Damaged if it ends before.
+        """
+        try:
+            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NoObject('read', key) from None
+        except OSError as e:
+            raise StoreError('read', key, e.strerror) from None
+        try:
+            if length is None:
+                length = max(0, os.fstat(fd).st_size - offset)
+            data = read_range(fd, offset, length)
+        except OSError as e:
+            raise StoreError('read', key, e.strerror) from None
+        finally:
+            os.close(fd)
+        if len(data) != length:
+            raise Damaged('read', key, 'short read (%d of %d)'
+                          % (len(data), length))
+        return data
+
+    def put(self, key, data):
+        """Create an object from bytes or from the file named by a str.
+
+        True if it was created, False if there is one.  On return, either
+        way, the object that is there is durable; on StoreError nobody knows
+        whether it was created.  A file is linked, not moved: its owner
+        unlinks it, and writes to it no more.
+        """
+        path = self._path(key)
+        try:
+            self._directories(os.path.dirname(path))
+            created = not os.path.lexists(path) and (
+                self._put_file(data, path) if isinstance(data, str)
+                else self._put_bytes(data, path))
+            fsync_dir(os.path.dirname(path))
+        except OSError as e:
+            raise StoreError('write', key, e.strerror) from None
+        return created
+
+    def delete(self, key):
+        """Remove an object; it may be gone already."""
+        try:
+            os.unlink(self._path(key))
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            raise StoreError('delete', key, e.strerror) from None
+
+    def list(self, prefix):
+        """All keys that begin with `prefix`, in order."""
+        base = prefix.rpartition('/')[0]
+        found = []
+        try:
+            for where, subdirs, names in os.walk(
+                    os.path.join(self.root, base), onerror=self._walk_error):
+                subdirs[:] = [x for x in subdirs if not x.startswith('.')]
+                found += [os.path.relpath(os.path.join(where, name),
+                                          self.root) for name in names]
+        except OSError as e:
+            raise StoreError('list', prefix, e.strerror) from None
+        return sorted(x for x in found if x.startswith(prefix)
+                      and not x.startswith('.'))
+
+    def size(self, key):
+        """An object's size in bytes, or None if it is not there."""
+        try:
+            return os.stat(self._path(key)).st_size
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise StoreError('size', key, e.strerror) from None
+
+    def sweep(self):
+        """Remove temporaries of this host's processes that are no more."""
+        host = os.uname().nodename
+        for name in os.listdir(self.temporary):
+            owner, _, rest = name.rpartition('+')[0].rpartition('+')
+            if owner == host and rest.isdigit() and not alive(int(rest)):
+                os.unlink(os.path.join(self.temporary, name))
+
+    def _path(self, key):
+        assert not key.startswith('/') and '..' not in key, key
+        return os.path.join(self.root, key)
+
+    @staticmethod
+    def _walk_error(error):
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    def _directories(self, path):
+        """Make `path`; it and all above it are durable on return.
+
+        Also those somebody else made: he may have died before his fsync.
+        """
+        if path in self.durable:
+            return
+        if path != self.root:
+            above = os.path.dirname(path)
+            self._directories(above)
+            try:
+                os.mkdir(path, 0o700)
+            except FileExistsError:
+                pass
+            fsync_dir(above)
+        self.durable.add(path)
+
+    def _put_bytes(self, data, path):
+        name = '%s+%d+%s-%d' % (os.uname().nodename, os.getpid(), self.tag,
+                                next(self.counter))
+        temporary = os.path.join(self.temporary, name)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                     | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                write_all(fd, data)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            return self._link(temporary, path)
+        finally:
+            unlink_quietly(temporary)
+
+    def _put_file(self, source, path):
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+            try:
+                return self._link(source, path)
+            except OSError as e:
+                if e.errno != errno.EXDEV:
+                    raise
+            # The spool is on another file system.
+            return self._put_bytes(
+                read_range(fd, 0, os.fstat(fd).st_size), path)
+        finally:
+            os.close(fd)
+
+    def _link(self, source, path):
+        try:
+            os.link(source, path)
+            return True
+        except FileExistsError:
+            # NFS repeats a link() whose answer was lost, and then says it
+            # exists, when it was this very call that made it.
+            there, ours = os.stat(path), os.stat(source)
+            return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+        except OSError as e:
+            if e.errno not in NO_LINKS:
+                raise
+        return self._move(source, path)
+
+    def _move(self, source, path):
+        """Without links: test and rename under a lock of this host.
+
+        Safe for processes of one host only, and documented so.
+        """
+        fd = os.open(os.path.join(self.root, '.lock'),
+                     os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with self.lock:
+                fcntl.lockf(fd, fcntl.LOCK_EX)
+                if os.path.lexists(path):
+                    return False
+                os.rename(source, path)
+                return True
+        finally:
+            os.close(fd)
+
+
+def alive(pid):
+    """True if there is a process `pid` on this host."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def unlink_quietly(path):
+    """Remove a file that may be gone, and that does no harm if it stays."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+##############################################################################
+# Segments
+#
+# A segment object packs what one transaction sent: a magic, entries (header,
+# data), then a table with one row for each entry, then a footer.  A rebuild
+# reads tables only.  Before it has its table a segment is a file in the
+# spool, never memory, and each entry has a checksum, so that after a crash
+# it is good up to the first entry that is not whole.
+##############################################################################
+
+SEGMENT_MAGIC = b'tarsnap-segment-1\0'
+ENTRY_MAGIC = b'tse1'
+ENTRY = struct.Struct('>4sc32sII')      # magic, class, name, length, CRC-32
+ENTRY_SUM = struct.Struct('>4sc32sI')   # what the CRC covers before the data
+ROW = struct.Struct('>32scQI32s')   # name, class, offset, length, SHA-256
+FOOTER = struct.Struct('>QI32s16s')     # table offset, count, SHA-256, magic
+FOOTER_MAGIC = b'tarsnap-segend-1'
+TAIL = 256 * KIB        # read at once from a segment's end; mostly enough
+
+
+class Segment:
+    """A closed segment and its table.
+
+    key, size in bytes, table (rows joined) and `table_hash`, its SHA-256.
+    """
+
+    __slots__ = ('key', 'size', 'table', 'table_hash')
+
+    def __init__(self, key, size, table):
+        self.key = key
+        self.size = size
+        self.table = table
+        self.table_hash = sha256(table)
+
+    @property
+    def count(self):
+        return len(self.table) // ROW.size
+
+
+def segment_key(machine, tid, number):
+    return 'seg/%016x/%s/%06d' % (machine, tid.hex(), number)
+
+
+def segment_number(key):
+    return int(key.rpartition('/')[2])
+
+
+def segment_load(key, size=None):
+    """Steps: the Segment `key`, its table checked.
+
+    NoObject if it is gone, Damaged if it is not whole.
+    """
+    if size is None:
+        size = yield ('size', key)
+        if size is None:
+            raise NoObject('read', key)
+    if size < len(SEGMENT_MAGIC) + FOOTER.size:
+        raise Damaged('read segment', key, 'only %d bytes long' % size)
+    start = max(0, size - TAIL)
+    tail = yield ('get', key, start, size - start)
+    offset, count, digest, magic = FOOTER.unpack(tail[-FOOTER.size:])
+    length = count * ROW.size
+    if magic != FOOTER_MAGIC or offset + length + FOOTER.size != size:
+        raise Damaged('read segment', key, 'its footer is damaged')
+    if offset < start:
+        tail = yield ('get', key, offset, size - offset)
+        start = offset
+    table = tail[offset - start:offset - start + length]
+    if sha256(table) != digest:
+        raise Damaged('read segment', key, 'its table is damaged')
+    return Segment(key, size, table)
+
+
+def segment_lists(segment, cls):
+    """Steps: [(row number, names)] of the lists of class `cls` in it."""
+    out = []
+    if segment.table.find(cls) < 0:     # quick: most have none
+        return out
+    for number, row in enumerate(ROW.iter_unpack(segment.table)):
+        _, found, offset, length, digest = row
+        if found == cls:
+            data = yield ('get', segment.key, offset, length)
+            if sha256(data) != digest:
+                raise Damaged('read segment', segment.key,
+                              'list %d is damaged' % number)
+            out.append((number, split_names(data)))
+    return out
+
+
+##############################################################################
+# Spool
+#
+# The open segment of each open transaction, DIR/spool/ID16/TIDHEX-000001, and
+# beside it a lock file held by the process that owns the transaction.  Calls
+# nothing but the disk; decides nothing.
+##############################################################################
+
+
+class Spool:
+    """The spool of one transaction, owned by this process.
+
+    After an error of append or finish the state of the file is unknown: the
+    owner must close() and open it anew, which scans it.
+    """
+
+    def __init__(self, directory, tid, lock):
+        self.directory = directory
+        self.stem = os.path.join(directory, tid.hex())
+        self.lock = lock        # descriptor of the locked lock file
+        self.fd = None          # of the open segment, None before it exists
+        self.path = None
+        self.number = 1         # of the open segment
+        self.size = 0           # bytes written to it
+        self.table = bytearray()
+
+    def append(self, entries):
+        """Write `entries`, (class, name, data) each, at the end.
+
+        On return they survive the death of this process, not of the host.
+        """
+        if self.fd is None:
+            self._create()
+        small, table, size = [], [], self.size
+        for cls, name, data in entries:
+            crc = zlib.crc32(data, zlib.crc32(ENTRY_SUM.pack(
+                ENTRY_MAGIC, cls, name, len(data))))
+            small.append(ENTRY.pack(ENTRY_MAGIC, cls, name, len(data), crc))
+            size += ENTRY.size + len(data)
+            table.append(ROW.pack(name, cls, size - len(data), len(data),
+                                  hashlib.sha256(data).digest()))
+            if len(data) < 16 * KIB:
+                small.append(data)
+            else:       # copying costs more than a call
+                write_all(self.fd, b''.join(small))
+                write_all(self.fd, data)
+                small = []
+        write_all(self.fd, b''.join(small))
+        self.size = size
+        self.table += b''.join(table)
+
+    def finish(self):
+        """Give the open segment its table; (path, Segment without key).
+
+        Not durable yet: putting it into the store is.
+        """
+        table = bytes(self.table)
+        write_all(self.fd, table + FOOTER.pack(
+            self.size, len(table) // ROW.size, sha256(table), FOOTER_MAGIC))
+        size = self.size + len(table) + FOOTER.size
+        return self.path, Segment('', size, table)
+
+    def drop(self):
+        """Forget the open segment; the next one has the next number."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+            unlink_quietly(self.path)
+            self.number += 1
+        self.size = 0
+        self.table = bytearray()
+
+    def scan(self, closed, keep):
+        """Find what an earlier owner left; [(class, data)] of its lists.
+
+        `closed` are the numbers of segments the store knows: their files are
+        removed unread, since a file and its object may be one inode.  With
+        `keep` False nothing is taken over.
+        """
+        self.number = max(closed, default=0) + 1
+        lists = []
+        for name in sorted(os.listdir(self.directory)):
+            path = os.path.join(self.directory, name)
+            number = path[len(self.stem) + 1:]
+            if not path.startswith(self.stem + '-') or not number.isdigit():
+                continue
+            if (int(number) < self.number or not keep
+                    or os.stat(path).st_nlink > 1):
+                unlink_quietly(path)
+                self.number = max(self.number, int(number) + 1)
+                continue
+            self.number = int(number)
+            lists = self._adopt(path)
+            break
+        return lists
+
+    def close(self, remove=False):
+        """Let go of the transaction; with `remove` nothing of it stays."""
+        empty = self.fd is None
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+            if remove:
+                unlink_quietly(self.path)
+        if remove or empty:
+            unlink_quietly(self.stem + '.lock')
+        unlink_quietly(self.stem + '.want')
+        os.close(self.lock)     # and with it the lock
+
+    def wanted(self):
+        """True if another process asked for this transaction."""
+        return os.path.exists(self.stem + '.want')
+
+    def _create(self):
+        self.path = '%s-%06d' % (self.stem, self.number)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL
+                          | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        write_all(self.fd, SEGMENT_MAGIC)
+        self.size = len(SEGMENT_MAGIC)
+
+    def _adopt(self, path):
+        """Take over `path` up to its last whole entry, and cut the rest."""
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        whole = os.fstat(self.fd).st_size
+        lists = []
+        self.size = self._scan_entries(whole, lists)
+        if self.size < whole:
+            os.ftruncate(self.fd, self.size)
+        if self.size == 0:
+            write_all(self.fd, SEGMENT_MAGIC)
+            self.size = len(SEGMENT_MAGIC)
+        return lists
+
+    def _scan_entries(self, whole, lists):
+        """Fill the table; where the good part ends."""
+        pos = len(SEGMENT_MAGIC)
+        if read_range(self.fd, 0, pos) != SEGMENT_MAGIC:
+            return 0
+        while pos + ENTRY.size <= whole:
+            magic, cls, name, length, crc = ENTRY.unpack(
+                read_range(self.fd, pos, ENTRY.size))
+            end = pos + ENTRY.size + length
+            if magic != ENTRY_MAGIC or end > whole or length > 2 * MIB:
+                break
+            data = read_range(self.fd, pos + ENTRY.size, length)
+            if zlib.crc32(data, zlib.crc32(ENTRY_SUM.pack(
+                    magic, cls, name, length))) != crc:
+                break
+            if cls not in BLOCK_CLASSES:
+                lists.append((len(self.table) // ROW.size, cls, data))
+            self.table += ROW.pack(name, cls, pos + ENTRY.size, length,
+                                   sha256(data))
+            pos = end
+        return pos
+
+
+class SpoolDir:
+    """DIR/spool: opens spools, and knows which are open elsewhere."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def open(self, machine, tid):
+        """The Spool of a transaction, or None while another has it."""
+        directory = self._directory(machine)
+        path = os.path.join(directory, tid.hex() + '.lock')
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if not lock_take(fd):
+                os.close(fd)
+                return None
+            # Its last owner may have removed it between our open and lock.
+            if same_file(fd, path):
+                return Spool(directory, tid, fd)
+            os.close(fd)
+
+    def want(self, machine, tid):
+        """Ask whoever has a transaction to let go of it."""
+        path = os.path.join(self._directory(machine), tid.hex() + '.want')
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC,
+                         0o600))
+
+    def open_elsewhere(self, machine, ours):
+        """How many transactions of a machine other processes have open.
+
+        `ours` are the tids this process has: opening and closing their lock
+        files would drop our own locks (POSIX).
+        """
+        count = 0
+        directory = self._directory(machine)
+        for name in os.listdir(directory):
+            stem, _, kind = name.partition('.')
+            if kind != 'lock' or stem in {x.hex() for x in ours}:
+                continue
+            try:
+                fd = os.open(os.path.join(directory, name),
+                             os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            count += not lock_take(fd)
+            os.close(fd)
+        return count
+
+    def _directory(self, machine):
+        path = os.path.join(self.root, '%016x' % machine)
+        os.makedirs(path, 0o700, exist_ok=True)
+        return path
+
+
+def lock_take(fd):
+    """Take the lock on an open file; False if another process has it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def same_file(fd, path):
+    """True if the open file is still the one of that name."""
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+##############################################################################
+# Log
+#
+# Entry k of a machine's log is one small object, made by put-if-absent, never
+# changed and never deleted.  It holds the client's commit object verbatim and
+# names segments, not blocks.  Records of the server's own (an abort that drops
+# segments) have a place in the log and an empty commit object.
+##############################################################################
+
+LOG_MAGIC = b'tarsnap-log-1\0\0\0'
+LOG_HEAD = struct.Struct('>16sQQ32sQI')  # magic, machine, k, previous, time,
+#                                          length of the commit object
+LOG_SEGMENT = struct.Struct('>QQ32sI')  # number's key follows; size, table
+LOG_TOTALS = struct.Struct('>QQ')       # live blocks, their stored bytes
+
+
+class Entry:
+    """A log entry taken apart, or about to be made.
+
+    `segments` is [(key, size, table hash, count, dead)]; `dead` is a bitmap,
+    lsb first, of rows that are no live block: withdrawn, or live already.
+    """
+
+    __slots__ = ('machine', 'k', 'previous', 'time', 'commit', 'segments',
+                 'blocks', 'bytes', 'drops', 'hash')
+
+    def __init__(self, machine, k, previous, when, commit=b''):
+        self.machine = machine
+        self.k = k
+        self.previous = previous    # SHA-256 of entry k-1, zeros for k = 1
+        self.time = when            # seconds; never before entry k-1's
+        self.commit = commit        # C_n verbatim
+        self.segments = []
+        self.blocks = 0             # live after this entry
+        self.bytes = 0              # their stored length
+        self.drops = []             # keys of segments that nothing may use
+        self.hash = None            # SHA-256 of the encoded entry
+
+
+def log_key(machine, k):
+    return 'log/%016x/%06d/%03d' % ((machine,) + divmod(k, 1000))
+
+
+def log_encode(entry):
+    """The object for `entry`; it ends in a SHA-256 of the rest."""
+    out = [LOG_HEAD.pack(LOG_MAGIC, entry.machine, entry.k, entry.previous,
+                         entry.time, len(entry.commit)), entry.commit,
+           U32.pack(len(entry.segments))]
+    for key, size, digest, count, dead in entry.segments:
+        out += (U16.pack(len(key)), key.encode(),
+                U64.pack(size), digest, U32.pack(count), dead)
+    out += (LOG_TOTALS.pack(entry.blocks, entry.bytes),
+            U32.pack(len(entry.drops)))
+    for key in entry.drops:
+        out += (U16.pack(len(key)), key.encode())
+    data = b''.join(out)
+    return data + sha256(data)
+
+
+def log_decode(machine, k, data):
+    """The Entry in `data`, read from log_key(machine, k); Damaged if not."""
+    key = log_key(machine, k)
+    if len(data) < 32 or sha256(data[:-32]) != data[-32:]:
+        raise Damaged('read log entry', key, 'checksum does not match')
+    try:
+        return log_parse(machine, k, data)
+    except (Refused, struct.error, UnicodeDecodeError):
+        raise Damaged('read log entry', key, 'malformed') from None
+
+
+def log_parse(machine, k, data):
+    reader = Reader(data[:-32])
+    magic, owner, number, previous, when, length = LOG_HEAD.unpack(
+        reader.take(LOG_HEAD.size))
+    if (magic, owner, number) != (LOG_MAGIC, machine, k):
+        raise Refused(E_BAD, 'another object')
+    entry = Entry(machine, k, previous, when, reader.take(length))
+    for _ in range(reader.u32()):
+        key = reader.take(reader.u16()).decode('ascii')
+        size, digest, count = reader.u64(), reader.take(32), reader.u32()
+        entry.segments.append((key, size, digest, count,
+                               reader.take((count + 7) // 8)))
+    entry.blocks, entry.bytes = reader.u64(), reader.u64()
+    entry.drops = [reader.take(reader.u16()).decode('ascii')
+                   for _ in range(reader.u32())]
+    reader.end()
+    entry.hash = sha256(data)
+    return entry
+
+
+class Loaded:
+    """What the index needs to apply one log entry, read from the store."""
+
+    __slots__ = ('entry', 'commit', 'tables', 'deleted')
+
+    def __init__(self, entry):
+        self.entry = entry
+        self.commit = commit_decode(entry.commit) if entry.commit else None
+        self.tables = []            # rows of each of its segments
+        self.deleted = []           # names
+
+
+def log_load(machine, k, previous):
+    """Steps: entry k as Loaded, or None if the log ends before it.
+
+    `previous` is entry k-1's hash; an entry that does not follow is Damaged.
+    """
+    key = log_key(machine, k)
+    try:
+        data = yield ('get', key, 0, None)
+    except NoObject:
+        return None
+    entry = log_decode(machine, k, data)
+    if entry.previous != previous:
+        raise Damaged('read log entry', key, 'does not follow the one before')
+    loaded = Loaded(entry)
+    for key, size, digest, _, _ in entry.segments:
+        segment = yield from segment_load(key, size)
+        if segment.table_hash != digest:
+            raise Damaged('read segment', key, 'its table is another one')
+        loaded.tables.append(segment.table)
+        if loaded.commit and loaded.commit.kind == KIND_DELETE:
+            for _, names in (yield from segment_lists(segment,
+                                                      DELETED_LIST)):
+                loaded.deleted += names
+    return loaded
+
+
+##############################################################################
+# Index
+#
+# One SQLite file for each machine: live blocks and where they are, live
+# archives, commits, segments.  A function of the log, disposable.  All that
+# one log entry does, and its number k, is one SQLite transaction; whoever
+# comes second finds k taken.  Called by the driver only, from any thread.
+##############################################################################
+
+INDEX_VERSION = 1
+INDEX_TABLES = ('meta', 'commits', 'archives', 'segments', 'blocks')
+INDEX_SCHEMA = '''
+CREATE TABLE meta (id INTEGER PRIMARY KEY, k INTEGER, log_hash BLOB,
+    n INTEGER, head BLOB, time INTEGER, blocks INTEGER, bytes INTEGER);
+CREATE TABLE commits (n INTEGER PRIMARY KEY, hash BLOB, k INTEGER,
+    time INTEGER);
+CREATE TABLE archives (id BLOB PRIMARY KEY, record BLOB, lineage BLOB,
+    state INTEGER, time INTEGER) WITHOUT ROWID;
+CREATE TABLE segments (seg INTEGER PRIMARY KEY, key TEXT UNIQUE, k INTEGER,
+    size INTEGER, count INTEGER, live INTEGER, bytes INTEGER,
+    dropped INTEGER);
+CREATE TABLE blocks (name BLOB PRIMARY KEY, seg INTEGER, offset INTEGER,
+    length INTEGER, class BLOB) WITHOUT ROWID;
+INSERT INTO meta VALUES (1, 0, zeroblob(32), 0, x'', 0, 0, 0);
+'''
+
+# k, SHA-256 of log entry k, n, H_n (empty for n = 0), receive time of entry k,
+# live blocks, their stored bytes, live archives.
+State = collections.namedtuple(
+    'State', 'k log_hash n head time blocks bytes archives')
+
+
+def bit(bitmap, i):
+    return bitmap[i >> 3] >> (i & 7) & 1
+
+
+def bitmap_of(flags):
+    """Flags (0 or 1 each) as bytes, lsb first."""
+    out = bytearray((len(flags) + 7) // 8)
+    for i, flag in enumerate(flags):
+        if flag:
+            out[i >> 3] |= 1 << (i & 7)
+    return bytes(out)
+
+
+class Index:
+    """The index of one machine; any thread, one at a time."""
+
+    def __init__(self, path):
+        self.path = path
+        self.lock = threading.Lock()
+        self.db = None
+        try:
+            self._open()
+        except self._errors():
+            self.remove()           # disposable: make it anew
+            self._open()
+
+    def _errors(self):
+        import sqlite3
+        return sqlite3.Error
+
+    def _open(self):
+        import sqlite3
+        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None,
+                                  check_same_thread=False)
+        run = self.db.execute
+        run('PRAGMA journal_mode = WAL').fetchall()
+        # OFF could leave an index that looks whole after a power cut.
+        run('PRAGMA synchronous = NORMAL')
+        run('PRAGMA cache_size = -4096')
+        run('BEGIN IMMEDIATE')
+        version = run('PRAGMA user_version').fetchone()[0]
+        if version == 0:
+            for statement in INDEX_SCHEMA.split(';'):
+                run(statement)
+            run('PRAGMA user_version = %d' % INDEX_VERSION)
+        run('COMMIT')
+        if version not in (0, INDEX_VERSION):
+            raise sqlite3.DatabaseError('index of another version')
+        os.chmod(self.path, 0o600)
+
+    def close(self):
+        if self.db:
+            self.db.close()
+            self.db = None
+
+    def remove(self):
+        """Close, and remove the files."""
+        self.close()
+        for suffix in ('', '-wal', '-shm'):
+            unlink_quietly(self.path + suffix)
+
+    def state(self):
+        """Where this index stands, as State."""
+        return State(*self.db.execute(
+            'SELECT k, log_hash, n, head, time, blocks, bytes, '
+            '(SELECT count(*) FROM archives) FROM meta').fetchone())
+
+    def commit_at(self, n):
+        """(H_n, k, receive time) of commit n, or None."""
+        return self.db.execute('SELECT hash, k, time FROM commits '
+                               'WHERE n = ?', (n,)).fetchone()
+
+    def archives(self, ids=None):
+        """Live (archive id, record, lineage, state, time), by id."""
+        rows = self.db.execute('SELECT id, record, lineage, state, time '
+                               'FROM archives ORDER BY id').fetchall()
+        if ids is not None:
+            wanted = set(ids)
+            rows = [row for row in rows if row[0] in wanted]
+        return rows
+
+    def live(self, names):
+        """The set of those of `names` that are live blocks."""
+        ask = self.db.execute
+        return {name for name in names if ask(
+            'SELECT 1 FROM blocks WHERE name = ?', (name,)).fetchone()}
+
+    def lengths(self, names):
+        """{name: (class, stored length)} of the live ones of `names`."""
+        out = {}
+        for name in names:
+            row = self.db.execute('SELECT class, length FROM blocks '
+                                  'WHERE name = ?', (name,)).fetchone()
+            if row:
+                out[name] = row
+        return out
+
+    def find(self, names):
+        """For each name (segment key, offset, length, class), or None."""
+        return [self.db.execute(
+            'SELECT s.key, b.offset, b.length, b.class FROM blocks b '
+            'JOIN segments s ON s.seg = b.seg WHERE name = ?',
+            (name,)).fetchone() for name in names]
+
+    def segments_of(self, prefix):
+        """[(key, dropped)] of the log's segments whose key begins so."""
+        return self.db.execute(
+            'SELECT key, dropped FROM segments WHERE key >= ? AND key < ?',
+            (prefix, prefix + '\x7f')).fetchall()
+
+    def check(self, k, change):
+        """history_check against this index if it stands at k, else None."""
+        self.db.execute('BEGIN')
+        try:
+            state = self.state()
+            return history_check(self, state, change) if (
+                state.k == k) else None
+        finally:
+            self.db.execute('ROLLBACK')
+
+    def apply(self, batch):
+        """Apply Loaded log entries in order, in one transaction; State.
+
+        Those that another process has applied meanwhile are passed over.
+        """
+        self.db.execute('BEGIN IMMEDIATE')
+        try:
+            k = self.state().k
+            for loaded in batch:
+                if loaded.entry.k == k + 1:
+                    self._apply_entry(loaded)
+                    k += 1
+            state = self.state()
+            self.db.execute('COMMIT')
+        except BaseException:
+            self.db.execute('ROLLBACK')
+            raise
+        return state
+
+    def reset(self):
+        """Forget everything; the next use catches up from nothing."""
+        run = self.db.execute
+        run('BEGIN IMMEDIATE')
+        for table in INDEX_TABLES:
+            run('DROP TABLE IF EXISTS ' + table)
+        for statement in INDEX_SCHEMA.split(';'):
+            run(statement)
+        run('COMMIT')
+        return self.state()
+
+    def dump(self):
+        """Every row as a line of text, in an order of its own."""
+        lines = []
+        for table in INDEX_TABLES:
+            for row in self.db.execute('SELECT * FROM %s ORDER BY 1' % table):
+                lines.append(' '.join([table] + [
+                    x.hex() if isinstance(x, bytes) else str(x)
+                    for x in row]))
+        return lines
+
+    def _apply_entry(self, loaded):
+        entry, commit = loaded.entry, loaded.commit
+        state = self.state()
+        blocks, size = state.blocks, state.bytes
+        numbers = [self._add_segment(entry.k, *segment[:4])
+                   for segment in entry.segments]
+        if commit and commit.kind == KIND_NUKE:
+            blocks, size = self._remove_all()
+        if commit and commit.kind == KIND_WRITE:
+            for number, segment, table in zip(numbers, entry.segments,
+                                              loaded.tables):
+                added = self._add_blocks(number, table, segment[4])
+                blocks, size = blocks + added[0], size + added[1]
+        if loaded.deleted:
+            gone = self._remove_blocks(set(loaded.deleted))
+            blocks, size = blocks - gone[0], size - gone[1]
+        if (blocks, size) != (entry.blocks, entry.bytes):
+            raise Damaged('apply log entry', log_key(entry.machine, entry.k),
+                          'totals differ from what it says')
+        self._move_archives(entry, commit)
+        for key in entry.drops:
+            self._drop_segment(entry.k, key)
+        n, head = state.n, state.head
+        if commit:
+            n, head = commit.n, commit.hash
+            self.db.execute('INSERT INTO commits VALUES (?, ?, ?, ?)',
+                            (n, head, entry.k, entry.time))
+        self.db.execute(
+            'UPDATE meta SET k = ?, log_hash = ?, n = ?, head = ?, time = ?, '
+            'blocks = ?, bytes = ?', (entry.k, entry.hash, n, head,
+                                      entry.time, blocks, size))
+
+    def _add_segment(self, k, key, size, _, count):
+        return self.db.execute(
+            'INSERT INTO segments (key, k, size, count, live, bytes, dropped)'
+            ' VALUES (?, ?, ?, ?, 0, 0, 0)', (key, k, size, count)).lastrowid
+
+    def _drop_segment(self, k, key):
+        # A segment that was never committed is known from its drop on.
+        self.db.execute(
+            'INSERT INTO segments (key, k, size, count, live, bytes, dropped)'
+            ' VALUES (?, ?, 0, 0, 0, 0, 1) ON CONFLICT (key) '
+            'DO UPDATE SET dropped = 1', (key, k))
+
+    def _add_blocks(self, number, table, dead):
+        rows = sorted((name, number, offset, length, cls)
+                      for i, (name, cls, offset, length, _)
+                      in enumerate(ROW.iter_unpack(table))
+                      if cls in BLOCK_CLASSES and not bit(dead, i))
+        self.db.executemany('INSERT INTO blocks VALUES (?, ?, ?, ?, ?)', rows)
+        size = sum(row[3] for row in rows)
+        self.db.execute('UPDATE segments SET live = live + ?, '
+                        'bytes = bytes + ? WHERE seg = ?',
+                        (len(rows), size, number))
+        return len(rows), size
+
+    def _remove_blocks(self, names):
+        count = size = 0
+        for name in sorted(names):
+            row = self.db.execute('SELECT seg, length FROM blocks '
+                                  'WHERE name = ?', (name,)).fetchone()
+            if row is None:
+                continue        # the totals will not add up
+            count, size = count + 1, size + row[1]
+            self.db.execute('DELETE FROM blocks WHERE name = ?', (name,))
+            self.db.execute('UPDATE segments SET live = live - 1, '
+                            'bytes = bytes - ? WHERE seg = ?', row[::-1])
+        return count, size
+
+    def _remove_all(self):
+        self.db.execute('DELETE FROM blocks')
+        self.db.execute('DELETE FROM archives')
+        self.db.execute('UPDATE segments SET live = 0, bytes = 0')
+        return 0, 0
+
+    def _move_archives(self, entry, commit):
+        if commit is None:
+            return
+        self.db.executemany('DELETE FROM archives WHERE id = ?',
+                            [(x[0],) for x in commit.unlinked])
+        self.db.executemany('INSERT INTO archives VALUES (?, ?, ?, ?, ?)',
+                            [x + (entry.time,) for x in commit.linked])
+
+
+def catch_up(machine):
+    """Steps: bring the index of `machine` to the end of its log; State.
+
+    At the latest every five seconds the client hears that it is worked on.
+    """
+    state = yield ('index', machine, 'state')
+    heard = yield ('now',)
+    while True:
+        batch, rows = [], 0
+        k, previous = state.k, state.log_hash
+        while rows < 100000 and len(batch) < 256:
+            loaded = yield from log_load(machine, k + 1, previous)
+            if loaded is None:
+                break
+            batch.append(loaded)
+            rows += sum(len(t) for t in loaded.tables) // ROW.size
+            k, previous = k + 1, loaded.entry.hash
+        if not batch:
+            return state
+        state = yield ('index', machine, 'apply', batch)
+        now = yield ('now',)
+        if now >= heard + 5:
+            heard = now
+            yield ('answer', BUSY, U64.pack(state.k) + U64.pack(0))
+
+
+##############################################################################
+# History
+#
+# The rules a commit must pass (tarsnap-protocol(7), "COMMIT").  Pure: looks at
+# an index, changes nothing.
+##############################################################################
+
+
+class Change:
+    """What a commit claims and what its transaction really holds."""
+
+    __slots__ = ('commit', 'lineage', 'segments', 'withdrawn', 'deleted')
+
+    def __init__(self, commit, lineage, segments, withdrawn, deleted):
+        self.commit = commit
+        self.lineage = lineage          # of the transaction
+        self.segments = segments        # tables, in order
+        self.withdrawn = withdrawn      # {name: ordinal of its withdrawal}
+        self.deleted = deleted          # set of names
+
+
+class Verdict:
+    """What the log entry of a good commit must say."""
+
+    __slots__ = ('dead', 'blocks', 'bytes')
+
+    def __init__(self, dead, blocks, size):
+        self.dead = dead                # bitmap for each segment
+        self.blocks = blocks            # live after it
+        self.bytes = size
+
+
+def linked_puts(tables, withdrawn):
+    """Rows put and not withdrawn, in order.
+
+    Yields (table number, row number, name, class, length).  A withdrawal
+    concerns what was put before it; the name may be put again.
+    """
+    ordinal = 0
+    for t, table in enumerate(tables):
+        for i, row in enumerate(ROW.iter_unpack(table)):
+            name, cls, _, length, _ = row
+            ordinal += 1
+            if cls in BLOCK_CLASSES and (
+                    not withdrawn or withdrawn.get(name, 0) < ordinal):
+                yield t, i, name, cls, length
+
+
+def live_digest(rows):
+    """The digest `live` of (archive id, record, state), in any order."""
+    return sha256(b''.join(a + record + bytes([state])
+                           for a, record, state in sorted(rows)))
+
+
+def history_check(index, state, change):
+    """The Verdict on a change to `index`, which stands at `state`.
+
+    Signature and base have been looked at.  Refused with the typed error of
+    the first rule it breaks.
+    """
+    commit = change.commit
+    if commit.kind in (KIND_NUKE, KIND_ABORT):
+        check_empty(commit)
+    if commit.kind == KIND_NUKE:
+        check_live(commit, [])
+        return Verdict([], 0, 0)
+    check_deletes(index, change)
+    archives = check_archives(index, change)
+    verdict = check_puts(index, state, change)
+    check_records(index, change, archives)
+    check_live(commit, [(a, row[0], row[2]) for a, row in archives.items()])
+    return verdict
+
+
+def check_empty(commit):
+    """An abort or a nuke lists nothing."""
+    deletes = ((ALL_DELETED, ZERO32) if commit.kind == KIND_NUKE
+               else (0, DIGEST_OF_NONE))
+    if commit.linked or commit.unlinked:
+        raise Refused(E_BAD, 'a commit of this kind lists no archives')
+    if commit.puts != (0, DIGEST_OF_NONE) or commit.deletes != deletes:
+        raise Refused(E_MISMATCH, 'a commit of this kind lists no blocks')
+
+
+def check_deletes(index, change):
+    """Rule 3 for deletes: as listed, and every one of them live."""
+    names = sorted(change.deleted)
+    if change.commit.deletes != (len(names), sha256(b''.join(names))):
+        raise Refused(E_MISMATCH, 'deleted names are not those received: '
+                      '%d here' % len(names))
+    if len(index.live(names)) != len(names):
+        raise Refused(E_MISMATCH, 'a deleted block is not live')
+
+
+def check_archives(index, change):
+    """Rule 4; the live archives after it, {id: (record, lineage, state)}."""
+    commit = change.commit
+    archives = {row[0]: row[1:4] for row in index.archives()}
+    linked = {x[0]: x for x in commit.linked}
+    if len(linked) != len(commit.linked) or (
+            commit.linked and commit.kind != KIND_WRITE):
+        raise Refused(E_BAD, 'archives linked twice, or by a delete')
+    for archive, record in commit.unlinked:
+        found = archives.pop(archive, None)
+        if found is None or found[0] != record:
+            raise Refused(E_NOARCHIVE, 'no such archive to unlink')
+        if commit.kind == KIND_WRITE:
+            check_unlink(found, linked.get(archive), change.lineage)
+    for archive, record, lineage, archive_state in commit.linked:
+        if archive in archives:
+            raise Refused(E_EXISTS, 'an archive of this name exists')
+        if archive_state not in (OPEN, PARTIAL, COMPLETE):
+            raise Refused(E_BAD, 'archive in unknown state %d'
+                          % archive_state)
+        archives[archive] = (record, lineage, archive_state)
+    return archives
+
+
+def check_unlink(found, relinked, lineage):
+    """What a write key may unlink: an open archive of its own lineage.
+
+    Or it keeps one for good, by linking the same record as partial; then
+    only the delete role can remove it.
+    """
+    record, owner, state = found
+    if state == OPEN and owner == lineage:
+        return
+    if state == OPEN and relinked and (
+            relinked[1:] == (record, owner, PARTIAL)):
+        return
+    raise Refused(E_NOARCHIVE, 'the write role may not unlink this archive')
+
+
+def check_puts(index, state, change):
+    """Rule 3 for puts, and which copies are dead on arrival."""
+    digest, count = hashlib.sha256(), 0
+    puts = list(linked_puts(change.segments, change.withdrawn))
+    for put in puts:
+        digest.update(put[2])
+    if change.commit.puts != (len(puts), digest.digest()):
+        raise Refused(E_MISMATCH, 'blocks put are not those received: '
+                      '%d here' % len(puts))
+    dead = [[1] * (len(table) // ROW.size) for table in change.segments]
+    seen = index.live({put[2] for put in puts}) if state.blocks else set()
+    size = 0
+    for t, i, name, _, length in puts:
+        if name not in seen:        # the first copy wins
+            seen.add(name)
+            dead[t][i] = 0
+            count, size = count + 1, size + length
+    gone = sum(x[1] for x in index.lengths(change.deleted).values())
+    return Verdict([bitmap_of(flags) for flags in dead],
+                   state.blocks + count - len(change.deleted),
+                   state.bytes + size - gone)
+
+
+def check_records(index, change, archives):
+    """No archive may be left without its record.
+
+    The server cannot see what else an archive needs; this much it can.
+    """
+    if change.deleted and any(row[0] in change.deleted
+                              for row in archives.values()):
+        raise Refused(E_MISMATCH, 'the record of a live archive is deleted')
+    missing = {x[1] for x in change.commit.linked}
+    if not missing:
+        return
+    for _, _, name, cls, _ in linked_puts(change.segments, change.withdrawn):
+        if cls == RECORD:
+            missing.discard(name)
+    found = index.lengths(missing)
+    if any(name not in found or found[name][0] != RECORD
+           for name in missing):
+        raise Refused(E_NOBLOCK, 'an archive is linked to no record')
+
+
+def check_live(commit, rows):
+    """Rule 5."""
+    if commit.live != live_digest(rows):
+        raise Refused(E_MISMATCH, 'digest of live archives differs')
+
+
+##############################################################################
+# Accounts and machines
+#
+# Versioned objects: a change is a new object under the same prefix, and names
+# count down so that the newest lists first.  All functions that touch the
+# store are steps.  The server never learns a password when one is used: it
+# keeps a verifier (RFC 5802, with scrypt for PBKDF2).
+##############################################################################
+
+SCRYPT = (15, 8, 1)             # logN, r, p: 32 MiB, about 0.1 s
+VERSIONS = 10 ** 12
+
+
+class Machine:
+    """A registered machine: number, name, user, and its four public keys."""
+
+    __slots__ = ('number', 'name', 'user', 'keys')
+
+    def __init__(self, number, name, user, keys):
+        self.number = number
+        self.name = name
+        self.user = user
+        self.keys = keys            # R, W, D, N: 32 bytes each, joined
+
+    def key(self, role):
+        return self.keys[32 * (role - 1):32 * role]
+
+
+def versioned_get(prefix):
+    """Steps: the newest version under `prefix` as (version, dict) or None."""
+    keys = yield ('list', prefix)
+    if not keys:
+        return None
+    data = yield ('get', keys[0], 0, None)
+    try:
+        return VERSIONS - 1 - int(keys[0].rpartition('/')[2]), json.loads(data)
+    except ValueError:
+        raise Damaged('read', keys[0], 'not valid JSON') from None
+
+
+def versioned_put(prefix, version, value):
+    """Steps: write `value` as that version; False if there is one."""
+    data = json.dumps(value, sort_keys=True, indent=1).encode() + b'\n'
+    key = '%s%012d' % (prefix, VERSIONS - 1 - version)
+    return (yield ('put', key, data))
+
+
+def account_prefix(user):
+    return 'account/%s/' % sha256(user.encode('utf-8')).hex()
+
+
+def account_get(user):
+    """Steps: (version, account) or None; a deleted account is None too."""
+    found = yield from versioned_get(account_prefix(user))
+    return None if found is None or found[1].get('deleted') else found
+
+
+def account_verifier(password, salt):
+    """What an account keeps of a password, as a dict of JSON values."""
+    log_n, r, p = SCRYPT
+    key = hashlib.scrypt(password, salt=salt, n=1 << log_n, r=r, p=p,
+                         maxmem=256 * MIB, dklen=32)
+    stored = sha256(hmac.digest(key, b'client', 'sha256'))
+    return {'salt': salt.hex(), 'logN': log_n, 'r': r, 'p': p,
+            'stored': stored.hex()}
+
+
+def account_set(user, password, fresh):
+    """Steps: give `user` a password; durable on return.
+
+    `fresh` says that the account must not exist; else it must.
+    """
+    found = yield from versioned_get(account_prefix(user))
+    exists = found is not None and not found[1].get('deleted')
+    if fresh == exists:
+        raise ServerError('user %s %s' % (
+            user, 'exists already' if exists else 'does not exist'))
+    salt = yield ('random', 32)
+    value = dict(account_verifier(password, salt), user=user)
+    yield from account_write(user, found, value)
+
+
+def account_write(user, found, value):
+    """Steps: the next version of an account after `found`."""
+    version = found[0] + 1 if found else 0
+    created = yield from versioned_put(account_prefix(user), version, value)
+    if not created:
+        raise ServerError('user %s is being changed by somebody else' % user)
+
+
+def account_delete(user):
+    """Steps: no new machine can be registered by `user`."""
+    found = yield from account_get(user)
+    if found is None:
+        raise ServerError('user %s does not exist' % user)
+    yield from account_write(user, found, {'user': user, 'deleted': True})
+
+
+def account_list():
+    """Steps: names of users, sorted."""
+    keys = yield ('list', 'account/')
+    users = []
+    for prefix in sorted({key.rpartition('/')[0] + '/' for key in keys}):
+        found = yield from versioned_get(prefix)
+        if not found[1].get('deleted'):
+            users.append(found[1]['user'])
+    return sorted(users)
+
+
+def machine_load(number):
+    """Steps: the Machine of that number, or None."""
+    found = yield from versioned_get('machine/%016x/' % number)
+    if found is None:
+        return None
+    value = found[1]
+    return Machine(number, value['name'], value['user'],
+                   bytes.fromhex(value['keys']))
+
+
+def machine_numbers():
+    """Steps: the numbers of all machines."""
+    keys = yield ('list', 'machine/')
+    return sorted({int(key.split('/')[1], 16) for key in keys})
+
+
+def machine_create(user, name, keys):
+    """Steps: the number of the machine with these keys, made if needed.
+
+    The number is decided by the object under the keys' hash; a second try
+    after a crash finds it there and completes the rest.
+    """
+    place = 'keys/' + sha256(keys).hex()
+    while True:
+        try:
+            number = int((yield ('get', place, 0, None)), 16)
+            break
+        except NoObject:
+            pass
+        number = U64.unpack((yield ('random', 8)))[0]
+        prefix = 'machine/%016x/' % number
+        if number and not (yield ('list', prefix)):
+            yield ('put', place, b'%016x' % number)
+    value = {'name': name, 'user': user, 'keys': keys.hex(),
+             'time': (yield ('now',))}
+    yield from versioned_put('machine/%016x/' % number, 0, value)
+    return number
+
+
+def login_check(stored, transcript, proof):
+    """True if `proof` was made by who knows the password behind `stored`."""
+    mask = hmac.digest(stored, transcript, 'sha256')
+    client = bytes(a ^ b for a, b in zip(proof, mask))
+    return hmac.compare_digest(sha256(client), stored)
+
+
+##############################################################################
+# Session
+#
+# One connection: who it is, what it may do, its transaction.  Does no I/O (see
+# the top of the file): every request is a generator of wishes, one running at
+# a time; only PUT, WITHDRAW and DELETE are plain calls, because they come by
+# the ten thousand and only fill the batch that flush() writes.
+##############################################################################
+
+
+class Transaction:
+    """What a transaction holds since it began or was last checkpointed."""
+
+    __slots__ = ('tid', 'kind', 'lineage', 'spool', 'segments', 'rows',
+                 'withdrawn', 'deleted')
+
+    def __init__(self, tid, kind, lineage, spool):
+        self.tid = tid
+        self.kind = kind
+        self.lineage = lineage
+        self.spool = spool          # its open segment
+        self.segments = []          # closed, in the store, not committed
+        self.clear()
+
+    def clear(self):
+        """Its segments were committed; it goes on with nothing."""
+        self.segments = []
+        self.rows = 0               # entries so far, also those in the batch
+        self.withdrawn = {}         # name -> rows when it was withdrawn
+        self.deleted = set()        # names
+
+    def tables(self):
+        """The entry tables of all its segments, the open one last."""
+        return [s.table for s in self.segments] + [bytes(self.spool.table)]
+
+
+# One table, looked at in one place: the method, who may ask (letters of roles,
+# any of them; none for everybody) and whether it writes to the store.
+REQUESTS = {
+    HELLO: ('_hello', '', False),
+    REGISTER1: ('_register1', '', False),
+    REGISTER2: ('_register2', '', True),
+    AUTH: ('_auth', '', False),
+    STAT: ('_stat', 'rwdn', False),
+    CHANGES: ('_changes', 'rwdn', False),
+    LIST: ('_list', 'rwd', False),
+    GET: ('_get', 'rd', False),
+    HAS: ('_has', 'w', False),
+    BEGIN: ('_begin', 'wd', True),
+    PUT: (None, 'w', True),
+    WITHDRAW: (None, 'w', True),
+    DELETE: (None, 'd', True),
+    CHECKPOINT: ('_commit', 'w', True),
+    COMMIT: ('_commit', 'wd', True),
+    ABORT: ('_abort', 'wd', True),
+    NUKE: ('_commit', 'n', True),
+}
+UNANSWERED = (PUT, WITHDRAW, DELETE)
+
+# What a frame may commit.
+COMMIT_KINDS = {CHECKPOINT: (KIND_WRITE,), NUKE: (KIND_NUKE,),
+                COMMIT: (KIND_WRITE, KIND_DELETE, KIND_ABORT)}
+
+AUTH_HEAD = struct.Struct('>HQB')
+BEGIN_HEAD = struct.Struct('>B16s16sQ32sB')
+ADDED_ROW = struct.Struct('>32scI')
+ARCHIVE_ROW = struct.Struct('>32s32s16sBQ')
+
+
+def many(kind, rows):
+    """Steps: answer encoded `rows` in as many frames as they need."""
+    step = CEILING['names']
+    for i in range(0, len(rows), step):
+        part = rows[i:i + step]
+        yield ('answer', kind, U16.pack(len(part)) + b''.join(part))
+
+
+def log_put(entry):
+    """Steps: True if `entry` is entry k of the log, durably; else another is.
+
+    A put that failed may have succeeded: it is tried once more, and what is
+    there then is compared.
+    """
+    key, data = log_key(entry.machine, entry.k), log_encode(entry)
+    try:
+        created = yield ('put', key, data)
+    except StoreError:
+        created = yield ('put', key, data)
+    return created or (yield ('get', key, 0, None)) == data
+
+
+def droppable(machine, keys):
+    """Steps: those of a transaction's segments that the log does not know."""
+    if not keys:
+        return []
+    prefix = keys[0].rpartition('/')[0] + '/'
+    known = dict((yield ('index', machine, 'segments_of', prefix)))
+    return [key for key in keys if key not in known]
+
+
+def log_drop(machine, keys):
+    """Steps: the log says that nothing may use segments `keys`; then, and
+    not before, they are deleted."""
+    while keys:
+        state = yield from catch_up(machine)
+        keys = yield from droppable(machine, keys)
+        now = yield ('now',)
+        entry = Entry(machine, state.k + 1, state.log_hash,
+                      max(now, state.time))
+        entry.blocks, entry.bytes, entry.drops = state.blocks, state.bytes, keys
+        if (yield from log_put(entry)):
+            break
+    for key in keys:
+        yield ('delete', key)
+
+
+def range_plan(places):
+    """How to read blocks: [(key, start, end, members)].
+
+    `places` are (key, offset, length, class) or None; `members` are indices
+    into it.  Blocks near each other are read at once.
+    """
+    plan = []
+    order = sorted((i for i in range(len(places)) if places[i]),
+                   key=lambda i: places[i][:2])
+    for i in order:
+        key, offset, length, _ = places[i]
+        if plan:
+            last_key, start, end, members = plan[-1]
+            if (key == last_key and offset <= end + LIMIT['read gap']
+                    and offset + length - start <= LIMIT['read']):
+                plan[-1] = (key, start, max(end, offset + length), members)
+                members.append(i)
+                continue
+        plan.append((key, offset, offset + length, [i]))
+    return plan
+
+
+def read_groups(places):
+    """Cut `places` into runs of at most LIMIT['read'] bytes: (from, to)."""
+    start = size = 0
+    for i, place in enumerate(places):
+        length = place[2] if place else 0
+        if size + length > LIMIT['read'] and i > start:
+            yield start, i
+            start, size = i, 0
+        size += length
+    if start < len(places):
+        yield start, len(places)
+
+
+class Session:
+    """One connection's side of the protocol, without I/O.
+
+    A driver runs open(), then for each frame either accept() or handle(),
+    flush() when the client has nothing more to give, and end() at the end.
+    It stops reading when `over` is set, and after the answers are out hangs
+    up.
+    """
+
+    def __init__(self, server, transport, machine=None, roles=None):
+        self.server = server            # Server
+        self.transport = transport
+        self.only_machine = machine     # number, or None for any
+        self.only_roles = roles         # letters, or None for all
+        self.statement = b''            # body of the first frame
+        self.nonce = b''
+        self.register1 = None           # (body, user)
+        self.logins = 0                 # wrong passwords
+        self.machine = None             # Machine, since the first AUTH
+        self.genesis = b''              # its H_0
+        self.roles = ''                 # letters proven
+        self.over = False               # say no more, hang up
+        self.tx = None                  # Transaction
+        self.busy = False               # tx is in use by running steps
+        self.batch = []                 # entries not yet in the spool
+        self.batch_bytes = 0
+        self.arrived = 0                # puts and the like since BEGIN
+
+    @property
+    def ceiling(self):
+        """Longest body allowed now."""
+        return CEILING['frame' if self.machine else 'frame before auth']
+
+    @property
+    def cert_hash(self):
+        return (self.server.cert_hash if self.transport == TRANSPORT_TLS
+                else ZERO32)
+
+    # What a driver calls.
+
+    def open(self):
+        """Steps: the server's first frame."""
+        self.nonce = yield ('random', 32)
+        server = self.server
+        self.statement = (
+            U16.pack(PROTOCOL) + server.identity_public + server.store_id
+            + U64.pack(server.serial) + self.nonce
+            + server.vouch(self.cert_hash))
+        yield ('answer', STATEMENT, self.statement, 0)
+
+    def accept(self, kind, body):
+        """Take a PUT, WITHDRAW or DELETE into the batch.
+
+        None, or the body of an ERROR frame.
+        """
+        try:
+            self._allowed(kind)
+            self._take(kind, body)
+        except Refused as e:
+            self.over = self.over or e.code == E_BAD
+            return error_body(e.code, str(e))
+        return None
+
+    def handle(self, kind, body):
+        """Steps: answer any other request."""
+        try:
+            method = self._allowed(kind)
+            yield from (method(kind, body) if kind in COMMIT_KINDS
+                        else method(body))
+        except Refused as e:
+            self.over = self.over or e.code == E_BAD
+            yield ('answer', ERROR, error_body(e.code, str(e)))
+        except (StoreError, OSError) as e:
+            yield ('log', str(e))
+            yield ('answer', ERROR, error_body(E_INTERNAL, str(e)))
+
+    def idle(self):
+        """Steps: the client waits; write what is in the batch."""
+        try:
+            yield from self.flush()
+        except Refused as e:
+            yield ('answer', ERROR, error_body(e.code, str(e)), 0)
+        except (StoreError, OSError) as e:
+            yield ('log', str(e))
+            yield ('answer', ERROR, error_body(E_INTERNAL, str(e)), 0)
+
+    def flush(self):
+        """Steps: write the batch to the spool and say RECEIVED.
+
+        What has been received survives the death of this process.  After an
+        error the transaction is let go; BEGIN finds what is left of it.
+        """
+        while self.batch:
+            batch, self.batch, self.batch_bytes = self.batch, [], 0
+            arrived, tx = self.arrived, self.tx
+            self.busy = True
+            try:
+                yield ('spool', tx.spool, 'append', batch)
+                if self._segment_full(tx.spool):
+                    yield from self._segment_close(tx)
+            except StoreError:
+                if self.tx:
+                    yield from self._leave()
+                raise
+            finally:
+                self.busy = False
+            yield ('answer', RECEIVED, U64.pack(arrived), 0)
+
+    def end(self):
+        """Steps: the connection is gone; what arrived stays in the spool."""
+        try:
+            yield from self.flush()
+        except (StoreError, OSError) as e:
+            yield ('log', str(e))
+        if self.tx:
+            yield from self._leave()
+
+    def expire(self):
+        """Give up the transaction to another connection; its Spool."""
+        assert not self.busy
+        spool = self.tx.spool
+        self._forget()
+        return spool
+
+    # Who is there.
+
+    def _allowed(self, kind):
+        """The method for a request, if this connection may ask it."""
+        if kind not in REQUESTS:
+            raise Refused(E_BAD, 'unknown request %d' % kind)
+        method, letters, writes = REQUESTS[kind]
+        if letters and not set(letters) & set(self.roles):
+            raise Refused(E_ROLE, 'this request needs the role %s'
+                          % ' or '.join(letters))
+        if writes and self.server.read_only:
+            raise Refused(E_READONLY, 'the store is read-only')
+        return getattr(self, method) if method else None
+
+    def _need(self, role):
+        if ROLE_LETTER[role] not in self.roles:
+            raise Refused(E_ROLE, 'this request needs the role %s'
+                          % ROLE_LETTER[role])
+
+    def _hello(self, body):
+        reader = Reader(body)
+        version = reader.u16()
+        reader.end()
+        if version < 1:
+            raise Refused(E_BAD, 'no such protocol version')
+        yield ('answer', OK, U16.pack(min(version, PROTOCOL)))
+
+    def _register1(self, body):
+        reader = Reader(body)
+        reader.take(32)
+        try:
+            user = reader.take(reader.u8()).decode('utf-8')
+        except UnicodeDecodeError:
+            raise Refused(E_BAD, 'user name is not UTF-8') from None
+        reader.end()
+        self.register1 = (body, user)
+        found = yield from account_get(user)
+        if found:
+            account = found[1]
+            salt, cost = bytes.fromhex(account['salt']), (
+                account['logN'], account['r'], account['p'])
+        else:
+            # Whoever asks must not learn which users there are.
+            salt, cost = hmac.digest(self.server.secret, user.encode(),
+                                     'sha256'), SCRYPT
+        yield ('answer', CHALLENGE, salt + struct.pack('>BII', *cost))
+
+    def _register2(self, body):
+        reader = Reader(body)
+        name = reader.take(reader.u8()).decode('utf-8', 'replace')
+        keys = reader.take(4 * 32)
+        signed = body[:reader.pos]
+        proof = reader.take(32)
+        reader.end()
+        first, user = self.register1 or (b'', '')
+        self.register1 = None           # one try for each challenge
+        if not (user == '' and proof == ZERO32 and self._trusted()):
+            yield from self._login(user, first, signed, proof)
+        number = yield from machine_create(user, name, keys)
+        yield ('answer', REGISTERED, U64.pack(number) + self.server.store_id)
+
+    def _trusted(self):
+        """True where whoever is there could write to the files anyway."""
+        return self.transport == TRANSPORT_DIR or (
+            self.transport == TRANSPORT_STDIO and self.only_machine is None)
+
+    def _login(self, user, first, signed, proof):
+        found = (yield from account_get(user)) if first else None
+        stored = bytes.fromhex(found[1]['stored']) if found else ZERO32
+        good = login_check(stored, self.statement + first + signed, proof)
+        if found and good:
+            return
+        self.logins += 1
+        self.over = self.logins >= LIMIT['logins']
+        raise Refused(E_LOGIN, 'unknown user or wrong password')
+
+    def _auth(self, body):
+        reader = Reader(body)
+        version, number, role = AUTH_HEAD.unpack(reader.take(AUTH_HEAD.size))
+        nonce, signature = reader.take(32), reader.take(64)
+        reader.end()
+        if version != PROTOCOL or role not in ROLE_LETTER:
+            raise Refused(E_BAD, 'unknown version or role')
+        if self.machine and self.machine.number != number:
+            raise Refused(E_BAD, 'one connection, one machine')
+        letter = ROLE_LETTER[role]
+        if self.only_machine not in (None, number) or (
+                self.only_roles is not None
+                and letter not in self.only_roles):
+            raise Refused(E_ROLE, 'not allowed on this connection')
+        machine = yield from machine_load(number)
+        if machine is None:
+            raise Refused(E_NOMACHINE, 'no such machine')
+        signed = (b'tarsnap-auth-1\0' + U16.pack(PROTOCOL)
+                  + bytes([self.transport]) + self.server.store_id
+                  + self.cert_hash + U64.pack(number) + bytes([role])
+                  + self.nonce + nonce)
+        if not verify(machine.key(role), signature, signed):
+            raise Refused(E_ROLE, 'not the machine\'s key for this role')
+        state = yield from catch_up(number)
+        self.machine = machine
+        self.genesis = genesis(number, self.server.store_id, machine.keys)
+        self.roles += letter
+        yield ('answer', AUTHOK, self._head(state)
+               + U64.pack(state.archives) + bytes([self.server.read_only]))
+
+    # Looking.
+
+    def _head(self, state):
+        return U64.pack(state.n) + (state.head or self.genesis)
+
+    def _current(self):
+        """Steps: the State now, with what other processes have done."""
+        return (yield from catch_up(self.machine.number))
+
+    def _ask(self, method, *args):
+        """A wish to the index of this machine."""
+        return ('index', self.machine.number, method) + args
+
+    def _stat(self, body):
+        Reader(body).end()
+        state = yield from self._current()
+        yield ('answer', STATUS, self._head(state) + struct.pack(
+            '>QQQ', state.archives, state.blocks, state.bytes))
+
+    def _known(self, state, n, head):
+        """Steps: Refused unless commit n here has hash `head`."""
+        here = None
+        if n == 0:
+            here = self.genesis
+        elif n <= state.n:
+            here = (yield self._ask('commit_at', n))[0]
+        if here != head:
+            raise Refused(E_RESYNC, 'commit %d is not known here' % n)
+
+    def _changes(self, body):
+        reader = Reader(body)
+        n, head, flags = reader.u64(), reader.take(32), reader.u8()
+        reader.end()
+        state = yield from self._current()
+        if head != ZERO32 or n > state.n:
+            yield from self._known(state, n, head)
+        for number in range(n + 1, state.n + 1):
+            yield from self._change_answer(number, flags & 1)
+        yield ('answer', OK, b'')
+
+    def _change_answer(self, n, lists):
+        """Steps: one commit, with its lists of names if asked."""
+        entry = yield from self._entry(n)
+        yield ('answer', COMMIT_OBJECT, U64.pack(entry.time) + entry.commit)
+        if not lists:
+            return
+        tables, withdrawn, deleted, rows = [], {}, set(), 0
+        for key, size, _, count, _ in entry.segments:
+            segment = yield from segment_load(key, size)
+            for i, names in (yield from segment_lists(segment,
+                                                      WITHDRAWN_LIST)):
+                withdrawn.update(dict.fromkeys(names, rows + i + 1))
+            for _, names in (yield from segment_lists(segment,
+                                                      DELETED_LIST)):
+                deleted.update(names)
+            tables.append(segment.table)
+            rows += count
+        yield from many(ADDED, [ADDED_ROW.pack(*put[2:]) for put
+                                in linked_puts(tables, withdrawn)])
+        yield from many(REMOVED, sorted(deleted))
+
+    def _entry(self, n):
+        """Steps: the log Entry that holds commit n."""
+        head, k, _ = yield self._ask('commit_at', n)
+        number = self.machine.number
+        data = yield ('get', log_key(number, k), 0, None)
+        entry = log_decode(number, k, data)
+        if sha256(entry.commit) != head:
+            raise Damaged('read log entry', log_key(number, k),
+                          'holds another commit')
+        return entry
+
+    def _list(self, body):
+        reader = Reader(body)
+        ids = reader.names()
+        reader.end()
+        if not ids and not set('rd') & set(self.roles):
+            raise Refused(E_ROLE, 'the write role may only ask for '
+                          'archives it names')
+        state = yield from self._current()
+        if state.n:
+            entry = yield from self._entry(state.n)
+            yield ('answer', COMMIT_OBJECT,
+                   U64.pack(entry.time) + entry.commit)
+        rows = yield self._ask('archives', ids or None)
+        yield from many(ARCHIVES, [ARCHIVE_ROW.pack(*row) for row in rows])
+        yield ('answer', OK, b'')
+
+    def _has(self, body):
+        reader = Reader(body)
+        names = reader.names()
+        reader.end()
+        yield from self._current()
+        live = yield self._ask('live', names)
+        yield ('answer', BITMAP, bitmap_of([n in live for n in names]))
+
+    def _get(self, body):
+        reader = Reader(body)
+        mask, names = reader.u8(), reader.names()
+        reader.end()
+        if mask not in (1, 3):
+            raise Refused(E_BAD, 'unknown mask %d' % mask)
+        if mask == 3:
+            self._need(ROLE_READ)
+        for i in range(0, len(names), 256):
+            yield from self._get_some(names[i:i + 256], mask)
+        yield ('answer', OK, b'')
+
+    def _get_some(self, names, mask):
+        places = yield self._ask('find', names)
+        if None in places:
+            yield from self._current()
+            places = yield self._ask('find', names)
+        for start, end in read_groups(places):
+            blocks = yield from self._read(names[start:end],
+                                           places[start:end])
+            for name, block in zip(names[start:end], blocks):
+                yield self._block_answer(name, block, mask)
+
+    def _read(self, names, places):
+        """Steps: for each name (class, block), or the error in its place."""
+        out = [Refused(E_NOBLOCK, 'no such block')] * len(names)
+        for key, start, end, members in range_plan(places):
+            try:
+                data = yield ('get', key, start, end - start)
+            except StoreError:
+                data = None
+            for i in members:
+                _, offset, length, cls = places[i]
+                if data is None:
+                    out[i] = yield from self._read_again(names[i], places[i])
+                else:
+                    offset -= start
+                    out[i] = (cls, data[offset:offset + length])
+        return out
+
+    def _read_again(self, name, before):
+        """Steps: look once more, with what others did meanwhile.
+
+        Only then is a segment that cannot be read called damaged.
+        """
+        yield from self._current()
+        place = (yield self._ask('find', [name]))[0]
+        if place is None:
+            return Refused(E_NOBLOCK, 'the block was deleted meanwhile')
+        try:
+            return place[3], (yield ('get',) + place[:3])
+        except StoreError as e:
+            yield ('log', str(e))
+            return Refused(E_INTERNAL, str(e))
+
+    @staticmethod
+    def _block_answer(name, found, mask):
+        try:
+            if isinstance(found, Refused):
+                raise found
+            cls, block = found
+            if mask == 1 and cls == CHUNK:
+                raise Refused(E_ROLE, 'a chunk has no refs view')
+            if mask == 1:
+                block = block[:block_check(cls, block)]
+        except Refused as e:
+            code = E_INTERNAL if e.code == E_BAD else e.code
+            return ('answer', ERROR, error_body(code, str(e)))
+        return ('answer', BLOCK, name + block)
+
+    # Transactions.
+
+    def _begin(self, body):
+        reader = Reader(body)
+        kind, tid, lineage, n, head, count = BEGIN_HEAD.unpack(
+            reader.take(BEGIN_HEAD.size))
+        if kind not in (KIND_WRITE, KIND_DELETE) or count > 2:
+            raise Refused(E_BAD, 'BEGIN of unknown kind')
+        ids = [reader.take(32) for _ in range(count)]
+        reader.end()
+        self._need(KIND_ROLE[kind])
+        if self.tx and self.tx.tid != tid:
+            raise Refused(E_BUSY, 'this connection has another transaction')
+        state = yield from self._current()
+        yield from self._known(state, n, head)
+        if ids and (yield self._ask('archives', ids)):
+            raise Refused(E_EXISTS, 'an archive of this name exists')
+        yield from self._open(tid, kind, lineage)
+        puts = list(linked_puts(self.tx.tables(), self.tx.withdrawn))
+        digest = sha256(b''.join(put[2] for put in puts))
+        yield ('answer', BEGUN, self._head(state)
+               + U64.pack(len(puts)) + digest)
+        yield from many(ADDED, [ADDED_ROW.pack(*put[2:]) for put in puts])
+        yield ('answer', OK, b'')
+
+    def _place(self, tid):
+        """The key of a transaction in the table of open ones."""
+        return (self.machine.number, tid)
+
+    def _open(self, tid, kind, lineage):
+        """Steps: take transaction `tid`, from whoever has it."""
+        if self.tx:
+            yield from self.flush()
+            yield from self._leave()
+        table, place = self.server.open, self._place(tid)
+        while place in table and table[place].busy:
+            yield ('wait', 0.05)
+        # Within a process this table decides, since a process's locks do not
+        # exclude itself; so the place is taken before anything is opened.
+        other, table[place] = table.get(place), self
+        self.busy, self.batch, self.arrived = True, [], 0
+        try:
+            if other:
+                yield ('spool', other.expire(), 'close')
+            spool = yield from self._spool(tid)
+            try:
+                self.tx = yield from self._adopt(tid, kind, lineage, spool)
+            except (StoreError, Refused):
+                yield ('spool', spool, 'close')
+                raise
+        except (StoreError, Refused):
+            self._unreserve(tid)
+            raise
+        finally:
+            self.busy = False
+
+    def _spool(self, tid):
+        """Steps: the Spool, when no other process has it any more."""
+        number = self.machine.number
+        ours = [t for m, t in self.server.open if m == number]
+        elsewhere = yield ('spool', None, 'open_elsewhere', number, ours)
+        if len(ours) + elsewhere > LIMIT['transactions']:
+            raise Refused(E_BUSY, 'too many open transactions')
+        for _ in range(50):
+            spool = yield ('spool', None, 'open', number, tid)
+            if spool is not None:
+                return spool
+            yield ('spool', None, 'want', number, tid)
+            yield ('wait', 0.1)
+        raise Refused(E_BUSY, 'the transaction is open in another process')
+
+    def _adopt(self, tid, kind, lineage, spool):
+        """Steps: the Transaction, with all it already holds.
+
+        A delete begins with nothing: its client cannot be told which names
+        are held, and sends them again.
+        """
+        number = self.machine.number
+        prefix = 'seg/%016x/%s/' % (number, tid.hex())
+        known = dict((yield self._ask('segments_of', prefix)))
+        stored = yield ('list', prefix)
+        closed = [segment_number(key) for key in set(stored) | set(known)]
+        lists = yield ('spool', spool, 'scan', closed, kind == KIND_WRITE)
+        tx = Transaction(tid, kind, lineage, spool)
+        if kind == KIND_WRITE:
+            for key in stored:
+                if key not in known:
+                    yield from self._adopt_segment(tx, key)
+        for i, cls, data in lists:
+            if cls == WITHDRAWN_LIST:
+                self._withdraw(tx, tx.rows + i + 1, split_names(data))
+        tx.rows += len(spool.table) // ROW.size
+        return tx
+
+    def _adopt_segment(self, tx, key):
+        segment = yield from segment_load(key)
+        for i, names in (yield from segment_lists(segment, WITHDRAWN_LIST)):
+            self._withdraw(tx, tx.rows + i + 1, names)
+        tx.segments.append(segment)
+        tx.rows += segment.count
+
+    def _leave(self):
+        """Steps: let go of the transaction; it stays for a later BEGIN."""
+        before, self.busy = self.busy, True
+        try:
+            yield ('spool', self.tx.spool, 'close')
+        finally:
+            self.busy = before
+            self._forget()
+
+    def _forget(self):
+        self._unreserve(self.tx.tid)
+        self.tx, self.batch, self.batch_bytes = None, [], 0
+
+    def _unreserve(self, tid):
+        if self.server.open.get(self._place(tid)) is self:
+            del self.server.open[self._place(tid)]
+
+    @staticmethod
+    def _withdraw(tx, rows, names):
+        tx.withdrawn.update(dict.fromkeys(names, rows))
+
+    def _take(self, kind, body):
+        """Check a PUT, WITHDRAW or DELETE and put it into the batch."""
+        tx = self.tx
+        if tx is None:
+            raise Refused(E_EXPIRED, 'no transaction is open here')
+        if (kind == DELETE) != (tx.kind == KIND_DELETE):
+            raise Refused(E_ROLE, 'not in a transaction of this kind')
+        if kind == PUT:
+            entry = (body[32:33], body[:32], memoryview(body)[33:])
+            block_check(entry[0], entry[2])
+        else:
+            entry = self._take_names(tx, kind, body)
+        tx.rows += 1
+        self.batch.append(entry)
+        self.batch_bytes += len(body)
+        self.arrived += 1
+
+    def _take_names(self, tx, kind, body):
+        reader = Reader(body)
+        names = reader.names()
+        reader.end()
+        if kind == DELETE:
+            tx.deleted.update(names)
+            return (DELETED_LIST, ZERO32, body[2:])
+        self._withdraw(tx, tx.rows + 1, names)
+        return (WITHDRAWN_LIST, ZERO32, body[2:])
+
+    @staticmethod
+    def _segment_full(spool):
+        return (spool.size >= LIMIT['segment']
+                or len(spool.table) >= LIMIT['segment entries'] * ROW.size)
+
+    def _segment_close(self, tx):
+        """Steps: make the open segment an object, durable on return.
+
+        On an error the file is given up: after a failed fsync nobody knows
+        what of it is on the disk, also if the next one succeeds.
+        """
+        spool = tx.spool
+        if not spool.table:
+            return
+        key = segment_key(self.machine.number, tx.tid, spool.number)
+        try:
+            path, segment = yield ('spool', spool, 'finish')
+            segment.key = key
+            if not (yield ('put', key, path)):
+                found = yield from segment_load(key)
+                if found.table_hash != segment.table_hash:
+                    raise Refused(E_EXPIRED, 'the transaction goes on at '
+                                  'another server')
+        except (StoreError, Refused):
+            yield ('spool', spool, 'drop')
+            yield from self._leave()
+            raise
+        tx.segments.append(segment)
+        yield ('spool', spool, 'drop')
+
+    def _abort(self, body):
+        Reader(body).end()
+        tx = self._own()
+        self._need(KIND_ROLE[tx.kind])
+        self.batch, self.batch_bytes, self.busy = [], 0, True
+        try:
+            yield from log_drop(self.machine.number,
+                                [s.key for s in tx.segments])
+            yield ('spool', tx.spool, 'close', True)
+            self._forget()
+        finally:
+            self.busy = False
+        yield ('answer', OK, b'')
+
+    def _own(self):
+        if self.tx is None:
+            raise Refused(E_EXPIRED, 'no transaction is open here')
+        return self.tx
+
+    # Commits.
+
+    def _commit(self, frame, body):
+        """Steps: CHECKPOINT, COMMIT or NUKE."""
+        commit = commit_decode(body)
+        self._check_author(frame, commit)
+        yield from self.flush()
+        self.busy = True
+        try:
+            yield from self._decide(frame, commit, body)
+        finally:
+            self.busy = False
+
+    def _check_author(self, frame, commit):
+        """Rule 1: the machine, the role and its signature."""
+        if commit.machine != self.machine.number or (
+                commit.kind not in COMMIT_KINDS[frame]):
+            raise Refused(E_BAD, 'commit of another machine or kind')
+        role = KIND_ROLE[commit.kind]
+        self._need(role)
+        if not verify(self.machine.key(role), commit.signature,
+                      commit.signed):
+            raise Refused(E_ROLE, 'the commit\'s signature does not verify')
+
+    def _decide(self, frame, commit, body):
+        """Steps: rules 2 to 7, again for as long as others are faster."""
+        while True:
+            state = yield from self._current()
+            if commit.n <= state.n:
+                when = yield from self._decided(commit)
+                break
+            if commit.n > state.n + 1:
+                raise Refused(E_RESYNC, 'commit %d when %d is the last'
+                              % (commit.n, state.n))
+            if commit.previous != (state.head or self.genesis):
+                raise Refused(E_CONFLICT, 'commit %d has another predecessor'
+                              % commit.n)
+            entry = yield from self._judge(commit, body, state)
+            if entry and (yield from log_put(entry)):
+                yield from self._current()
+                when = entry.time
+                break
+        yield from self._finish(frame, commit)
+        yield ('answer', COMMITTED, U64.pack(commit.n) + commit.hash
+               + U64.pack(when))
+
+    def _decided(self, commit):
+        """Steps: rule 2, receive time if commit n is this very one.
+
+        What answered before may have died before its fsync, so the entry is
+        put again, which finds it there and makes it durable.
+        """
+        found = yield self._ask('commit_at', commit.n)
+        if not found or found[0] != commit.hash:
+            raise Refused(E_CONFLICT, 'commit %d is another' % commit.n)
+        key = log_key(self.machine.number, found[1])
+        data = yield ('get', key, 0, None)
+        yield ('put', key, data)
+        return found[2]
+
+    def _judge(self, commit, body, state):
+        """Steps: the Entry for a good commit; None if the index moved on."""
+        tx = self._transaction_of(commit)
+        change = Change(commit, tx.lineage if tx else b'',
+                        tx.tables() if tx else [],
+                        tx.withdrawn if tx else {},
+                        tx.deleted if tx else set())
+        verdict = yield self._ask('check', state.k, change)
+        if verdict is None:
+            return None
+        now = yield ('now',)
+        entry = Entry(self.machine.number, state.k + 1, state.log_hash,
+                      max(now, state.time), body)
+        entry.blocks, entry.bytes = verdict.blocks, verdict.bytes
+        if commit.kind == KIND_ABORT and self.tx and (
+                self.tx.tid == commit.tid):
+            entry.drops = yield from droppable(
+                self.machine.number, [s.key for s in self.tx.segments])
+        if tx:
+            yield from self._segments_ready(tx)
+            entry.segments = [
+                (s.key, s.size, s.table_hash, s.count, dead)
+                for s, dead in zip(tx.segments, verdict.dead)]
+        return entry
+
+    def _transaction_of(self, commit):
+        """The open transaction a commit is of; None if it needs none."""
+        if commit.kind in (KIND_NUKE, KIND_ABORT):
+            return None
+        tx = self._own()
+        if tx.tid != commit.tid or KIND_ROLE[tx.kind] != (
+                KIND_ROLE[commit.kind]):
+            raise Refused(E_EXPIRED, 'another transaction is open here')
+        return tx
+
+    def _segments_ready(self, tx):
+        """Steps: rules 6 and 7, all its segments durable and none dropped."""
+        adopted = tx.segments[-1:]
+        if tx.spool.table:
+            yield from self._segment_close(tx)
+        elif adopted:
+            # Whoever closed it may have died before the fsync of their
+            # directory; putting one again makes all of them durable.
+            key = adopted[0].key
+            data = yield ('get', key, 0, None)
+            yield ('put', key, data)
+        known = yield self._ask('segments_of', 'seg/%016x/%s/' % (
+            self.machine.number, tx.tid.hex()))
+        if {key for key, _ in known} & {s.key for s in tx.segments}:
+            yield from self._leave()
+            raise Refused(E_EXPIRED, 'what the transaction held is dropped')
+
+    def _finish(self, frame, commit):
+        """Steps: the transaction goes on with nothing, or is over."""
+        tx = self.tx
+        if tx is None or tx.tid != commit.tid or frame == NUKE:
+            return
+        if frame == CHECKPOINT:
+            tx.clear()
+            return
+        garbage = [s.key for s in tx.segments] if (
+            commit.kind == KIND_ABORT) else []
+        yield ('spool', tx.spool, 'close', True)
+        self._forget()
+        for key in garbage:
+            yield ('delete', key)
+
+
+##############################################################################
+# Server directory
+#
+# tarsnapd.conf, the keys, store/, spool/, index/, tmp/; and perform(), which
+# carries out the wishes of steps.  Any thread may call perform(); the table of
+# open transactions belongs to the thread that runs the sessions.
+##############################################################################
+
+OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
+             'store', 'spool', 'index', 'tmp'}
+STORE_VERBS = ('get', 'put', 'list', 'size', 'delete')
+
+CONF = '''\
+# tarsnapd.conf(5)
+[server]
+listen = %s
+#store = store
+#workers = 1
+#front-certificate =
+'''
+
+
+def is_server(path):
+    """True if `path` is a server directory."""
+    return (os.path.isfile(os.path.join(path, 'tarsnapd.conf'))
+            and os.path.isfile(os.path.join(path, 'identity.key')))
+
+
+def conf_read(path):
+    """The [server] section of a server directory's configuration, a dict."""
+    import configparser
+    parser = configparser.ConfigParser(interpolation=None)
+    name = os.path.join(path, 'tarsnapd.conf')
+    try:
+        parser.read_string(read_file(name).decode('utf-8'), name)
+        section = dict(parser['server'])
+    except (configparser.Error, KeyError, UnicodeDecodeError) as e:
+        raise ServerError('%s: %s' % (name, ' '.join(str(e).split()))) from e
+    except OSError as e:
+        raise ServerError('%s: %s' % (name, e.strerror)) from None
+    unknown = set(section) - {'listen', 'store', 'workers',
+                              'front-certificate'}
+    if unknown:
+        raise ServerError('%s: unknown option %s' % (name, min(unknown)))
+    return section
+
+
+def server_create(path, listen=''):
+    """Make the directory `path`, missing or empty, a server directory.
+
+    Complete and durable on return; what a crash leaves is completed by the
+    next call.  ServerError if there are other files in it.
+    """
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        strange = set(os.listdir(path)) - OWN_FILES
+        if strange and not is_server(path):
+            raise ServerError('%s: not empty, and not a server directory: %s'
+                              % (path, min(strange)))
+        for name in ('tmp', 'store', 'spool', 'index'):
+            os.makedirs(os.path.join(path, name), 0o700, exist_ok=True)
+        os.chmod(path, 0o700)
+        files = FileStore(path, os.path.join(path, 'tmp'))
+        files.put('secret', os.urandom(32))
+        files.put('identity.key', identity_make())
+        files.put('store/store-id', os.urandom(16).hex().encode() + b'\n')
+        # Last: with it the directory is one.
+        files.put('tarsnapd.conf', (CONF % (listen or '[::]:%d' % PORT))
+                  .encode())
+    except OSError as e:
+        raise ServerError('%s: %s' % (path, e.strerror)) from None
+    except StoreError as e:
+        raise ServerError('%s: %s' % (path, e)) from None
+
+
+def identity_make():
+    """A fresh Ed25519 identity key, PEM."""
+    from cryptography.hazmat.primitives import serialization as ser
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    return ed25519.Ed25519PrivateKey.generate().private_bytes(
+        ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
+
+
+def certificate_make(serial):
+    """A self-signed certificate as (key PEM, certificate PEM).
+
+    Nobody checks its dates or names: the identity key vouches for it.
+    """
+    import datetime
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import serialization as ser
+    from cryptography.hazmat.primitives.asymmetric import ec
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME,
+                                         'tarsnapd')])
+    start = datetime.datetime(2020, 1, 1)
+    cert = x509.CertificateBuilder(
+        name, name, key.public_key(), serial, start,
+        start + datetime.timedelta(days=365 * 100)).sign(
+            key, hashes.SHA256())
+    return (key.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8,
+                              ser.NoEncryption()),
+            cert.public_bytes(ser.Encoding.PEM))
+
+
+def certificate_serial(path):
+    """Serial number of the certificate in a server directory, 0 if none."""
+    from cryptography import x509
+    try:
+        data = read_file(os.path.join(path, 'tls.crt'))
+    except FileNotFoundError:
+        return 0
+    return x509.load_pem_x509_certificate(data).serial_number
+
+
+def certificate_renew(path):
+    """Give the server directory a new certificate, serial + 1."""
+    key, cert = certificate_make(certificate_serial(path) + 1)
+    write_file(os.path.join(path, 'tls.key'), key)
+    write_file(os.path.join(path, 'tls.crt'), cert)
+
+
+def certificate_der(path):
+    """DER of the first certificate in a PEM file."""
+    text = read_file(path).decode('ascii', 'replace')
+    begin, end = '-----BEGIN CERTIFICATE-----', '-----END CERTIFICATE-----'
+    try:
+        return base64.b64decode(text.split(begin, 1)[1].split(end, 1)[0])
+    except (IndexError, ValueError):
+        raise ServerError('%s: no certificate in it' % path) from None
+
+
+class Indexes:
+    """The open indexes of a process, at most 64."""
+
+    MOST = 64
+
+    def __init__(self, directory, store):
+        self.directory = directory
+        self.store = store
+        self.open = collections.OrderedDict()   # machine -> Index, LRU last
+        self.lock = threading.Lock()
+
+    def call(self, machine, method, args):
+        """Call a method of the machine's index; StoreError if it fails.
+
+        An index found damaged is thrown away, the next use makes it anew.
+        """
+        import sqlite3
+        while True:
+            index = self._get(machine)
+            with index.lock:
+                if index.db is None:
+                    continue        # closed by another thread just now
+                try:
+                    return getattr(index, method)(*args)
+                except (sqlite3.Error, Damaged) as e:
+                    if not isinstance(e, sqlite3.OperationalError):
+                        index.remove()
+                    raise StoreError('index', '%016x' % machine, e) from e
+
+    def close(self):
+        with self.lock:
+            for index in self.open.values():
+                index.close()
+            self.open.clear()
+
+    def path(self, machine):
+        return os.path.join(self.directory, '%016x.db' % machine)
+
+    def _get(self, machine):
+        with self.lock:
+            index = self.open.get(machine)
+            if index is None or index.db is None:
+                index = Index(self.path(machine))
+                self._believe(machine, index)
+                self.open[machine] = index
+            self.open.move_to_end(machine)
+            while len(self.open) > self.MOST:
+                _, oldest = self.open.popitem(last=False)
+                with oldest.lock:
+                    oldest.close()
+            return index
+
+    def _believe(self, machine, index):
+        """Empty an index that has seen a log other than this one.
+
+        So it is when the store was put back from a copy.
+        """
+        state = index.state()
+        if state.k == 0:
+            return
+        try:
+            data = self.store.get(log_key(machine, state.k))
+        except NoObject:
+            data = b''
+        if sha256(data) != state.log_hash:
+            index.reset()
+
+
+class Server:
+    """An open server directory."""
+
+    def __init__(self, path, complain=None):
+        self.path = path
+        self.complain = complain        # called with one line, or None
+        self.conf = conf_read(path)
+        self.open = {}      # (machine, tid) -> Session that has it open
+        self.cert_hash = ZERO32
+        self.serial = 0
+        self.temporary = None           # directory to remove at the end
+        store = os.path.join(path, self.conf.get('store', 'store'))
+        temporary = os.path.join(path, 'tmp')
+        if store != os.path.join(path, 'store'):
+            temporary = os.path.join(store, '.tmp')
+        self.read_only = not all(
+            os.access(x, os.W_OK) for x in (
+                path, store, os.path.join(path, 'spool')))
+        try:
+            self._load(path, store, temporary)
+        except OSError as e:
+            raise ServerError('%s: %s' % (e.filename or path,
+                                          e.strerror)) from None
+        except StoreError as e:
+            raise ServerError('%s: %s' % (path, e)) from None
+
+    def _load(self, path, store, temporary):
+        from cryptography.hazmat.primitives import serialization as ser
+        for name in ('', 'identity.key', 'secret'):
+            file = os.path.join(path, name)
+            if os.stat(file).st_mode & 0o022:
+                raise ServerError('%s: others can write to it' % file)
+        self.secret = read_file(os.path.join(path, 'secret'))
+        try:
+            self.identity = ser.load_pem_private_key(
+                read_file(os.path.join(path, 'identity.key')), None)
+        except (ValueError, TypeError):
+            raise ServerError('%s/identity.key: not a key' % path) from None
+        self.identity_public = self.identity.public_key().public_bytes(
+            ser.Encoding.Raw, ser.PublicFormat.Raw)
+        self.store = FileStore(store, temporary)
+        if not self.read_only:
+            os.makedirs(temporary, 0o700, exist_ok=True)
+            self.store.put('store-id', os.urandom(16).hex().encode() + b'\n')
+            self.store.sweep()
+        self.store_id = bytes.fromhex(self.store.get('store-id').decode())
+        self.spools = SpoolDir(os.path.join(path, 'spool'))
+        index = os.path.join(path, 'index')
+        if self.read_only or not os.access(index, os.W_OK):
+            import tempfile
+            index = self.temporary = tempfile.mkdtemp(prefix='tarsnapd-')
+        self.indexes = Indexes(index, self.store)
+
+    def certificate_load(self):
+        """Vouch for the certificate that clients will see."""
+        front = self.conf.get('front-certificate')
+        name = os.path.join(self.path, front or 'tls.crt')
+        try:
+            self.cert_hash = sha256(certificate_der(name))
+        except OSError as e:
+            raise ServerError('%s: %s; make one with "tarsnapd.py cert"'
+                              % (name, e.strerror)) from None
+        self.serial = certificate_serial(self.path)
+
+    def fingerprint(self):
+        """What keys are pinned to: 64 hex digits."""
+        return sha256(self.identity_public).hex()
+
+    def vouch(self, cert_hash):
+        """The identity's signature in the first frame."""
+        return self.identity.sign(b'tarsnap-server-1\0' + self.store_id
+                                  + U64.pack(self.serial) + cert_hash)
+
+    def perform(self, wish):
+        """Carry out one wish that is neither an answer nor a wait.
+
+        StoreError for whatever goes wrong below.
+        """
+        verb = wish[0]
+        if verb in STORE_VERBS:
+            return getattr(self.store, verb)(*wish[1:])
+        if verb == 'index':
+            return self.indexes.call(wish[1], wish[2], wish[3:])
+        if verb == 'spool':
+            target = self.spools if wish[1] is None else wish[1]
+            try:
+                return getattr(target, wish[2])(*wish[3:])
+            except OSError as e:
+                raise StoreError(wish[2], 'spool', e.strerror) from None
+        return self.perform_here(wish)
+
+    def perform_here(self, wish):
+        """Carry out a wish that takes no time."""
+        if wish[0] == 'now':
+            return int(time.time())
+        if wish[0] == 'random':
+            return os.urandom(wish[1])
+        assert wish[0] == 'log', wish
+        if self.complain:
+            self.complain(wish[1])
+        return None
+
+    def run(self, steps):
+        """Carry out `steps` at once, for a command; what they return."""
+        value, error = None, None
+        while True:
+            try:
+                wish = steps.throw(error) if error else steps.send(value)
+            except StopIteration as e:
+                return e.value
+            value = error = None
+            if wish[0] == 'answer':
+                continue
+            try:
+                value = self.perform(wish)
+            except (StoreError, Refused) as e:
+                error = e
+
+    def close(self):
+        """Close what is open; nothing is lost if it is not called."""
+        self.indexes.close()
+        if self.temporary:
+            import shutil
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary = None
+
+
+##############################################################################
+# Drivers, at once
+#
+# The same Session in the client's own process, or at the end of a pipe (ssh).
+# Steps run to their end before anything else happens.
+##############################################################################
+
+
+def drive(server, steps, rid):
+    """Run `steps` at once, yielding its answers as (type, id, body)."""
+    value, error = None, None
+    while True:
+        try:
+            wish = steps.throw(error) if error else steps.send(value)
+        except StopIteration:
+            return
+        value = error = None
+        if wish[0] == 'answer':
+            yield wish[1], wish[3] if len(wish) > 3 else rid, wish[2]
+        elif wish[0] == 'wait':
+            time.sleep(wish[1])
+        else:
+            try:
+                value = server.perform(wish)
+            except (StoreError, Refused) as e:
+                error = e
+
+
+class Local:
+    """A session in this process; see open_local.  One thread at a time."""
+
+    def __init__(self, server, transport, machine=None, roles=None):
+        self.server = server
+        self.session = Session(server, transport, machine, roles)
+        for _ in drive(server, self.session.open(), 0):
+            pass
+        self.statement = self.session.statement
+
+    @property
+    def over(self):
+        """True when the session will answer nothing more."""
+        return self.session.over
+
+    def receive(self, kind, rid, body):
+        """Serve one frame; an iterable of answers (type, id, body).
+
+        What GET and CHANGES answer is made while it is iterated over.
+        """
+        session = self.session
+        if kind in UNANSWERED:
+            error = session.accept(kind, body)
+            if error:
+                return [(ERROR, rid, error)]
+            if session.batch_bytes < MIB:
+                return []
+            return self.idle()
+        answers = drive(self.server, session.handle(kind, body), rid)
+        return answers if kind in (GET, CHANGES) else list(answers)
+
+    def idle(self):
+        """Write what has been put; answers to send, RECEIVED among them."""
+        if not self.session.batch:
+            return []
+        return list(drive(self.server, self.session.idle(), 0))
+
+    def yield_wanted(self):
+        """Let go of a transaction that another process asks for."""
+        session = self.session
+        if session.tx and session.tx.spool.wanted():
+            session.expire().close()
+
+    def close(self):
+        for _ in drive(self.server, self.session.end(), 0):
+            pass
+        self.server.close()
+
+
+def open_local(path, create=False, transport='dir', machine=None, roles=None):
+    """A session with the server directory `path` in this process.
+
+    With `create` a missing or empty directory becomes a server directory.
+    `transport` is 'dir' or 'stdio'; `machine` (number) and `roles` (letters
+    of rwdn) limit what may be done.  ServerError, one line, if it cannot be.
+    """
+    if not is_server(path):
+        if not create and not os.path.isdir(path):
+            raise ServerError('%s: no such directory' % path)
+        if not create:
+            raise ServerError('%s: not a server directory' % path)
+        server_create(path)
+    kinds = {'dir': TRANSPORT_DIR, 'stdio': TRANSPORT_STDIO}
+    return Local(Server(path), kinds[transport], machine, roles)
+
+
+class Pipe:
+    """The wire on two descriptors, until the client closes its end."""
+
+    def __init__(self, local, fd_in, fd_out):
+        self.local = local
+        self.fd_in = fd_in
+        self.fd_out = fd_out
+        self.frames = Frames()
+
+    def run(self):
+        """Serve until end of file or a malformed frame."""
+        self._send([(STATEMENT, 0, self.local.statement)])
+        try:
+            while not self.local.over and self._read():
+                self._serve()
+        except BrokenPipeError:
+            pass
+        finally:
+            self.local.close()
+
+    def _read(self):
+        """Wait for bytes; False at the end.  First say what is received."""
+        if not select.select([self.fd_in], [], [], 0)[0]:
+            self._send(self.local.idle())
+            while not select.select([self.fd_in], [], [], 1)[0]:
+                self.local.yield_wanted()
+        data = os.read(self.fd_in, 256 * KIB)
+        self.frames.buf += data
+        return bool(data)
+
+    def _serve(self):
+        while not self.local.over:
+            self.frames.ceiling = self.local.session.ceiling
+            try:
+                frame = self.frames.next()
+            except Refused as e:
+                self._send([(ERROR, 0, error_body(e.code, str(e)))])
+                self.local.session.over = True
+                return
+            if frame is None:
+                return
+            self._send(self.local.receive(*frame))
+
+    def _send(self, answers):
+        for kind, rid, body in answers:
+            write_all(self.fd_out, FRAME.pack(len(body), kind, rid) + body)
+
+
+##############################################################################
+# Event loop
+#
+# One thread owns all connections and runs all sessions; a pool of four does
+# what touches the disk.  What a connection has not asked for is not read: its
+# requests wait in its own receive buffer, then in the client's.  A request
+# that has begun is run to its end, also if its client has gone.
+##############################################################################
+
+POOL_THREADS = 4
+LINGER = 2      # seconds a refused client has to read why
+
+
+class Pool:
+    """Threads that perform wishes and put the outcome where the loop looks."""
+
+    def __init__(self, server, threads):
+        self.server = server
+        self.work = queue.SimpleQueue()
+        self.done = collections.deque()     # (connection, value, error)
+        self.wake_r, self.wake_w = os.pipe()
+        os.set_blocking(self.wake_r, False)
+        os.set_blocking(self.wake_w, False)
+        self.threads = [threading.Thread(target=self._run, daemon=True)
+                        for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def submit(self, conn, wish):
+        self.work.put((conn, wish))
+
+    def finished(self):
+        """What has been done since the last call."""
+        try:
+            os.read(self.wake_r, 4096)
+        except BlockingIOError:
+            pass
+        while self.done:
+            yield self.done.popleft()
+
+    def close(self):
+        for _ in self.threads:
+            self.work.put(None)
+        for thread in self.threads:
+            thread.join()
+        os.close(self.wake_r)
+        os.close(self.wake_w)
+
+    def _run(self):
+        while True:
+            job = self.work.get()
+            if job is None:
+                return
+            value = error = None
+            try:
+                value = self.server.perform(job[1])
+            except Exception as e:      # belongs to the steps that wished it
+                error = e
+            self.done.append((job[0], value, error))
+            try:
+                os.write(self.wake_w, b'.')
+            except BlockingIOError:
+                pass                    # it is awake
+
+
+class Connection:
+    """What the loop knows of one client."""
+
+    __slots__ = ('sock', 'address', 'frames', 'session', 'steps', 'rid',
+                 'flushing', 'paused', 'out', 'out_bytes', 'sending',
+                 'secure', 'shaking', 'more', 'gone', 'ended', 'hanging',
+                 'deadline', 'moved', 'held', 'interest')
+
+    def __init__(self, sock, address, session, secure, now):
+        self.sock = sock
+        self.address = address
+        self.frames = Frames()      # received and not yet taken
+        self.session = session
+        self.steps = None           # running generator
+        self.rid = 0                # of the request it serves
+        self.flushing = False       # it writes the batch; puts may go on
+        self.paused = False         # it waits for room in `out`
+        self.out = collections.deque()
+        self.out_bytes = 0          # in out and in sending
+        self.sending = memoryview(b'')
+        self.secure = secure        # TLS
+        self.shaking = secure       # its handshake is not over
+        self.more = False           # reading stopped before it ran dry
+        self.gone = False           # the socket is closed
+        self.ended = False          # session.end() was started
+        self.hanging = False        # all is said; waiting for its end
+        self.deadline = now + LIMIT['seconds to authenticate']
+        self.moved = now            # when it last took what we sent
+        self.held = 0               # its share of the common budget
+        self.interest = 0           # what the selector watches
+
+    def send(self, kind, rid, body):
+        """Queue a frame."""
+        if not self.gone:
+            self.out.append(FRAME.pack(len(body), kind, rid))
+            self.out.append(body)
+            self.out_bytes += FRAME.size + len(body)
+
+    def gather(self):
+        """Have up to 256 KiB in `sending`; False if there is nothing.
+
+        A TLS write that must be repeated is repeated with the same bytes.
+        """
+        if not self.sending:
+            pieces, size = [], 0
+            while self.out and size < 256 * KIB:
+                pieces.append(self.out.popleft())
+                size += len(pieces[-1])
+            self.sending = memoryview(b''.join(pieces))
+        return bool(self.sending)
+
+
+class Loop:
+    """Serves a listening socket until stop() is called."""
+
+    def __init__(self, server, listener, context):
+        import selectors
+        import ssl
+        self.server = server
+        self.listener = listener
+        self.context = context          # ssl.SSLContext, or None behind one
+        self.want_more = (BlockingIOError, InterruptedError,
+                          ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self.want_write = ssl.SSLWantWriteError
+        self.read_event = selectors.EVENT_READ
+        self.write_event = selectors.EVENT_WRITE
+        self.selector = selectors.DefaultSelector()
+        self.pool = Pool(server, POOL_THREADS)
+        self.connections = set()
+        self.timers = []                # heap of (when, number, connection)
+        self.numbers = itertools.count()
+        self.now = time.monotonic()
+        self.checked = self.now         # when deadlines were last looked at
+        self.held = 0                   # bytes in all buffers
+        self.favoured = None            # may read although held is too much
+        self.stopping = 0               # 0, or when to stop at the latest
+        self.room = memoryview(bytearray(256 * KIB))    # to receive into
+
+    def stop(self):
+        """Take no more; what was received is finished.  Signal safe."""
+        self.stopping = self.stopping or (
+            time.monotonic() + LIMIT['seconds to finish'])
+        try:
+            os.write(self.pool.wake_w, b'.')
+        except OSError:
+            pass
+
+    def run(self):
+        """Until stop() and all is finished."""
+        self.listener.setblocking(False)
+        self.selector.register(self.listener, self.read_event, self.accept)
+        self.selector.register(self.pool.wake_r, self.read_event, None)
+        listening = True
+        while True:
+            if self.stopping and listening:
+                listening = False
+                self.selector.unregister(self.listener)
+                self.listener.close()
+            if self.stopping and self.settled():
+                break
+            self.turn()
+        for conn in list(self.connections):
+            self.hang_up(conn)
+        self.pool.close()
+        self.selector.close()
+
+    def settled(self):
+        """True when stopping and nothing is left to do, or no time."""
+        for conn in list(self.connections):
+            if (conn.steps is None and not conn.out_bytes
+                    and not conn.session.batch):
+                self.hang_up(conn)
+        return not self.connections or time.monotonic() > self.stopping
+
+    def turn(self):
+        """Wait for something to happen, and deal with it."""
+        ready = [c for c in self.connections if c.more and self.may_read(c)]
+        timeout = 0 if ready else 1
+        if self.timers:
+            timeout = min(timeout, max(0, self.timers[0][0]
+                                       - time.monotonic()))
+        events = self.selector.select(timeout)
+        self.now = time.monotonic()
+        for key, mask in events:
+            if key.data == self.accept:
+                self.accept()
+            elif key.data is not None:
+                self.guard(key.data, self.on_event, mask)
+        for conn, value, error in self.pool.finished():
+            self.guard(conn, self.resume, value, error)
+        for conn in ready:
+            if conn.more:
+                self.guard(conn, self.on_event, self.read_event)
+        while self.timers and self.timers[0][0] <= self.now:
+            self.guard(heapq.heappop(self.timers)[2], self.resume)
+        if self.now >= self.checked + 0.5:
+            self.checked = self.now
+            self.check_deadlines()
+
+    def guard(self, conn, method, *args):
+        """Call a method for a connection; an error costs it, not the rest."""
+        try:
+            method(conn, *args)
+        except OSError:
+            self.hang_up(conn)
+        except Exception as e:
+            self.server.perform_here(('log', 'connection of %s: %s: %s' % (
+                conn.address, type(e).__name__, e)))
+            conn.steps = None
+            self.hang_up(conn)
+        self.account(conn)
+
+    def accept(self):
+        """Take new connections, as many as may be unauthenticated."""
+        import socket
+        for _ in range(16):
+            try:
+                sock, address = self.listener.accept()
+            except OSError:
+                return
+            strangers = [c.address for c in self.connections
+                         if not c.session.machine and not c.gone]
+            if (len(strangers) >= LIMIT['unauthenticated']
+                    or strangers.count(address[0])
+                    >= LIMIT['unauthenticated per address']):
+                sock.close()
+                continue
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if self.context:
+                sock = self.context.wrap_socket(
+                    sock, server_side=True, do_handshake_on_connect=False)
+            self.welcome(sock, address[0])
+
+    def welcome(self, sock, address):
+        """Begin a session."""
+        session = Session(self.server, TRANSPORT_TLS)
+        conn = Connection(sock, address, session, bool(self.context),
+                          self.now)
+        self.connections.add(conn)
+        conn.interest = self.read_event
+        self.selector.register(sock, conn.interest, conn)
+        if not conn.shaking:
+            self.guard(conn, self.start, session.open(), 0)
+            self.guard(conn, self.advance)
+
+    def on_event(self, conn, mask):
+        """The socket can be read or written."""
+        if conn.gone:
+            return
+        if conn.shaking:
+            self.shake(conn)
+            return
+        if mask & self.write_event or conn.out_bytes:
+            self.write(conn)
+        if mask & self.read_event and (conn.hanging or self.may_read(conn)):
+            self.read(conn)
+        self.advance(conn)
+
+    def shake(self, conn):
+        """Go on with the TLS handshake."""
+        try:
+            conn.sock.do_handshake()
+        except self.want_write:
+            self.watch(conn, self.write_event)
+        except self.want_more:
+            self.watch(conn, self.read_event)
+        else:
+            conn.shaking = False
+            self.start(conn, conn.session.open(), 0)
+            self.advance(conn)
+
+    def read(self, conn):
+        """Receive until it runs dry or others should have their turn."""
+        size, conn.more = 0, False
+        while not conn.gone:
+            try:
+                count = conn.sock.recv_into(self.room)
+            except self.want_more:
+                return
+            if count == 0:
+                self.hang_up(conn)
+                return
+            if conn.hanging:
+                continue
+            conn.frames.buf += self.room[:count]
+            size += count
+            if size >= LIMIT['read at once'] or not self.may_read(conn):
+                conn.more = True
+                return
+
+    def write(self, conn):
+        """Send what is queued, as far as the socket takes it."""
+        while conn.gather():
+            try:
+                count = conn.sock.send(conn.sending)
+            except self.want_more:
+                return
+            conn.sending = conn.sending[count:]
+            conn.out_bytes -= count
+            conn.moved = self.now
+        if conn.paused:
+            conn.paused = False
+            self.resume(conn)
+
+    def may_read(self, conn):
+        """True if there is room for more from this connection."""
+        return (not self.stopping and not conn.session.over
+                and not conn.hanging and not conn.gone
+                and len(conn.frames.buf) < LIMIT['unparsed']
+                and (self.held < LIMIT['all connections']
+                     or conn is self.favoured))
+
+    def advance(self, conn):
+        """Begin what can be begun, then watch for what is needed."""
+        session = conn.session
+        while conn.steps is None or conn.flushing:
+            if conn.steps is None and (
+                    session.batch_bytes >= LIMIT['batch']):
+                self.start(conn, session.idle(), 0, True)
+            elif not self.take(conn):
+                break
+        if conn.steps is None and session.batch and not conn.more:
+            # The client may be waiting for its window.
+            self.start(conn, session.idle(), 0, True)
+        if conn.steps is None and conn.gone and not conn.ended:
+            conn.ended = True
+            self.start(conn, session.end(), 0)
+        if conn.ended and conn.steps is None:
+            self.connections.discard(conn)
+        if conn.out_bytes and not conn.gone:
+            self.write(conn)
+        self.part(conn)
+        self.watch_all(conn)
+
+    def take(self, conn):
+        """Take the next frame, if there is one that can be served now."""
+        session = conn.session
+        if session.over or conn.gone and conn.ended:
+            return False
+        conn.frames.ceiling = session.ceiling
+        try:
+            kind = conn.frames.peek()
+        except Refused as e:
+            session.over = True
+            conn.send(ERROR, 0, error_body(e.code, str(e)))
+            return False
+        if kind is None or conn.flushing and (
+                kind not in UNANSWERED
+                or session.batch_bytes >= LIMIT['batch in memory']):
+            return False
+        kind, rid, body = conn.frames.next()
+        if kind in UNANSWERED:
+            error = session.accept(kind, body)
+            if error:
+                conn.send(ERROR, rid, error)
+        else:
+            self.start(conn, session.handle(kind, body), rid)
+        return True
+
+    def start(self, conn, steps, rid, flushing=False):
+        """Run steps for a connection as far as they go."""
+        assert conn.steps is None
+        conn.steps, conn.rid, conn.flushing = steps, rid, flushing
+        self.step(conn, None, None)
+
+    def resume(self, conn, value=None, error=None):
+        """What the steps waited for has happened."""
+        if conn.steps is not None:
+            self.step(conn, value, error)
+        self.advance(conn)
+
+    def step(self, conn, value, error):
+        """Run the steps until they must wait or are over."""
+        steps = conn.steps
+        while True:
+            try:
+                wish = steps.throw(error) if error else steps.send(value)
+            except StopIteration:
+                conn.steps, conn.flushing = None, False
+                return
+            value = error = None
+            if wish[0] == 'answer':
+                conn.send(wish[1], wish[3] if len(wish) > 3 else conn.rid,
+                          wish[2])
+                if conn.out_bytes > LIMIT['out']:
+                    conn.paused = True
+                    return
+            elif wish[0] == 'wait':
+                heapq.heappush(self.timers, (self.now + wish[1],
+                                             next(self.numbers), conn))
+                return
+            elif wish[0] in ('now', 'random', 'log'):
+                value = self.server.perform_here(wish)
+            else:
+                self.pool.submit(conn, wish)
+                return
+
+    def part(self, conn):
+        """Once all is said to a client we want no more of, hang up.
+
+        Closing at once with its requests unread would reset the connection
+        and lose it our reason.
+        """
+        if (conn.session.over and conn.steps is None and not conn.gone
+                and not conn.out_bytes and not conn.hanging):
+            import socket
+            conn.hanging = True
+            conn.deadline = self.now + LINGER
+            conn.sock.shutdown(socket.SHUT_WR)
+
+    def hang_up(self, conn):
+        """Close the socket; the session ends when its request is over."""
+        if not conn.gone:
+            conn.gone = True
+            self.selector.unregister(conn.sock)
+            conn.sock.close()
+            conn.out.clear()
+            conn.sending, conn.out_bytes = memoryview(b''), 0
+            conn.frames.buf = bytearray()
+        if conn.paused:
+            conn.paused = False
+            self.guard(conn, self.resume)
+        elif conn.steps is None and not conn.ended:
+            self.guard(conn, self.advance)
+
+    def watch_all(self, conn):
+        """Watch a connection for what it is good for now."""
+        if conn.gone or conn.shaking:
+            return
+        interest = 0
+        if conn.hanging or self.may_read(conn):
+            interest |= self.read_event
+        if conn.out_bytes:
+            interest |= self.write_event
+        self.watch(conn, interest)
+
+    def watch(self, conn, interest):
+        """Have the selector watch for `interest`, which may be nothing."""
+        if interest == conn.interest:
+            return
+        if not interest:
+            self.selector.unregister(conn.sock)
+        elif not conn.interest:
+            self.selector.register(conn.sock, interest, conn)
+        else:
+            self.selector.modify(conn.sock, interest, conn)
+        conn.interest = interest
+
+    def account(self, conn):
+        """Keep the common budget, and somebody reading when it is spent."""
+        held = 0
+        if conn in self.connections:
+            held = (len(conn.frames.buf) + conn.session.batch_bytes
+                    + conn.out_bytes)
+        before = self.held
+        self.held += held - conn.held
+        conn.held = held
+        most = LIMIT['all connections']
+        if self.held < most <= before:
+            self.favoured = None
+            for other in self.connections:
+                self.watch_all(other)
+        elif self.held >= most and (
+                self.favoured not in self.connections):
+            # The one that is nearest to a whole request.
+            self.favoured = max(self.connections,
+                                key=lambda c: len(c.frames.buf), default=None)
+            if self.favoured:
+                self.watch_all(self.favoured)
+
+    def check_deadlines(self):
+        """Let go of clients that are late, and of what others want."""
+        for conn in list(self.connections):
+            late = conn.hanging or not conn.session.machine
+            stuck = conn.out_bytes and (
+                self.now > conn.moved + LIMIT['seconds to drain'])
+            if not conn.gone and (late and self.now > conn.deadline or stuck):
+                self.hang_up(conn)
+            if not conn.out_bytes:
+                conn.moved = self.now
+        for session in list(self.server.open.values()):
+            if session.tx and not session.busy and (
+                    session.tx.spool.wanted()):
+                session.expire().close()
+
+
+def listen(address):
+    """A listening socket at HOST:PORT; ServerError if it cannot be had."""
+    import socket
+    host, _, port = address.rpartition(':')
+    host = host.strip('[]')
+    if not port.isdigit() or int(port) > 65535:
+        raise ServerError('listen address %s is not HOST:PORT' % address)
+    try:
+        found = socket.getaddrinfo(host or '::', int(port), 0,
+                                   socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        return listen_at(socket, found[0])
+    except OSError as e:
+        if host in ('', '::') and e.errno in (errno.EAFNOSUPPORT,
+                                              errno.EADDRNOTAVAIL):
+            return listen('0.0.0.0:' + port)
+        raise ServerError('cannot listen on %s: %s'
+                          % (address, e.strerror or e)) from None
+
+
+def listen_at(socket, found):
+    """A listening socket for one answer of getaddrinfo."""
+    sock = socket.socket(found[0], socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if found[0] == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(found[4])
+        sock.listen(1024)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def tls_context(path):
+    """The SSLContext of a server directory: TLS 1.3, no resumption."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0
+    try:
+        context.load_cert_chain(os.path.join(path, 'tls.crt'),
+                                os.path.join(path, 'tls.key'))
+    except (OSError, ssl.SSLError) as e:
+        raise ServerError('%s: tls.crt and tls.key: %s'
+                          % (path, e.strerror or e)) from None
+    return context
+
+
+def serve_one(server, listener, context):
+    """Serve in this process until SIGTERM or SIGINT."""
+    import signal
+    # A thread of the pool must not hold the loop up for the default 5 ms.
+    sys.setswitchinterval(0.0005)
+    loop = Loop(server, listener, context)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.stop())
+    loop.run()
+    server.close()
+
+
+def serve_many(server, listener, context, workers):
+    """Serve in `workers` processes, replacing those that die."""
+    import signal
+    children, stopping = set(), []
+
+    def stop(*_):
+        stopping.append(True)
+        for child in children:
+            os.kill(child, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    started = time.monotonic() - 1
+    while children or not stopping:
+        while len(children) < workers and not stopping:
+            # One that dies at once must not make us a fork bomb.
+            time.sleep(max(0, started + 0.1 - time.monotonic()))
+            started = time.monotonic()
+            child = os.fork()
+            if child == 0:
+                serve_child(server, listener, context)
+            children.add(child)
+        try:
+            children.discard(os.wait()[0])
+        except ChildProcessError:
+            pass
+
+
+def serve_child(server, listener, context):
+    """A worker process; does not return."""
+    status = 1
+    try:
+        serve_one(server, listener, context)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+##############################################################################
+# Commands
+#
+# The command line: `tarsnapd.py COMMAND SRV ...`.  Results on stdout, one line
+# on stderr for whatever is wrong, exit 1.
+##############################################################################
+
+USAGE = '''\
+usage: tarsnapd.py init SRV [--listen HOST:PORT]
+       tarsnapd.py fingerprint | cert | stat | rebuild SRV
+       tarsnapd.py serve SRV [--listen HOST:PORT] [--workers N]
+       tarsnapd.py user SRV add | passwd | delete NAME
+       tarsnapd.py user SRV list
+       tarsnapd.py machine SRV list
+       tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
+       tarsnapd.py index-dump SRV MACHINE
+       tarsnapd.py --version | --help
+'''
+
+
+def say(line):
+    print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
+
+
+def open_server(path):
+    """The Server of an existing server directory."""
+    if not os.path.isdir(path):
+        raise ServerError('%s: no such directory' % path)
+    if not is_server(path):
+        raise ServerError('%s: not a server directory; "tarsnapd.py init" '
+                          'makes one' % path)
+    return Server(path, say)
+
+
+def command_init(args):
+    """Make a server directory; its fingerprint on stdout."""
+    options, (path,) = take_options(args, {'--listen': True}, 1)
+    listen_check(options.get('--listen', ':0'))
+    server_create(path, options.get('--listen', ''))
+    if certificate_serial(path) == 0:
+        certificate_renew(path)
+    print(open_server(path).fingerprint())
+
+
+def listen_check(address):
+    if not address.rpartition(':')[2].isdigit():
+        raise ServerError('listen address %s is not HOST:PORT' % address)
+
+
+def command_fingerprint(args):
+    """What clients pin."""
+    _, (path,) = take_options(args, {}, 1)
+    print(open_server(path).fingerprint())
+
+
+def command_cert(args):
+    """A new certificate; pins stay good."""
+    _, (path,) = take_options(args, {}, 1)
+    open_server(path)
+    certificate_renew(path)
+
+
+def command_user(args):
+    """Accounts: who may register machines."""
+    _, words = take_options(args, {}, 2, 3)
+    path, verb, name = (words + [''])[:3]
+    if (verb == 'list') != (len(words) == 2) or verb not in (
+            'add', 'passwd', 'delete', 'list'):
+        raise ServerError('user SRV add|passwd|delete NAME, or user SRV list')
+    server = open_server(path)
+    if verb == 'list':
+        for user in server.run(account_list()):
+            print(user)
+    elif verb == 'delete':
+        server.run(account_delete(name))
+    else:
+        if not 0 < len(name.encode()) < 256 or not name.isprintable():
+            raise ServerError('a user name has 1 to 255 printable bytes')
+        server.run(account_set(name, read_password(), verb == 'add'))
+
+
+def read_password():
+    """First line of stdin, without its end; asked for on a terminal."""
+    if sys.stdin.isatty():
+        import getpass
+        password = getpass.getpass('Password: ')
+        if getpass.getpass('Again: ') != password:
+            raise ServerError('the passwords differ')
+        data = password.encode()
+    else:
+        data = sys.stdin.buffer.readline().rstrip(b'\r\n')
+    if not data:
+        raise ServerError('empty password')
+    return data
+
+
+def command_machine(args):
+    """Registered machines: number, user, name."""
+    _, words = take_options(args, {}, 2)
+    if words[1] != 'list':
+        raise ServerError('machine SRV list')
+    server = open_server(words[0])
+    for number in server.run(machine_numbers()):
+        machine = server.run(machine_load(number))
+        print('%016x %s %s' % (number, machine.user or '-',
+                               printable(machine.name)))
+
+
+def printable(text):
+    return ''.join(c if c.isprintable() else '?' for c in text)
+
+
+def command_stat(args):
+    """How much there is."""
+    _, (path,) = take_options(args, {}, 1)
+    server = open_server(path)
+    states = [server.run(catch_up(number))
+              for number in server.run(machine_numbers())]
+    print('machines %d' % len(states))
+    print('archives %d' % sum(s.archives for s in states))
+    print('blocks %d' % sum(s.blocks for s in states))
+    print('bytes %d' % sum(s.bytes for s in states))
+    server.close()
+
+
+def command_rebuild(args):
+    """Make every index anew from the log."""
+    _, (path,) = take_options(args, {}, 1)
+    server = open_server(path)
+    for number in server.run(machine_numbers()):
+        server.perform(('index', number, 'reset'))
+        server.run(catch_up(number))
+    server.close()
+
+
+def command_index_dump(args):
+    """The index of a machine as text."""
+    _, (path, machine) = take_options(args, {}, 2)
+    server = open_server(path)
+    number = machine_number(machine)
+    if server.run(machine_load(number)) is None:
+        raise ServerError('no machine %s' % machine)
+    server.run(catch_up(number))
+    for line in server.perform(('index', number, 'dump')):
+        print(line)
+    server.close()
+
+
+def machine_number(text):
+    """A machine number as machine list prints it (16 hex) or in decimal."""
+    try:
+        return int(text, 16 if len(text) == 16 else 10)
+    except ValueError:
+        raise ServerError('%s is not a machine number' % text) from None
+
+
+def command_serve(args):
+    """Serve until SIGTERM."""
+    options, (path,) = take_options(
+        args, {'--listen': True, '--workers': True}, 1)
+    server = open_server(path)
+    server.certificate_load()
+    context = None
+    if not server.conf.get('front-certificate'):
+        context = tls_context(path)
+    workers = options.get('--workers') or server.conf.get('workers', '1')
+    if not workers.isdigit() or not 1 <= int(workers) <= 256:
+        raise ServerError('workers must be a number from 1 to 256')
+    raise_limit()
+    listener = listen(options.get('--listen') or server.conf.get('listen')
+                      or '[::]:%d' % PORT)
+    host, port = listener.getsockname()[:2]
+    say('listening on %s:%d' % ('[%s]' % host if ':' in host else host,
+                                port))
+    if int(workers) > 1:
+        serve_many(server, listener, context, int(workers))
+    else:
+        serve_one(server, listener, context)
+
+
+def raise_limit():
+    """As many descriptors as we may have: a connection needs one."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            pass
+
+
+def command_session(args):
+    """The protocol on stdin and stdout."""
+    options, (path,) = take_options(
+        args, {'--stdio': False, '--machine': True, '--roles': True}, 1)
+    if '--stdio' not in options:
+        raise ServerError('session needs --stdio')
+    machine, roles = options.get('--machine'), options.get('--roles')
+    if machine is not None:
+        machine = machine_number(machine)
+    if roles is not None and not set(roles) <= set('rwdn'):
+        raise ServerError('roles are letters of rwdn')
+    local = open_local(path, True, 'stdio', machine, roles)
+    Pipe(local, 0, 1).run()
+
+
+def take_options(args, known, least, most=None):
+    """Split arguments into ({option: value}, words); ServerError if wrong.
+
+    `known` says of each option whether it takes a value.
+    """
+    options, words, args = {}, [], list(args)
+    while args:
+        arg = args.pop(0)
+        name, equals, value = arg.partition('=')
+        if not arg.startswith('--') or arg == '--':
+            words.append(arg)
+        elif name not in known or (equals and not known[name]):
+            raise ServerError('unknown option %s' % arg)
+        elif not known[name] or equals:
+            options[name] = value
+        elif args:
+            options[name] = args.pop(0)
+        else:
+            raise ServerError('option %s needs a value' % name)
+    if not least <= len(words) <= (most or least):
+        raise ServerError('wrong number of arguments; see --help')
+    return options, words
+
+
+COMMANDS = {
+    'init': command_init,
+    'fingerprint': command_fingerprint,
+    'cert': command_cert,
+    'user': command_user,
+    'machine': command_machine,
+    'serve': command_serve,
+    'session': command_session,
+    'rebuild': command_rebuild,
+    'index-dump': command_index_dump,
+    'stat': command_stat,
+}
+
+
+##############################################################################
+# Main
+##############################################################################
+
+
+def main(argv):
+    """Run a command; the exit status."""
+    if argv[:1] == ['--version']:
+        print('tarsnapd %s' % VERSION)
+        return 0
+    if argv[:1] in (['--help'], ['-h']):
+        print(USAGE, end='')
+        return 0
+    try:
+        if not argv or argv[0] not in COMMANDS:
+            raise ServerError('%s; see --help' % (
+                'unknown command %s' % argv[0] if argv else 'no command'))
+        COMMANDS[argv[0]](argv[1:])
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    except (ServerError, StoreError, Refused) as e:
+        say(str(e))
+    except OSError as e:
+        say('%s: %s' % (e.filename or argv[0], e.strerror or e))
+    except Exception as e:
+        say('%s: %s: %s' % (argv[0], type(e).__name__, e))
+    return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
+"""Runs the tests: each module in a process of its own, two at a time.
+
+usage: tests/run.py [-j N] [-t SECONDS] [-p PATTERN] [-v] [MODULE ...]
+
+A module's output is kept together and shown when it fails (always with -v).
+A module that takes more than SECONDS is killed, by the number of the process
+that was started for it.  At the end: the reason of each skip, the slowest
+tests, and one line `N passed, N failed, N skipped`.  Exit status 1 if a test
+failed, if none ran, or, where CI is set in the environment, if one was
+skipped.  `python3 -m unittest discover -s tests` runs the same tests.
+
+If TALLY is set in the environment, the three numbers are appended to the file
+it names.
+"""
+
+import argparse
+import concurrent.futures
+import fnmatch
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+
+
+class Result(unittest.TextTestResult):
+    """Remembers seconds, skips and failures by test name."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seconds = {}       # test -> seconds
+        self.begun = 0.0        # of the running test
+        self.passed = 0
+        self.bad = set()        # tests that failed, however often
+
+    def startTest(self, test):
+        self.begun = time.monotonic()
+        super().startTest(test)
+
+    def stopTest(self, test):
+        self.seconds[test.id()] = time.monotonic() - self.begun
+        super().stopTest(test)
+
+    def addSuccess(self, test):
+        self.passed += 1
+        super().addSuccess(test)
+
+    def addExpectedFailure(self, test, err):
+        self.passed += 1
+        super().addExpectedFailure(test, err)
+
+    def addFailure(self, test, err):
+        self.bad.add(test.id())
+        super().addFailure(test, err)
+
+    def addError(self, test, err):
+        self.bad.add(test.id())
+        super().addError(test, err)
+
+    def addSubTest(self, test, subtest, err):
+        if err is not None:
+            self.bad.add(test.id())
+        super().addSubTest(test, subtest, err)
+
+    def addUnexpectedSuccess(self, test):
+        self.bad.add(test.id())
+        super().addUnexpectedSuccess(test)
+
+
+def child(module, report):
+    """Run one module in this process; its figures go to file `report`."""
+    sys.path[:0] = [TESTS, ROOT]
+    suite = unittest.defaultTestLoader.loadTestsFromName(module)
+    result = unittest.TextTestRunner(
+        stream=sys.stdout, verbosity=2, resultclass=Result).run(suite)
+    with open(report, 'w') as file:
+        json.dump({
+            'passed': result.passed,
+            'failed': len(result.bad),
+            'skipped': [(test.id(), why) for test, why in result.skipped],
+            'seconds': result.seconds,
+        }, file)
+
+
+def run(module, limit):
+    """Run `module` in a child; (figures, its output, seconds it took)."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix='tests-') as temp:
+        report = os.path.join(temp, 'report')
+        with open(os.path.join(temp, 'output'), 'w+b') as output:
+            process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), '--child', report,
+                 module], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True)
+            note = ''
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                note = 'killed after %d seconds\n' % limit
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            text = output.read().decode('utf-8', 'replace') + note
+        try:
+            with open(report) as file:
+                figures = json.load(file)
+        except (OSError, ValueError):
+            figures = {'passed': 0, 'failed': 1, 'skipped': [], 'seconds': {}}
+            text += 'the module did not run to its end (exit status %d)\n' \
+                % process.returncode
+    return figures, text, time.monotonic() - begun
+
+
+def modules(pattern):
+    """Names of the test modules that match, the largest file first."""
+    names = [name for name in os.listdir(TESTS)
+             if fnmatch.fnmatch(name, pattern)]
+    names.sort(key=lambda name: (
+        -os.path.getsize(os.path.join(TESTS, name)), name))
+    return [name[:-len('.py')] for name in names]
+
+
+def run_all(names, jobs, limit, verbose):
+    """Run them, printing as they end; the sum of their figures."""
+    total = {'passed': 0, 'failed': 0, 'skipped': [], 'seconds': {}}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run, name, limit): name for name in names}
+        for future in concurrent.futures.as_completed(running):
+            figures, text, seconds = future.result()
+            print('%-32s %6.1f s  %3d passed, %d failed, %d skipped' % (
+                running[future], seconds, figures['passed'],
+                figures['failed'], len(figures['skipped'])))
+            if verbose or figures['failed']:
+                print(text, end='' if text.endswith('\n') else '\n')
+            sys.stdout.flush()
+            for key in ('passed', 'failed', 'skipped'):
+                total[key] += figures[key]
+            total['seconds'].update(figures['seconds'])
+    return total
+
+
+def main():
+    if sys.argv[1:2] == ['--child']:
+        child(sys.argv[3], sys.argv[2])
+        return 0
+    parser = argparse.ArgumentParser(description='Runs the tests.')
+    parser.add_argument('-j', type=int, default=2, metavar='N',
+                        help='modules at once (default 2)')
+    parser.add_argument('-t', type=float, default=600, metavar='SECONDS',
+                        help='most for one module (default 600)')
+    parser.add_argument('-p', default='test*.py', metavar='PATTERN',
+                        help='modules to run (default test*.py)')
+    parser.add_argument('-v', action='store_true',
+                        help='show the output of all modules')
+    parser.add_argument('modules', nargs='*', metavar='MODULE')
+    args = parser.parse_args()
+    names = [os.path.basename(name)[:-3] if name.endswith('.py') else name
+             for name in args.modules] or modules(args.p)
+    begun = time.monotonic()
+    total = run_all(names, args.j, args.t, args.v)
+    for test, why in total['skipped']:
+        print('skipped: %s: %s' % (test, why))
+    slow = sorted(total['seconds'].items(), key=lambda item: -item[1])
+    for test, seconds in slow[:8]:
+        print('slow: %6.1f s  %s' % (seconds, test))
+    print('Python %s, %d modules, %.0f seconds' % (
+        sys.version.split()[0], len(names), time.monotonic() - begun))
+    numbers = (total['passed'], total['failed'], len(total['skipped']))
+    if os.environ.get('TALLY'):
+        with open(os.environ['TALLY'], 'a') as file:
+            file.write('%d %d %d\n' % numbers)
+    if os.environ.get('CI') and numbers[2]:
+        print('a skipped test is a failure where CI is set')
+    if not sum(numbers):
+        print('no test ran')
+    print('%d passed, %d failed, %d skipped' % numbers)
+    failed = numbers[1] or not numbers[0] or (os.environ.get('CI')
+                                              and numbers[2])
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
