@@ -49,7 +49,7 @@ tools:
 		echo "installing$$missing"; \
 		(apt-get -q update && DEBIAN_FRONTEND=noninteractive \
 		    apt-get -q -y --no-install-recommends install $$missing) \
-		    >/dev/null; \
+		    >/dev/null || echo 'that failed; tests will say so'; \
 	fi
 
 # ruff, or where there is none a virtual environment with it.

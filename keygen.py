@@ -23,8 +23,8 @@ Map of this file, bottom up:
     tarsnap-keymgmt     subsets of keys, and what is in one
     programs            exit statuses and messages
 
-What a key file holds for each role, and the bytes of it, is in tarsnap.py and
-tarsnap-format(5); the exchange with the server in tarsnap-protocol(7).
+The bytes of a key file are in tarsnap-format(5), the exchange with the server
+in tarsnap-protocol(7).
 """
 
 import hmac
@@ -41,7 +41,7 @@ from tarsnap import (ROLE_DELETE, ROLE_NAME, ROLE_NUKE, ROLE_READ, ROLE_WRITE,
 ##############################################################################
 # Options
 #
-# Hand-written, since the tools' contract is not argparse's: short flags bundle,
+# Hand-written: the tools' contract is not argparse's.  Short flags bundle,
 # long ones are never abbreviated, what may be said once is an error said
 # twice, and a usage error exits 1.  Knows no meanings.
 ##############################################################################
@@ -119,8 +119,8 @@ def seconds_parse(text, option):
 ##############################################################################
 # New key files
 #
-# Made with their final name and mode before anything else happens, so that no
-# registered key is ever lost for want of a place to write it.
+# Made before anything else happens, so that no registered key is ever lost for
+# want of a place to write it.
 ##############################################################################
 
 PROTECTION = {'--passphrased': FLAG, '--passphrase-mem': ONCE,
@@ -151,8 +151,7 @@ class Protection:
         self.asks = tarsnap.ask_passphrase(self.method)
         self.secret = None
         if self.wanted and not self.method.startswith('dev:'):
-            # No question asked: fail now rather than after registering.
-            self.secret = self.ask('')
+            self.secret = self.ask('')      # fail before registering
 
     def ask(self, path):
         """The new passphrase (bytes), or None if there is to be none."""
@@ -287,8 +286,7 @@ def register(channel, key, user, password):
     log_n, r, p = reader.u8(), reader.u32(), reader.u32()
     reader.end()
     second = bytes([len(name)]) + name + b''.join(
-        key.sign_pubs[role] for role in (ROLE_READ, ROLE_WRITE, ROLE_DELETE,
-                                         ROLE_NUKE))
+        public for _, public in sorted(key.sign_pubs.items()))
     proof = bytes(32)
     if user:
         if not LOG_N_MIN <= log_n <= LOG_N_MAX or (r, p) != (SCRYPT_R,
@@ -297,8 +295,8 @@ def register(channel, key, user, password):
                               'server uses (2^%d, %d, %d); the password was '
                               'not used' % (channel.server, log_n, r, p))
         derived = tarsnap.scrypt_derive(password, salt, log_n, r, p, 32)
-        proof = proof_make(derived,
-                           channel.wait_statement() + first + second)
+        transcript = channel.wait_statement() + first + second
+        proof = proof_make(derived, transcript)
     reader = answer(channel, tarsnap.REGISTERED, tarsnap.REGISTER2,
                     second + proof)
     key.machine, key.store = reader.u64(), reader.take(16)
@@ -433,9 +431,8 @@ usage: tarsnap-keymgmt --outkeyfile FILE [-rwd] [--prune] [--nuke]
            [--passphrased] [--passphrase-mem SIZE]
            [--passphrase-time SECONDS] [--new-passphrase METHOD:ARG]
            [--passphrase METHOD:ARG] [--force-resources] KEYFILE ...
-       tarsnap-keymgmt --print-key-id KEYFILE
-       tarsnap-keymgmt --print-key-permissions KEYFILE
-       tarsnap-keymgmt --print-fingerprint KEYFILE
+       tarsnap-keymgmt --print-key-id | --print-key-permissions |
+           --print-fingerprint KEYFILE
        tarsnap-keymgmt --version | --help
 """
 
@@ -507,17 +504,16 @@ def merge(keys, roles):
 def permissions(key):
     """The sentence of --print-key-permissions; scripts look for its words."""
     can = {role for role in ROLE_NAME if key.can(role)}
-    words = ['reading'] * (ROLE_READ in can) + ['writing'] * (
-        ROLE_WRITE in can)
+    words = ['reading'] * (ROLE_READ in can)
+    words += ['writing'] * (ROLE_WRITE in can)
     if KEYMGMT_ROLES['-d'] <= can:
         words.append('deleting')
     else:
         words += ['pruning'] * (ROLE_DELETE in can)
         words += ['nuking'] * (ROLE_NUKE in can)
+    text = ' and '.join(words) or 'nothing'
     if len(words) > 2:
         text = '%s, and %s' % (', '.join(words[:-1]), words[-1])
-    else:
-        text = ' and '.join(words) or 'nothing'
     return 'This key has permissions for: %s.' % text
 
 
@@ -573,7 +569,8 @@ def run(program, body, usage, words):
     except KeyboardInterrupt:
         return 130
     except OSError as e:
-        complain(program, '%s: %s' % (e.filename or 'system', e.strerror or e))
+        complain(program, '%s: %s' % (e.filename or 'system call',
+                                      e.strerror or e))
     except Exception as e:
         complain(program, 'internal error: %s: %s' % (type(e).__name__, e))
     return 1

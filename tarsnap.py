@@ -7,14 +7,15 @@ restored.  Python >= 3.9 and the `cryptography` package; nothing else.
 
 The way of the data, going out:
 
-    walk -> entries -> pages of 512 -> unchanged since last time? reuse the page
+    walk -> entries -> pages of 512 -> as they were last time? reuse the page
          -> read, cut into chunks   (boundaries from a secret PRF)
          -> name, look up, deflate, pad, seal            (a pool of threads)
          -> blocks, pipelined to the server, which sees sizes and nothing else
          -> one signed commit object: the archive exists, or nothing happened
 
-and coming back: a record names lists, lists name pages, pages name chunks; each
-is fetched ahead, opened, and compared with its name before a byte of it is used.
+and coming back: a record names lists, lists name pages, pages name chunks;
+each is fetched ahead, opened, and compared with its name before a byte of it
+is used.
 
 Map of this file, bottom up; no section uses a name from a later one:
 
@@ -204,8 +205,8 @@ def fsync_dir(path):
 ##############################################################################
 # Wire
 #
-# Frames, their types, error codes and ceilings: tarsnap-protocol(7).  The server
-# has its own copy of these numbers; a test holds the two equal.
+# Frames, their types, error codes and ceilings: tarsnap-protocol(7).  The
+# server has its own copy of these numbers; a test holds the two equal.
 ##############################################################################
 
 PROTOCOL = 1
@@ -392,6 +393,8 @@ class Sealer:
             return fresh[1:]
         from cryptography.hazmat.primitives.asymmetric import x25519
         with self.lock:
+            if self.fresh and self.fresh[0] == os.getpid():
+                return self.fresh[1:]       # another thread made it
             esk = x25519.X25519PrivateKey.generate()
             epk = raw_public(esk)
             secrets = {}
@@ -1037,10 +1040,10 @@ def passphrase_file(path):
 ##############################################################################
 # Formats: rows, index blocks, records
 #
-# The plain bytes of everything but chunks: tarsnap-format(5).  A page holds the
-# rows of a run of entries; a list holds the names of pages, or of the extents
-# of one large file.  No plaintext here holds anything that is not a function
-# of the tree.  Encoding and decoding only.
+# The plain bytes of everything but chunks: tarsnap-format(5).  A page holds
+# the rows of a run of entries; a list holds the names of pages, or of the
+# extents of one large file.  No plaintext here holds anything that is not a
+# function of the tree.  Encoding and decoding only.
 ##############################################################################
 
 FILE, DIRECTORY, SYMLINK, FIFO, CHARDEV, BLOCKDEV = b'-dlpcb'
@@ -1151,6 +1154,7 @@ def row_pack(entry):
 
 
 def xattrs_pack(xattrs):
+    """(name, value bytes or kid number) pairs, counted."""
     out = [U16.pack(len(xattrs))]
     for name, value in xattrs:
         out += (U8.pack(len(name)), name)
@@ -1412,7 +1416,7 @@ def record_meta(record, part):
 # One date or time in an archive's name is what makes it one of a series.
 SERIES_DATE = re.compile(
     rb'(?<!\d)(?:\d{4}-\d\d-\d\d|\d{8})'
-    rb'(?:[-_T. ]?\d\d[-:_.]?\d\d(?:[-:_.]?\d\d)?)?(?!\d)'
+    rb'(?:[-_T. ]?\d\d[-:_.]?\d\d(?:[-:_.]?\d\d)?(?!-?\d))?(?!\d)'
     rb'|(?<!\d)1\d{9}(?!\d)')
 
 
@@ -1716,6 +1720,8 @@ class TlsLink:
     def fileno(self):
         return self.sock.fileno()
 
+    write_fileno = fileno
+
     def read(self):
         """What has come: bytes, None for nothing yet, b'' for the end."""
         import ssl
@@ -1770,6 +1776,7 @@ class PipeLink:
         return ssh + ['-T'] + (['-p', port] if port else []) + [host, far]
 
     def open(self):
+        """Start ssh; it asks for what it wants on the terminal."""
         import subprocess
         try:
             self.child = subprocess.Popen(
@@ -1782,6 +1789,9 @@ class PipeLink:
 
     def fileno(self):
         return self.child.stdout.fileno()
+
+    def write_fileno(self):
+        return self.child.stdin.fileno()
 
     def read(self):
         try:
@@ -1799,6 +1809,7 @@ class PipeLink:
         return 0
 
     def close(self):
+        """End the session: the far end sees its input closed."""
         if self.child:
             for pipe in (self.child.stdin, self.child.stdout):
                 pipe.close()
@@ -1820,6 +1831,7 @@ class LocalLink:
         self.local = None
 
     def open(self):
+        """Open the directory, in the thread that will serve it."""
         try:
             import tarsnapd
         except ImportError:
@@ -1987,6 +1999,8 @@ class Channel:
                 self.wake_w = -1
 
     def run_local(self):
+        """Serve requests in this thread; idle() when there are none."""
+        import select
         local = self.link.local
         self.deliver(STATEMENT, 0, local.statement)
         while True:
@@ -2003,41 +2017,27 @@ class Channel:
                 self.deliver(*answer)
             if closing:
                 return
-            import select
             select.select([self.wake_r], [], [])
             os.read(self.wake_r, 4096)
 
     def run_socket(self):
+        """Move bytes both ways until close() and all is sent."""
         import selectors
-        selector = selectors.DefaultSelector()
-        link, both = self.link, selectors.EVENT_READ | selectors.EVENT_WRITE
-        selector.register(link.fileno(), selectors.EVENT_READ, 'in')
-        selector.register(self.wake_r, selectors.EVENT_READ, 'wake')
-        pipe = link.transport == TRANSPORT_STDIO
-        sending, buf = memoryview(b''), bytearray()
-        want = False
-        with selector:
+        link, buf = self.link, bytearray()
+        sending, done = memoryview(b''), False
+        with selectors.DefaultSelector() as selector:
+            selector.register(link.fileno(), selectors.EVENT_READ)
+            selector.register(self.wake_r, selectors.EVENT_READ)
             while True:
                 if not sending:
                     sending, done = self.gather()
-                    if done:
-                        return
+                if done:
+                    return
                 if sending:
                     sending = sending[link.write(sending):]
-                if bool(sending) != want:
-                    want = bool(sending)
-                    if not pipe:
-                        selector.modify(link.fileno(), both if want else
-                                        selectors.EVENT_READ, 'in')
-                    elif want:
-                        selector.register(link.child.stdin.fileno(),
-                                          selectors.EVENT_WRITE, 'out')
-                    else:
-                        selector.unregister(link.child.stdin.fileno())
+                self.watch(selector, bool(sending))
                 if not link.pending():
-                    for key, _ in selector.select():
-                        if key.data == 'wake':
-                            os.read(self.wake_r, 4096)
+                    self.listen(selector)
                 data = link.read()
                 if data == b'':
                     raise ChannelLost('Connection closed by %s' % self.server)
@@ -2045,6 +2045,27 @@ class Channel:
                     self.bytes_in += len(data)
                     buf += data
                     self.parse(buf)
+
+    def watch(self, selector, writing):
+        """Wait for room to write too, or no longer."""
+        import selectors
+        fd, reader = self.link.write_fileno(), self.link.fileno()
+        read = selectors.EVENT_READ if fd == reader else 0
+        events = read | (selectors.EVENT_WRITE if writing else 0)
+        known = selector.get_map().get(fd)
+        if known is None:
+            if events:
+                selector.register(fd, events)
+        elif not events:
+            selector.unregister(fd)
+        elif known.events != events:
+            selector.modify(fd, events)
+
+    def listen(self, selector):
+        """Sleep until something can be done."""
+        for key, _ in selector.select():
+            if key.fd == self.wake_r:
+                os.read(self.wake_r, 4096)
 
     def gather(self):
         """Up to about 1 MiB of queued frames as one view; True to stop."""
@@ -2202,6 +2223,7 @@ class Remote:
             return channel
 
     def connect_once(self):
+        """One try: who the server is, then who we are; RemoteError."""
         self.close()
         channel = Channel(self.server)
         try:
@@ -2217,12 +2239,13 @@ class Remote:
 
     def ask(self, kind, *body):
         """All answers to a request that may be repeated, up to its OK."""
-        while True:
+        for _ in WAITS:
             channel = self.connect()
             try:
                 return list(channel.stream(channel.post(kind, *body)))
-            except ChannelLost:
-                continue
+            except ChannelLost as e:
+                lost = e
+        raise RemoteError('Too many network failures: %s' % lost)
 
     def close(self):
         if self.channel:
@@ -2272,7 +2295,8 @@ class Patterns:
         """True if --exclude takes `path` out."""
         if not self.excludes:
             return False
-        if self.names and not self.names.isdisjoint(path.split(b'/')):
+        path = path_trim(path)
+        if self.names and names_in(self.names, path.split(b'/')):
             return True
         return bool(self.exclude and self.exclude.search(path))
 
@@ -2283,6 +2307,7 @@ class Patterns:
         """
         if not self.includes:
             return True
+        path = path_trim(path)
         hit = bool(self.plain) and self.literal(path)
         for expression, number in self.wild:
             if hit and number not in self.missed:
@@ -2294,8 +2319,6 @@ class Patterns:
 
     def literal(self, path):
         """True if `path` or a directory above it is named literally."""
-        if path.startswith(b'./'):
-            path = DOT_SLASH.sub(b'', path, count=1)
         hit = False
         while path:
             found = self.plain.get(path)
@@ -2319,11 +2342,32 @@ class Patterns:
         return set(self.plain) if self.plain and not self.wild else None
 
 
+def path_trim(path):
+    """`path` without leading './', which means nothing."""
+    if path.startswith(b'./'):
+        return DOT_SLASH.sub(b'', path, count=1)
+    return path
+
+
+def names_in(names, parts):
+    """True if a name of `names` stands somewhere in the path `parts`.
+
+    `names`: number of components -> set of names of that many.
+    """
+    for count, known in names.items():
+        if count == 1:
+            if not known.isdisjoint(parts):
+                return True
+            continue
+        for at in range(len(parts) - count + 1):
+            if b'/'.join(parts[at:at + count]) in known:
+                return True
+    return False
+
+
 def pattern_trim(pattern):
     """Without leading './' and trailing '/', which mean nothing."""
-    pattern = SLASHES.sub(b'/', pattern)
-    pattern = DOT_SLASH.sub(b'', pattern, count=1) \
-        if pattern.startswith(b'./') else pattern
+    pattern = path_trim(SLASHES.sub(b'/', pattern))
     if len(pattern) > 1 and pattern.endswith(b'/') \
             and not pattern.endswith(b'\\/'):
         pattern = pattern[:-1]
@@ -2341,30 +2385,26 @@ def pattern_literal(pattern):
 def pattern_compile(pattern):
     """An expression that matches paths from their start."""
     pattern = pattern_trim(pattern)
-    return re.compile(b'(?s)' + pattern_start(pattern) + glob(pattern))
-
-
-def pattern_start(pattern):
-    """A leading './' of a path is skipped where `pattern` can follow it."""
-    return b'' if pattern[:1] == b'/' else rb'(?:\./+)*'
+    return re.compile(b'(?s)' + glob(pattern))
 
 
 def exclude_compile(patterns):
-    """(single names, expression): what --exclude takes out.
+    """(names, expression): what --exclude takes out.
 
     A pattern is tried at the start and after every '/', unless it begins
-    with '/' or '*'.  Plain names, most patterns of a long list, are a set.
+    with '/' or '*'.  Plain names, most patterns of a long list, are looked
+    up instead: see names_in.
     """
-    names, forms = set(), []
+    names, forms = {}, []
     for pattern in patterns:
         literal = pattern_literal(pattern)
-        if literal and b'/' not in literal and literal != b'.':
-            names.add(literal)
+        if literal and not literal.startswith(b'/'):
+            count = literal.count(b'/') + 1
+            names.setdefault(count, set()).add(literal)
             continue
         pattern = pattern_trim(pattern)
-        if pattern:
-            anchor = rb'\A' if pattern[:1] in (b'/', b'*') else rb'(?:\A|/)'
-            forms.append(anchor + pattern_start(pattern) + glob(pattern))
+        anchor = rb'\A' if pattern[:1] in (b'/', b'*') else rb'(?:\A|/)'
+        forms.append(anchor + glob(pattern))
     return names, forms and re.compile(b'(?s)' + b'|'.join(forms))
 
 
@@ -2471,9 +2511,9 @@ def say(line, end=b'\n'):
 ##############################################################################
 # History: what the server says happened, checked
 #
-# The chain of signed commits is what a server cannot forge: hiding, reviving or
-# reordering archives shows to whoever has seen a later head.  Asks the server
-# and believes nothing; owns no state.
+# The chain of signed commits is what a server cannot forge: hiding, reviving
+# or reordering archives shows to whoever has seen a later head.  Asks the
+# server and believes nothing; owns no state.
 ##############################################################################
 
 
@@ -2770,6 +2810,7 @@ def database(path, script, synchronous):
     db = sqlite3.connect(path, timeout=300, isolation_level=None,
                          check_same_thread=False)
     db.execute('PRAGMA synchronous=%s' % synchronous)
+    os.chmod(path, 0o600)
     db.execute('PRAGMA cache_size=-8192')
     db.executescript(script)
     return db
@@ -3032,7 +3073,8 @@ class Cache:
             for name, plain, kids in blocks:
                 self.db.execute(
                     'UPDATE blocks SET plain = coalesce(?, plain), kids = ? '
-                    'WHERE name = ?', (plain, b''.join(kid.pack() for kid in kids), name))
+                    'WHERE name = ?',
+                    (plain, b''.join(kid.pack() for kid in kids), name))
                 for kid in {kid.name: kid for kid in kids}.values():
                     self.db.execute(
                         'UPDATE blocks SET count = count + 1, '
@@ -3322,6 +3364,7 @@ PUT_WINDOW = 8 * MIB        # bytes sent and not yet in the server's spool
 CHECKPOINT_BYTES = 10 * 10 ** 9
 CHECKPOINT_SECONDS = 3600
 SMALLS = 60000              # small files' places kept in memory
+PACE_SECONDS = 2            # over which waiting for the network is judged
 
 
 class Pending:
@@ -3455,6 +3498,7 @@ class Sink:
         self.smalls = {}                # digest -> packed extents
         self.new = [0, 0]               # New data since the last commit
         self.sent_bytes = 0             # of blocks, in the whole run
+        self.slow = False               # the network, not the processor, is
 
     def borrow(self, name):
         """A block stored before is used by this run."""
@@ -3541,6 +3585,7 @@ class Transaction(Sink):
         self.run_new = [0, 0]           # New data of the run
         self.part = None                # (archive id, record) of checkpoint
         self.spilled = False            # smalls of this run are in pending
+        self.pace = [time.monotonic(), 0.0]     # since when, waited so long
         self.changed = False            # the server's state, by us
         self.channel = None
         self.pending = Pending(cache.path)
@@ -3619,9 +3664,21 @@ class Transaction(Sink):
         """Send a frame that has no answer; waits while the window is full."""
         try:
             self.enqueue(kind, body)
+            start = time.monotonic()
             self.drain(PUT_WINDOW)
+            self.pace_note(start, time.monotonic())
         except ChannelLost:
             self.resume()
+
+    def pace_note(self, start, now):
+        """Judge whether the network is what the run waits for: then time
+        spent on deflating better is free.
+        """
+        self.pace[1] += now - start
+        if now - self.pace[0] > PACE_SECONDS:
+            self.slow = 2 * self.pace[1] > now - self.pace[0] and \
+                self.channel.link.transport != TRANSPORT_DIR
+            self.pace = [now, 0.0]
 
     def drain(self, most):
         """Wait until at most `most` bytes are above RECEIVED."""
@@ -4080,6 +4137,9 @@ class Folder:
         return self.fd
 
     def open(self):
+        """Open below `above`, whose descriptor is open; the oldest of many
+        descriptors is closed for it.
+        """
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
         if not self.follow:
             flags |= os.O_NOFOLLOW
@@ -4143,9 +4203,9 @@ class Walk:
     def operand(self, base, path):
         """Everything below one operand."""
         member = self.member(path)
+        follow = self.opt.follow_operands or self.opt.follow_all
         try:
-            st = os.stat(path, dir_fd=base.get(),
-                         follow_symlinks=self.opt.follow_operands)
+            st = self.stat(path, base, follow)
         except OSError as e:
             self.report('%s: Cannot stat: %s' % (show(path), e.strerror))
             return
@@ -4153,8 +4213,20 @@ class Walk:
             return
         yield base, path, member, st
         if stat.S_ISDIR(st.st_mode) and self.opt.recurse:
-            yield from self.descend(Folder(base, path, self.open_set, True),
+            yield from self.descend(Folder(base, path, self.open_set, follow),
                                     member, st)
+
+    def stat(self, name, folder, follow):
+        """What `name` in `folder` is; a link of -L that leads nowhere is
+        itself.
+        """
+        try:
+            return os.stat(name, dir_fd=folder.get(), follow_symlinks=follow)
+        except OSError as e:
+            if not self.opt.follow_all or e.errno not in (errno.ENOENT,
+                                                          errno.ELOOP):
+                raise
+        return os.stat(name, dir_fd=folder.get(), follow_symlinks=False)
 
     def member(self, path):
         """The name an operand gets in the archive."""
@@ -4177,16 +4249,11 @@ class Walk:
             for name in names:
                 child = prefix + name
                 try:
-                    st = os.stat(name, dir_fd=folder.get(),
-                                 follow_symlinks=follow)
+                    st = self.stat(name, folder, follow)
                 except OSError as e:
-                    if not (follow and e.errno in (errno.ENOENT,
-                                                   errno.ELOOP)):
-                        self.report('%s: Cannot stat: %s'
-                                    % (show(child), e.strerror))
-                        continue
-                    st = os.stat(name, dir_fd=folder.get(),
-                                 follow_symlinks=False)
+                    self.report('%s: Cannot stat: %s'
+                                % (show(child), e.strerror))
+                    continue
                 if self.unwanted(child, st):
                     continue
                 yield folder, name, child, st
@@ -4225,7 +4292,9 @@ class Walk:
 
     def unwanted(self, member, st):
         """True for what never goes into an archive."""
-        if self.opt.patterns and self.opt.patterns.excluded(member):
+        patterns = self.opt.patterns
+        if patterns and (patterns.excluded(member)
+                         or not patterns.included(member)):
             return True
         if stat.S_ISSOCK(st.st_mode):
             return True
@@ -4241,7 +4310,7 @@ class Walk:
         if self.types is None:
             self.types = mount_types()
         kind = self.types.get(st.st_dev)
-        if kind not in SYNTHETIC:
+        if kind not in SYNTHETIC or self.opt.insane_filesystems:
             return False
         if not self.opt.quiet:
             warn('Not descending into filesystem of type %s: %s'
@@ -4367,7 +4436,8 @@ class Pool:
                 pass
 
     def close(self):
-        self.executor.shutdown()
+        """Stop; what has not begun never will."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
 
 
 class SharedStream:
@@ -4533,7 +4603,7 @@ class FileReader:
         """
         content = Content()
         if st.st_size < SHARED_BELOW:
-            self.read_small(fd, st, content)
+            content = self.read_small(fd, st, content)
         elif st.st_blocks * 512 < st.st_size and self.sparse(fd, st):
             self.read_sparse(fd, st, content)
         else:
@@ -4548,6 +4618,7 @@ class FileReader:
         return content
 
     def read_small(self, fd, st, content):
+        """A file for the shared stream, or the Content of an equal one."""
         data = read_exactly(fd, st.st_size)
         content.size = len(data)
         if data:
@@ -4663,6 +4734,8 @@ PAGE_ROWS = 128 * KIB       # bytes
 PAGES_WAITING = 64          # pages held open by the shared stream at most
 RACY = 2 * BILLION          # ns: a file this fresh may change unseen
 XATTRS_INLINE = 64 * KIB    # bytes of one entry's attributes, all in all
+NO_XATTRS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA)
+LEVEL_SLOW = 6              # of deflate, while the network is what limits
 FORMAT = b'1'               # part of every profile: rows of another format
 
 STAT_KEY = struct.Struct('>IQqqQQI')
@@ -4764,7 +4837,8 @@ class Writer:
 
     def seal(self, cls, name, parts):
         """The sealed block; opened again and compared, all or a sample."""
-        sealed = self.sealer.seal(cls, name, parts)
+        level = LEVEL_SLOW if self.sink.slow else None
+        sealed = self.sealer.seal(cls, name, parts, level)
         self.chunks += 1
         if cls != CHUNK or self.opt.verify_encode or \
                 self.chunks <= SAMPLE_FIRST or not self.chunks % SAMPLE:
@@ -4883,8 +4957,8 @@ class Writer:
         Never: an mtime or ctime so fresh that the file could be written
         again without a change of either.  Those that failed to open, vanished
         or changed while read get b'' in page_add().  Not st_dev (it differs
-        with every mount), nor size and nlink of directories; xattrs, ACLs
-        and link targets are covered by ctime.
+        with every mount), nor size, nlink and access time of directories;
+        xattrs, ACLs and link targets are covered by ctime.
         """
         fresh = self.now - RACY
         mtime, ctime = st.st_mtime_ns, st.st_ctime_ns
@@ -4898,8 +4972,9 @@ class Writer:
                                 st.st_ino, st.st_rdev, st.st_nlink)
             if st.st_nlink > 1:
                 key += U32.pack(self.system(st.st_dev))
-            if self.opt.store_atime:
-                key += U64.pack(st.st_atime_ns)
+        if self.opt.store_atime:
+            key += b'atime' if stat.S_ISDIR(st.st_mode) else ATIME.pack(
+                *divmod(st.st_atime_ns, BILLION))
         return b'%b%b%b' % (key, owner, member)
 
     def owner(self, st):
@@ -5075,7 +5150,7 @@ class Writer:
             if entry.kind == SYMLINK:
                 entry.target = os.readlink(name, dir_fd=folder.get())
             entry.xattrs, xattrs = self.attributes(
-                b'/proc/self/fd/%d/%b' % (folder.get(), name),
+                os.path.join(b'/proc/self/fd/%d' % folder.get(), name),
                 following=self.opt.follow_all)
         self.page_add(entry, content, xattrs, key)
 
@@ -5110,18 +5185,28 @@ class Writer:
             entry.link = (st.st_ino, self.system(st.st_dev))
 
     def attributes(self, where, following=True):
-        """(xattrs for a row, Refs of long values) of a descriptor or path."""
+        """(xattrs for a row, Refs of long values) of a descriptor or path.
+
+        OSError for any that is there and cannot be read.
+        """
         xattrs, refs, size = [], [], 0
         options = {} if isinstance(where, int) else {
             'follow_symlinks': following}
         try:
             names = os.listxattr(where, **options)
-        except (OSError, AttributeError):
-            return (), []           # none here, or none on this system
+        except AttributeError:
+            return (), []           # none on this system
+        except OSError as e:
+            if e.errno not in NO_XATTRS and (
+                    isinstance(where, int) or os.path.isdir('/proc/self/fd')):
+                raise
+            return (), []
         for name in sorted(map(os.fsencode, names)):
             try:
                 value = os.getxattr(where, name, **options)
-            except OSError:
+            except OSError as e:
+                if e.errno not in NO_XATTRS:
+                    raise
                 continue            # gone meanwhile
             size += len(name) + len(value)
             if len(value) > INLINE_XATTR or size > XATTRS_INLINE:
@@ -6026,6 +6111,8 @@ SPARSE_BLOCK = 4 * KIB
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 CREATE_FLAGS = (os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 | os.O_CLOEXEC)
+INODE_FLAGS = getattr(os, 'O_PATH', os.O_RDONLY | os.O_NONBLOCK) \
+    | os.O_NOFOLLOW | os.O_CLOEXEC
 END = object()              # after the extents of a member of many
 
 
@@ -6229,10 +6316,12 @@ class Descent:
     def find(self, parts):
         """A new descriptor on the directory at `parts`, nothing made."""
         fd = os.dup(self.stack[0].fd)
+        flags = DIRECTORY_FLAGS
+        if not self.opt.absolute:
+            flags |= os.O_NOFOLLOW
         for part in parts:
             try:
-                below = os.open(part, DIRECTORY_FLAGS | os.O_NOFOLLOW,
-                                dir_fd=fd)
+                below = os.open(part, flags, dir_fd=fd)
             finally:
                 os.close(fd)
             fd = below
@@ -6414,6 +6503,11 @@ def content_ident(entry, page):
             + EXTENT.pack(0, *extent[1:]) for extent in entry.extents)
     return (entry.kind, entry.size, entry.mtime, entry.target, entry.device,
             sha256(content))
+
+
+def inode_state(status):
+    """What only the same file, untouched since, has."""
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 class Member:
@@ -6610,10 +6704,10 @@ class Extractor:
                       self.content(slot, member, stream))
         else:
             self.make(place, name, entry)
+            self.dresser.special(place, name, entry, xattrs)
             if entry.link:
                 self.remember(member, name, os.stat(
                     name, dir_fd=place.fd, follow_symlinks=False))
-            self.dresser.special(place, name, entry, xattrs)
 
     def parts(self, path):
         """The components of `path`, or EntryError."""
@@ -6790,45 +6884,49 @@ class Extractor:
     # Hard links: names of one file, each with all of its content.
 
     def remember(self, member, name, status):
-        self.links[member.entry.link] = (
+        self.links[member.entry.link] = [
             content_ident(member.entry, member.page),
             [place.name for place in self.descent.stack[1:]], name,
-            (status.st_dev, status.st_ino))
+            inode_state(status)]
         if len(self.links) > LINKS_KEPT:
             self.links.popitem(last=False)
 
     def link(self, place, name, member):
         """Link to the first name made of this file, if it is still there;
         False if the content has to be written instead."""
-        ident, parts, first, inode = self.links[member.entry.link]
+        ident, parts, first, state = self.links[member.entry.link]
         here = [above.name for above in self.descent.stack[1:]]
         if ident != content_ident(member.entry, member.page) \
                 or (parts, first) == (here, name):
             return False
+        fds = []
         try:
-            source = self.descent.find(parts)
-        except OSError:
-            return False
-        try:
-            if self.inode(first, source) != inode:
+            fds.append(self.descent.find(parts))
+            # Held open, its inode number can be no other file's.
+            fds.append(os.open(first, INODE_FLAGS, dir_fd=fds[0]))
+            if inode_state(os.fstat(fds[1])) != state:
                 return False
-            try:
-                os.link(first, name, src_dir_fd=source, dst_dir_fd=place.fd,
-                        follow_symlinks=False)
-            except FileExistsError:
-                self.clear(place, name)
-                os.link(first, name, src_dir_fd=source, dst_dir_fd=place.fd,
-                        follow_symlinks=False)
-            # Somebody may have put another file there in between.
-            return self.inode(name, place.fd) == inode
+            self.link_make(fds[0], first, place, name)
+            made = os.fstat(fds[1])
+            if not os.path.samestat(made, os.stat(
+                    name, dir_fd=place.fd, follow_symlinks=False)):
+                return False
+            self.links[member.entry.link][3] = inode_state(made)
+            return True
         except OSError:
             return False
         finally:
-            os.close(source)
+            for fd in fds:
+                os.close(fd)
 
-    def inode(self, name, fd):
-        status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        return status.st_dev, status.st_ino
+    def link_make(self, source, first, place, name):
+        for _ in range(2):
+            try:
+                os.link(first, name, src_dir_fd=source, dst_dir_fd=place.fd,
+                        follow_symlinks=False)
+                return
+            except FileExistsError:
+                self.clear(place, name)
 
     # Directories get their modes and times last.
 
@@ -7687,26 +7785,32 @@ def release(cache, records):
     with cache.lock:
         garbage = [row[0] for row in cache.db.execute(
             'SELECT name FROM blocks WHERE count = 0')]
-    stack = [(name, False) for name in garbage]
-    stack += [(name, True) for name in records]
-    while stack:
-        name, counted_in = stack.pop()
-        dead.append(name)
-        row = cache.find(name)
-        if row is None:
-            raise UserError('Directory is not consistent with archive: '
-                            'Run --fsck')
-        if counted_in:
-            sums[0] += row[2] or 0
-            sums[1] += row[3]
-        for kid in {kid.name for kid in cache.kids(name) or ()}:
-            if kid not in counts:
-                below = cache.find(kid)
-                counts[kid] = below[1] if below else 0
-            counts[kid] -= 1
-            if counts[kid] == 0:
-                stack.append((kid, counted_in))
+    for stack, wanted in ((garbage, False), (list(records), True)):
+        while stack:
+            name = stack.pop()
+            dead.append(name)
+            row = cache.find(name)
+            if row is None:
+                raise UserError('Directory is not consistent with archive: '
+                                'Run --fsck')
+            if wanted:
+                sums[0] += row[2] or 0
+                sums[1] += row[3]
+            stack += release_kids(cache, name, counts)
     return dead, sums[0], sums[1]
+
+
+def release_kids(cache, name, counts):
+    """Count one parent less for the kids of `name`; those left with none."""
+    out = []
+    for kid in {kid.name for kid in cache.kids(name) or ()}:
+        if kid not in counts:
+            below = cache.find(kid)
+            counts[kid] = below[1] if below else 0
+        counts[kid] -= 1
+        if counts[kid] == 0:
+            out.append(kid)
+    return out
 
 
 def archive_missing(name):
@@ -7925,6 +8029,8 @@ def fsck_run(opt, remote):
             phase('  Archive %d/%d...' % (number, len(live)))
             if not cache.partial:
                 cache.total(row[0])
+        if opt.key.can(ROLE_READ):
+            small_rebuild(remote, cache)
         phase('Phase 5: Identifying unreferenced chunks')
         with cache.lock:
             cache.db.execute('BEGIN IMMEDIATE')
@@ -7933,6 +8039,37 @@ def fsck_run(opt, remote):
         cache.publish()
     finally:
         cache.close()
+
+
+def small_rebuild(remote, cache):
+    """Enter where the content of each small file is, from the rows of every
+    page; without it all small files would be sent again.
+    """
+    with cache.lock:
+        kids = [Kid(INDEX, *row) for row in cache.db.execute(
+            "SELECT name, plain FROM blocks WHERE cls = 'i' AND plain")]
+    fetcher = Fetcher(remote)
+    try:
+        with cache.lock:
+            cache.db.execute('BEGIN IMMEDIATE')
+            for slot, _ in fetcher.ahead((kid, False, None) for kid in kids):
+                block = slot.get()
+                if block.kind == PAGE:
+                    cache.db.executemany(
+                        'INSERT OR IGNORE INTO small VALUES(?, ?)',
+                        page_smalls(block))
+            cache.db.execute('COMMIT')
+    finally:
+        fetcher.close()
+
+
+def page_smalls(block):
+    """(digest, packed extents) of the small files of a page."""
+    for entry in page_entries(block):
+        if entry.digest:
+            yield entry.digest, b''.join(
+                SMALL_EXTENT.pack(block.kids[kid].name, offset, length)
+                for kid, offset, length, _ in entry.extents)
 
 
 def fsck_seen(opt, remote):
@@ -8173,6 +8310,7 @@ class Settings:
             if not hasattr(self, field):
                 setattr(self, field, None if option.arg else False)
         self.print_head = self.lone_h = False
+        self.newer = self.rename = None
         self.checkpoint_bytes = CHECKPOINT_BYTES
         self.passphrase = 'dev:tty-stdin'
         self.strip_components = 0
@@ -8192,7 +8330,7 @@ class Settings:
         self.directories = [value for kind, value in self.items
                             if kind == 'cd']
         if self.include or self.exclude:
-            self.patterns = Patterns(self.include, self.exclude)
+            self.patterns = Patterns(self.exclude, self.include)
 
 
 class Parser:
@@ -8275,6 +8413,7 @@ class Parser:
         self.opt.lone_h = True
 
     def long(self, text):
+        """`name`, `name=value` or an unambiguous prefix of a name."""
         name, equals, value = text.partition('=')
         row = self.longs.get(name)
         if row is None:
@@ -8404,6 +8543,7 @@ class Parser:
                 self.directive(line, '%s:%d' % (path, number))
 
     def directive(self, line, where):
+        """One line of a configuration file; `where` is FILE:LINE."""
         name, _, value = line.partition(' ')
         if '\t' in name:
             name, _, value = line.partition('\t')

@@ -968,6 +968,7 @@ class SpoolDir:
                 return None
             # Its last owner may have removed it between our open and lock.
             if same_file(fd, path):
+                unlink_quietly(path[:-len('lock')] + 'want')
                 return Spool(directory, tid, fd)
             os.close(fd)
 
@@ -1967,6 +1968,7 @@ class Session:
         self.over = False               # say no more, hang up
         self.tx = None                  # Transaction
         self.busy = False               # tx is in use by running steps
+        self.unsaid = False             # tx was taken; to be said by idle()
         self.batch = []                 # entries not yet in the spool
         self.batch_bytes = 0
         self.arrived = 0                # puts and the like since BEGIN
@@ -2021,6 +2023,10 @@ class Session:
 
     def idle(self):
         """Steps: the client waits; write what is in the batch."""
+        if self.unsaid:
+            self.unsaid = False
+            yield ('answer', ERROR, error_body(
+                E_EXPIRED, 'the transaction was taken over'), 0)
         try:
             yield from self.flush()
         except Refused as e:
@@ -2064,6 +2070,7 @@ class Session:
         """Give up the transaction to another connection; its Spool."""
         assert not self.busy
         spool = self.tx.spool
+        self.unsaid = True
         self._forget()
         return spool
 
@@ -3054,7 +3061,7 @@ class Local:
 
     def idle(self):
         """Write what has been put; answers to send, RECEIVED among them."""
-        if not self.session.batch:
+        if not (self.session.batch or self.session.unsaid):
             return []
         return list(drive(self.server, self.session.idle(), 0))
 
@@ -3111,8 +3118,9 @@ class Pipe:
         """Wait for bytes; False at the end.  First say what is received."""
         if not select.select([self.fd_in], [], [], 0)[0]:
             self._send(self.local.idle())
-            while not select.select([self.fd_in], [], [], 1)[0]:
+            while not select.select([self.fd_in], [], [], 0.5)[0]:
                 self.local.yield_wanted()
+                self._send(self.local.idle())
         data = os.read(self.fd_in, 256 * KIB)
         self.frames.buf += data
         return bool(data)
@@ -3463,7 +3471,8 @@ class Loop:
                 self.start(conn, session.idle(), 0, True)
             elif not self.take(conn):
                 break
-        if conn.steps is None and session.batch and not conn.more:
+        if conn.steps is None and (session.unsaid or session.batch and (
+                not conn.more or self.stopping)):
             # The client may be waiting for its window.
             self.start(conn, session.idle(), 0, True)
         if conn.steps is None and conn.gone and not conn.ended:
@@ -3556,7 +3565,8 @@ class Loop:
         """Close the socket; the session ends when its request is over."""
         if not conn.gone:
             conn.gone = True
-            self.selector.unregister(conn.sock)
+            if conn.interest:
+                self.selector.unregister(conn.sock)
             conn.sock.close()
             conn.out.clear()
             conn.sending, conn.out_bytes = memoryview(b''), 0
@@ -3622,6 +3632,8 @@ class Loop:
                 self.hang_up(conn)
             if not conn.out_bytes:
                 conn.moved = self.now
+            if conn.session.unsaid and conn.steps is None:
+                self.guard(conn, self.advance)
         for session in list(self.server.open.values()):
             if session.tx and not session.busy and (
                     session.tx.spool.wanted()):
@@ -3683,8 +3695,10 @@ def serve_one(server, listener, context):
     # A thread of the pool must not hold the loop up for the default 5 ms.
     sys.setswitchinterval(0.0005)
     loop = Loop(server, listener, context)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
         signal.signal(number, lambda *_: loop.stop())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     loop.run()
     server.close()
 
@@ -3699,7 +3713,8 @@ def serve_many(server, listener, context, workers):
         for child in children:
             os.kill(child, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
         signal.signal(number, stop)
     started = time.monotonic() - 1
     while children or not stopping:
@@ -3707,10 +3722,14 @@ def serve_many(server, listener, context, workers):
             # One that dies at once must not make us a fork bomb.
             time.sleep(max(0, started + 0.1 - time.monotonic()))
             started = time.monotonic()
+            # No signal may come between a child's birth and our knowing it,
+            # nor reach the child while it still has our handler.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
             child = os.fork()
             if child == 0:
                 serve_child(server, listener, context)
             children.add(child)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         try:
             children.discard(os.wait()[0])
         except ChildProcessError:
@@ -3976,8 +3995,9 @@ COMMANDS = {
 ##############################################################################
 
 
-def main(argv):
-    """Run a command; the exit status."""
+def main(argv=None):
+    """Run a command (by default what was typed); the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--version']:
         print('tarsnapd %s' % VERSION)
         return 0

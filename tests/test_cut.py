@@ -107,7 +107,7 @@ def key_where(test, block):
 class Reference(unittest.TestCase):
     """Cutter against the rule, on data of many kinds."""
 
-    def agree(self, data, key=KEY, *sizes):
+    def check(self, data, key=KEY, *sizes):
         expected = cut_naive(data, key)
         self.assertEqual(b''.join(expected), data)
         lengths = [len(chunk) for chunk in expected]
@@ -121,21 +121,21 @@ class Reference(unittest.TestCase):
 
     def test_random(self):
         rng = random.Random(SEED)
-        lengths = self.agree(rng.randbytes(900000))
+        lengths = self.check(rng.randbytes(900000))
         self.assertGreater(len(lengths), 5)
 
     def test_text(self):
-        self.agree(text(random.Random(SEED), 600000))
+        self.check(text(random.Random(SEED), 600000))
 
     def test_tar(self):
-        self.agree(tar(random.Random(SEED), 600000))
+        self.check(tar(random.Random(SEED), 600000))
 
     def test_disk_image(self):
-        self.agree(disk_image(random.Random(SEED), 900000))
+        self.check(disk_image(random.Random(SEED), 900000))
 
     def test_keys_matter(self):
         data = random.Random(SEED).randbytes(800000)
-        lengths = self.agree(data, b'another key 1234')
+        lengths = self.check(data, b'another key 1234')
         self.assertNotEqual(lengths, [len(c) for c in cut(data)])
 
     def test_small_pieces(self):
@@ -143,32 +143,32 @@ class Reference(unittest.TestCase):
         key = key_where(lambda value: 0 < value < 16, b'#' * 16)
         data = bytearray(random.Random(SEED).randbytes(2 * CHUNK_MIN))
         data[CHUNK_MIN + 3:CHUNK_MIN + 19] = b'#' * 16
-        self.agree(bytes(data), key, (1,), (7,), (15,), (16,), (17,))
+        self.check(bytes(data), key, (1,), (7,), (15,), (16,), (17,))
         data = random.Random(SEED).randbytes(300000)
-        self.agree(data, KEY, (113,), (1, 5000, 16, 15, 17))
+        self.check(data, KEY, (113,), (1, 5000, 16, 15, 17))
 
     def test_lengths_around_the_bounds(self):
         rng = random.Random(SEED)
         data = rng.randbytes(CHUNK_MAX + 20)
         for size in (0, 1, 15, 16, 17, CHUNK_MIN - 1, CHUNK_MIN,
                      CHUNK_MIN + 1):
-            self.agree(data[:size])
+            self.check(data[:size])
         key = key_where(lambda value: value >= 16, bytes(16))
         for size in (CHUNK_MAX - 1, CHUNK_MAX, CHUNK_MAX + 1, CHUNK_MAX + 15):
-            lengths = self.agree(bytes(size), key, (MIB,))
+            lengths = self.check(bytes(size), key, (MIB,))
             self.assertEqual(lengths, [min(size, CHUNK_MAX)]
                              + [size - CHUNK_MAX] * (size > CHUNK_MAX))
 
     def test_no_candidate(self):
         """Constant data without 12 zero bits: the maximum."""
         key = key_where(lambda value: value >= 16, bytes(16))
-        self.assertEqual(self.agree(bytes(3 * CHUNK_MAX), key, (MIB,),
+        self.assertEqual(self.check(bytes(3 * CHUNK_MAX), key, (MIB,),
                                     (5000,)), [CHUNK_MAX] * 3)
 
     def test_ties(self):
         """Every window equal and weak: the last one, at the maximum."""
         key = key_where(lambda value: 0 < value < 16, bytes(16))
-        self.assertEqual(self.agree(bytes(2 * CHUNK_MAX), key, (MIB,),
+        self.assertEqual(self.check(bytes(2 * CHUNK_MAX), key, (MIB,),
                                     (50000,)), [CHUNK_MAX] * 2)
 
     def test_last_of_the_smallest(self):
@@ -185,13 +185,13 @@ class Reference(unittest.TestCase):
             if all(value(data[at:at + 16]) >= 16 for at in (
                     *range(39980, 40000), *range(40001, 40020), 0)):
                 break
-        self.assertEqual(self.agree(bytes(data), key, (MIB,), (70000,)),
+        self.assertEqual(self.check(bytes(data), key, (MIB,), (70000,)),
                          [90016, CHUNK_MAX + 5 - 90016])
 
     def test_strong_everywhere(self):
         """Every window ends a chunk: the minimum, each time."""
         strong = key_where(lambda value: value == 0, bytes(16))
-        self.assertEqual(self.agree(bytes(5 * CHUNK_MIN + 9), strong, (MIB,),
+        self.assertEqual(self.check(bytes(5 * CHUNK_MIN + 9), strong, (MIB,),
                                     (1000,)), [CHUNK_MIN] * 5 + [9])
 
     def test_finish_begins_anew(self):

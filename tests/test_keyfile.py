@@ -67,7 +67,7 @@ class KeyFileTest(unittest.TestCase):
         with open(path, 'rb') as file:
             return file.read()
 
-    def refused(self, words, call, *args, **kwargs):
+    def check_refused(self, words, call, *args, **kwargs):
         """The call fails in one line that has `words` in it."""
         with self.assertRaises(UserError) as caught:
             call(*args, **kwargs)
@@ -127,7 +127,8 @@ class Contents(KeyFileTest):
             for role in samples.ROLES:
                 self.assertEqual(key.can(role), role in roles)
         key.need(D, '-d')
-        self.refused('delete authorization', full.subset({R}).need, D, '-d')
+        self.check_refused('delete authorization', full.subset({R}).need, D,
+                           '-d')
 
     def test_signing_key_alone_is_no_role(self):
         key = samples.full_key()
@@ -148,13 +149,13 @@ class Files(KeyFileTest):
 
     def test_never_over_a_file(self):
         path = self.put(b'precious')
-        self.refused(path, tarsnap.key_create, path)
+        self.check_refused(path, tarsnap.key_create, path)
         self.assertEqual(self.read(path), b'precious')
         target = self.new()
         os.symlink(target, self.path)
-        self.refused(self.path, tarsnap.key_create, self.path)
+        self.check_refused(self.path, tarsnap.key_create, self.path)
         self.assertFalse(os.path.exists(target))
-        self.refused('/nowhere', tarsnap.key_create, '/nowhere/key')
+        self.check_refused('/nowhere', tarsnap.key_create, '/nowhere/key')
 
     def test_text(self):
         lines = self.read(self.write(samples.full_key())).split(b'\n')
@@ -171,12 +172,12 @@ class Files(KeyFileTest):
         self.assertTrue(tarsnap.key_load(path, no_passphrase).can(W))
 
     def test_unreadable(self):
-        self.refused('No such file', tarsnap.key_load, self.path,
-                     no_passphrase)
+        self.check_refused('No such file', tarsnap.key_load, self.path,
+                           no_passphrase)
         path = self.put(bytes(tarsnap.MIB + 1))
-        self.refused('too long', tarsnap.key_load, path, no_passphrase)
-        self.refused('not a key file', tarsnap.key_load, self.put(b''),
-                     no_passphrase)
+        self.check_refused('too long', tarsnap.key_load, path, no_passphrase)
+        self.check_refused('not a key file', tarsnap.key_load, self.put(b''),
+                           no_passphrase)
 
     def test_damaged_anywhere(self):
         """Each byte changed or lost: refused, or the same content."""
@@ -201,10 +202,10 @@ class Files(KeyFileTest):
     def test_cut_short_anywhere(self):
         text = self.read(self.write(samples.full_key()))
         for end in range(len(text) - 1):
-            self.refused('F', tarsnap.key_untext, text[:end], 'F')
+            self.check_refused('F', tarsnap.key_untext, text[:end], 'F')
         content = tarsnap.key_untext(text, '')
         for end in range(len(content)):
-            self.refused('F', tarsnap.key_decode, content[:end], 'F')
+            self.check_refused('F', tarsnap.key_decode, content[:end], 'F')
 
     def test_checksum_is_not_what_keeps_the_parser_safe(self):
         """Fields damaged below a right checksum: UserError, if anything."""
@@ -237,20 +238,20 @@ class Files(KeyFileTest):
     def test_newer_version(self):
         content = tarsnap.key_encode(samples.full_key())
         at = len(tarsnap.KEY_MAGIC)
-        self.refused('newer', tarsnap.key_decode,
-                     content[:at] + b'\2' + content[at + 1:], 'F')
+        self.check_refused('newer', tarsnap.key_decode,
+                           content[:at] + b'\2' + content[at + 1:], 'F')
 
     def test_key_of_the_original_is_refused_in_words(self):
         """Same lines, same base64; machine number and key list inside."""
         content = struct.pack('>Q', 12345) + struct.pack(
             '<IB', 64, 0) + os.urandom(64)
         path = self.put(tarsnap.key_text(content))
-        self.refused('original Tarsnap', tarsnap.key_load, path,
-                     no_passphrase)
+        self.check_refused('original Tarsnap', tarsnap.key_load, path,
+                           no_passphrase)
         closed = tarsnap.scrypt_encrypt(content, b'pw', 1 << 20, 0.01)
         path = self.put(tarsnap.key_text(closed))
-        self.refused('original Tarsnap', tarsnap.key_load, path,
-                     lambda path: b'pw')
+        self.check_refused('original Tarsnap', tarsnap.key_load, path,
+                           lambda path: b'pw')
 
 
 def scrypt_header(log_n, r, p):
@@ -274,8 +275,8 @@ class Passphrases(KeyFileTest):
         self.assertEqual(tarsnap.key_encode(key),
                          tarsnap.key_encode(self.key))
         for wrong in (b'', b'pass', b'pass \xff\n', b'PASS \xff'):
-            self.refused('incorrect', tarsnap.key_load, path,
-                         lambda path: wrong)
+            self.check_refused('incorrect', tarsnap.key_load, path,
+                               lambda path: wrong)
 
     def test_nothing_shows_through(self):
         content = tarsnap.key_untext(self.read(self.closed()), '')
@@ -297,11 +298,11 @@ class Passphrases(KeyFileTest):
             for at in range(7, len(content)):
                 damaged = bytearray(content)
                 damaged[at] ^= 1 << at % 8
-                self.refused('F', tarsnap.scrypt_decrypt, bytes(damaged),
-                             lambda: b'pass \xff', 'F')
+                self.check_refused('F', tarsnap.scrypt_decrypt, bytes(damaged),
+                                   lambda: b'pass \xff', 'F')
             for end in range(7, len(content), 31):
-                self.refused('F', tarsnap.scrypt_decrypt, content[:end],
-                             lambda: b'pass \xff', 'F')
+                self.check_refused('F', tarsnap.scrypt_decrypt, content[:end],
+                                   lambda: b'pass \xff', 'F')
 
     def test_hostile_parameters_cost_nothing(self):
         def derive(*args):
@@ -318,18 +319,20 @@ class Passphrases(KeyFileTest):
                 path = self.put(tarsnap.key_text(
                     scrypt_header(*numbers) + bytes(200)))
                 with self.subTest(numbers=numbers):
-                    self.refused(path, tarsnap.key_load, path, no_passphrase)
+                    self.check_refused(path, tarsnap.key_load, path,
+                                       no_passphrase)
             for numbers in ((0, 8, 1), (10, 8, 0), (16, 1, 1), (64, 8, 1)):
                 path = self.put(tarsnap.key_text(
                     scrypt_header(*numbers) + bytes(200)))
-                self.refused('impossible', tarsnap.key_load, path,
-                             no_passphrase, force=True)
+                self.check_refused('impossible', tarsnap.key_load, path,
+                                   no_passphrase, force=True)
 
     def test_force_lifts_the_limits(self):
         path = self.closed()
         ask = mock.Mock(return_value=b'pass \xff')
         with mock.patch.object(tarsnap, 'memory_size', lambda: 1 << 20):
-            self.refused('--force-resources', tarsnap.key_load, path, ask)
+            self.check_refused('--force-resources', tarsnap.key_load, path,
+                               ask)
             ask.assert_not_called()
             self.assertTrue(tarsnap.key_load(path, ask, True).can(R))
 
@@ -388,8 +391,8 @@ class RealScrypt(KeyFileTest):
                 path = self.put(tarsnap.key_text(done.stdout))
                 key = tarsnap.key_load(path, lambda path: b'correct horse')
                 self.assertEqual(key.sign_privs, self.key.sign_privs)
-                self.refused('incorrect', tarsnap.key_load, path,
-                             lambda path: b'correct horse\n')
+                self.check_refused('incorrect', tarsnap.key_load, path,
+                                   lambda path: b'correct horse\n')
 
 
 class Sources(KeyFileTest):
@@ -408,10 +411,10 @@ class Sources(KeyFileTest):
         for method, words in (('file:' + two, 'one line'),
                               ('file:' + self.path, 'No such file'),
                               ('env:SURELY_NOT_SET', 'SURELY_NOT_SET')):
-            self.refused(words, tarsnap.ask_passphrase(method), 'K')
+            self.check_refused(words, tarsnap.ask_passphrase(method), 'K')
         for method in ('', 'env', 'env:', 'file:', 'dev:', 'dev:null', 'x:y',
                        'file'):
-            self.refused('method', tarsnap.ask_passphrase, method)
+            self.check_refused('method', tarsnap.ask_passphrase, method)
 
 
 if __name__ == '__main__':

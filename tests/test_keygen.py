@@ -31,6 +31,7 @@ import unittest
 import keygen
 import samples
 import tarsnap
+import tarsnapd
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -43,6 +44,14 @@ SECONDS = 30            # after which a command hangs
 
 R, W, D, N = samples.ROLES
 USER, PASSWORD = 'paranoid@example.org', b'correct horse battery'
+
+
+def setUpModule():
+    """Compile the programs once, not for each of 200 processes."""
+    cache = tempfile.TemporaryDirectory()
+    unittest.addModuleCleanup(cache.cleanup)
+    os.environ['PYTHONPYCACHEPREFIX'] = cache.name
+    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 
 def drive(argv, dialogue, stdin=None, **environment):
@@ -117,13 +126,13 @@ class ToolTest(unittest.TestCase):
         self.assertFalse(os.path.lexists(self.path))
         return text
 
-    def passes(self, argv, stdin=b'', **env):
+    def check_passes(self, argv, stdin=b'', **env):
         """The command succeeds; its output."""
         done = self.run_tool(argv, stdin, **env)
         self.assertEqual((done.returncode, done.stderr), (0, b''))
         return done.stdout.decode()
 
-    def usage_error(self, main, words):
+    def check_usage(self, main, words):
         """`main`, called in this process, exits 1 and shows its usage."""
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             self.assertEqual(main(words), 1)
@@ -181,11 +190,11 @@ class Online(ToolTest):
 
     def machines(self):
         """Machines the server knows, as it lists them."""
-        return subprocess.run(
-            SERVER + ['machine', self.dir, 'list'], check=True,
-            stdout=subprocess.PIPE).stdout.decode().splitlines()
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            self.assertEqual(tarsnapd.main(['machine', self.dir, 'list']), 0)
+        return stdout.getvalue().splitlines()
 
-    def unregistered(self, argv, words, stdin=PASSWORD, **env):
+    def check_unregistered(self, argv, words, stdin=PASSWORD, **env):
         """The command fails, and the server knows no new machine."""
         before = self.machines()
         text = self.fails(argv, words, stdin, **env)
@@ -198,7 +207,8 @@ class Registering(Online):
         for number, stdin in enumerate((PASSWORD, PASSWORD + b'\n',
                                         PASSWORD + b'\r\nmore\n')):
             path = '%s%d' % (self.path, number)
-            self.assertEqual(self.passes(self.make(path=path), stdin), '')
+            self.assertEqual(
+                self.check_passes(self.make(path=path), stdin), '')
             self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
             key = self.load(path)
             self.assertTrue(all(key.can(role) for role in samples.ROLES))
@@ -209,7 +219,7 @@ class Registering(Online):
                 for line in self.machines()))
 
     def test_every_role_of_the_key_is_let_in(self):
-        self.passes(self.make(), PASSWORD)
+        self.check_passes(self.make(), PASSWORD)
         key = self.load()
         for role in samples.ROLES:
             remote = tarsnap.Remote(key, [role])
@@ -220,27 +230,28 @@ class Registering(Online):
                 remote.close()
 
     def test_wrong_password_and_unknown_user_look_alike(self):
-        one = self.unregistered(self.make(), 'incorrect', b'wrong\n')
-        two = self.unregistered(self.make(user='nobody@example.org'),
-                                'incorrect')
+        one = self.check_unregistered(self.make(), 'incorrect', b'wrong\n')
+        two = self.check_unregistered(self.make(user='nobody@example.org'),
+                                      'incorrect')
         self.assertEqual(one, two)
-        self.unregistered(self.make(), 'incorrect', b'')
-        self.unregistered(self.make(), 'incorrect', PASSWORD + b' ')
+        self.check_unregistered(self.make(), 'incorrect', b'')
+        self.check_unregistered(self.make(), 'incorrect', PASSWORD + b' ')
 
     def test_wrong_fingerprint(self):
         wrong = '00' * 32
-        self.unregistered(self.make('--fingerprint', wrong, pin=False),
-                          self.pin)
+        self.check_unregistered(self.make('--fingerprint', wrong, pin=False),
+                                self.pin)
 
     def test_several_fingerprints(self):
         pins = ['%02x' % n * 32 for n in range(7)]
         options = [word for pin in pins for word in ('--fingerprint', pin)]
-        self.passes(self.make(*options), PASSWORD)
+        self.check_passes(self.make(*options), PASSWORD)
         self.assertEqual([pin.hex() for pin in self.load().pins],
                          [self.pin] + pins)
 
     def test_no_fingerprint_and_no_terminal(self):
-        text = self.unregistered(self.make(pin=False), 'nothing was sent')
+        text = self.check_unregistered(self.make(pin=False),
+                                       'nothing was sent')
         self.assertIn('--fingerprint ' + self.pin, text)
 
     def test_existing_key_file(self):
@@ -254,8 +265,8 @@ class Registering(Online):
         self.assertEqual(self.machines(), before)
 
     def test_key_file_that_cannot_be(self):
-        self.unregistered(self.make(path=self.temp + '/no/such/dir'),
-                          'No such file')
+        self.check_unregistered(self.make(path=self.temp + '/no/such/dir'),
+                                'No such file')
 
     def test_key_file_comes_first(self):
         """It is there, empty and private, while the password is typed."""
@@ -362,8 +373,9 @@ class OnTerminal(Online):
         self.assertTrue(self.load(passphrase=b'three').can(W))
 
     def test_passphrase_asked_by_keymgmt(self):
-        self.passes(self.make('--passphrase', 'env:WORD', '--passphrase-time',
-                              '0.05'), PASSWORD, WORD='one')
+        self.check_passes(self.make(
+            '--passphrase', 'env:WORD', '--passphrase-time', '0.05'),
+            PASSWORD, WORD='one')
         status, output = drive(
             KEYMGMT + ['--print-key-permissions', self.path],
             [('Please enter passphrase for keyfile %s: ' % self.path,
@@ -392,9 +404,9 @@ class Passphrases(Online):
             self.assertTrue(self.load(path, passphrase).can(D))
 
     def test_memory_is_kept_to(self):
-        self.passes(self.make('--passphrase', 'env:WORD', '--passphrase-mem',
-                              '2 MB', '--passphrase-time', '5'), PASSWORD,
-                    WORD='w')
+        self.check_passes(self.make(
+            '--passphrase', 'env:WORD', '--passphrase-mem', '2 MB',
+            '--passphrase-time', '5'), PASSWORD, WORD='w')
         with open(self.path, 'rb') as file:
             content = tarsnap.key_untext(file.read(), '')
         self.assertLessEqual(128 * 8 << content[7], 2000000)
@@ -411,9 +423,9 @@ class Passphrases(Online):
         for method, words in (('env:SURELY_NOT_SET', 'SURELY_NOT_SET'),
                               ('file:/nowhere', '/nowhere'),
                               ('what:ever', 'what:ever')):
-            self.unregistered(self.make('--passphrase', method), words)
-        self.unregistered(self.make('--passphrase', 'env:WORD'), 'empty',
-                          WORD='')
+            self.check_unregistered(self.make('--passphrase', method), words)
+        self.check_unregistered(self.make('--passphrase', 'env:WORD'), 'empty',
+                                WORD='')
 
 
 class CommandLines(ToolTest):
@@ -424,7 +436,7 @@ class CommandLines(ToolTest):
             self.assertEqual(done.stderr.decode(), 'tarsnap-%s %s\n'
                              % (name, tarsnap.VERSION))
             self.assertIn('usage: tarsnap-' + name,
-                          self.passes(tool + ['--help']))
+                          self.check_passes(tool + ['--help']))
         done = self.run_tool(KEYGEN[:-1] + ['--version'])
         self.assertTrue(done.stderr.startswith(b'tarsnap-keygen '))
 
@@ -438,7 +450,7 @@ class CommandLines(ToolTest):
             self.assertEqual(self.load(path).name, name)
         for name in ('', 'a' * 256, 'a\n', 'a\tb', '\x7f', 'caf\xe9',
                      '\udcff', '\x1b[31m'):
-            self.usage_error(keygen.keygen_main, [
+            self.check_usage(keygen.keygen_main, [
                 '--keyfile', self.path, '--machine', name, '--server', server])
 
     def test_usage_errors(self):
@@ -466,7 +478,7 @@ class CommandLines(ToolTest):
                       online + ['--passphrased', '--passphrase-mem', ''],
                       base[:-1] + ['', '--server', 'localhost:1'],
                       base[:-1] + ['u' * 256, '--server', 'localhost:1']):
-            self.usage_error(keygen.keygen_main, words)
+            self.check_usage(keygen.keygen_main, words)
         for server in ('localhost', 'localhost:', ':9', 'h:x', 'ssh://',
                        'ssh://host', ''):
             self.fails(KEYGEN + base + ['--server', server], 'server address')
@@ -612,12 +624,13 @@ class FalseServer:
         return self
 
     def __exit__(self, *failure):
+        self.listener.shutdown(socket.SHUT_RDWR)    # if nobody came
         self.thread.join(SECONDS)
         self.listener.close()
 
     def serve(self):
-        sock, _ = self.listener.accept()
         try:
+            sock, _ = self.listener.accept()
             with self.context.wrap_socket(sock, server_side=True) as conn:
                 conn.settimeout(SECONDS)
                 conn.sendall(frame(128, 0, self.statement))
@@ -668,38 +681,39 @@ REGISTERED = frame(132, 2, struct.pack('>Q', 77) + b's' * 16)
 class FalseServers(ToolTest):
     """What a server that is not the right one, or not honest, learns."""
 
-    def meet(self, words, server, pin=True, status=1):
+    def check_meeting(self, words, server, pin=True, status=1):
         pins = ('--fingerprint', server.pin) if pin is True else pin
         with server:
             argv = self.make(server.address, '--user', USER, *pins)
             if status:
                 self.fails(argv, words, PASSWORD)
             else:
-                self.passes(argv, PASSWORD)
+                self.check_passes(argv, PASSWORD)
         self.assertNotIn(PASSWORD, server.got)
         return server
 
     def test_wrong_fingerprint_sees_not_a_byte(self):
         server = FalseServer(self.temp, answers=[challenge(), REGISTERED])
-        self.meet('nothing was sent', server, ('--fingerprint', '00' * 32))
+        self.check_meeting('nothing was sent', server,
+                           ('--fingerprint', '00' * 32))
         self.assertEqual(server.got, b'')
 
     def test_no_fingerprint_sees_not_a_byte(self):
         server = FalseServer(self.temp, answers=[challenge(), REGISTERED])
-        self.meet(server.pin, server, ())
+        self.check_meeting(server.pin, server, ())
         self.assertEqual(server.got, b'')
 
     def test_statement_for_another_certificate_sees_not_a_byte(self):
         """Somebody in between, who passes the true server's words on."""
         server = FalseServer(self.temp)
         server.statement = server.state(b'the true certificate')
-        self.meet('in between', server)
+        self.check_meeting('in between', server)
         self.assertEqual(server.got, b'')
 
     def test_other_version(self):
         server = FalseServer(self.temp)
         server.statement = server.state(version=2)
-        self.meet('protocol 2', server)
+        self.check_meeting('protocol 2', server)
         self.assertEqual(server.got, b'')
 
     def test_damaged_statements(self):
@@ -710,14 +724,14 @@ class FalseServers(ToolTest):
                         good[:-64] + bytes(64)):
             server = FalseServer(self.temp)
             server.statement = damaged
-            self.meet('', server, ())
+            self.check_meeting('', server, ())
             self.assertEqual(server.got, b'')
 
     def test_scrypt_parameters_are_insisted_on(self):
         for numbers in ((13, 8, 1), (19, 8, 1), (14, 7, 1), (14, 9, 1),
                         (14, 8, 2), (14, 8, 0), (0, 0, 0), (255, 8, 1)):
             server = FalseServer(self.temp, answers=[challenge(*numbers)])
-            self.meet('not used', server)
+            self.check_meeting('not used', server)
             self.assertEqual([kind for kind, _ in server.frames()], [2])
 
     def test_the_exchange(self):
@@ -726,7 +740,7 @@ class FalseServers(ToolTest):
         for _ in range(2):
             server = FalseServer(self.temp,
                                  answers=[challenge(), REGISTERED])
-            self.meet('', server, status=0)
+            self.check_meeting('', server, status=0)
             key = self.load()
             os.unlink(self.path)
             self.assertEqual((key.machine, key.store), (77, b's' * 16))
@@ -748,7 +762,7 @@ class FalseServers(ToolTest):
 
     def test_no_secret_of_the_key_is_sent(self):
         server = FalseServer(self.temp, answers=[challenge(), REGISTERED])
-        self.meet('', server, status=0)
+        self.check_meeting('', server, status=0)
         key = self.load()
         for secret in itertools.chain(
                 key.sign_privs.values(),
@@ -777,7 +791,8 @@ class FalseServers(ToolTest):
         cases += [('', [rng.randbytes(300)]) for _ in range(3)]
         for words, answers in cases:
             with self.subTest(answers=answers):
-                self.meet(words, FalseServer(self.temp, answers=answers))
+                self.check_meeting(
+                    words, FalseServer(self.temp, answers=answers))
 
 
 class Keymgmt(ToolTest):
@@ -813,13 +828,13 @@ class Keymgmt(ToolTest):
     def cut(self, flags, *inputs, out=None, **env):
         """Run keymgmt and load what it made."""
         out = out or self.path
-        text = self.passes(KEYMGMT + ['--outkeyfile', out] + flags
-                           + list(inputs or [self.full]), **env)
+        text = self.check_passes(KEYMGMT + ['--outkeyfile', out] + flags
+                                 + list(inputs or [self.full]), **env)
         self.assertEqual(text, '')
         self.assertEqual(stat.S_IMODE(os.stat(out).st_mode), 0o600)
         return out
 
-    def mgmt_fails(self, words, *argv, **env):
+    def fails_mgmt(self, words, *argv, **env):
         return self.fails(KEYMGMT + list(argv), words,
                           tool='tarsnap-keymgmt', **env)
 
@@ -832,7 +847,8 @@ class Keymgmt(ToolTest):
             path = self.cut(flags, out='%s%d' % (self.path, number))
             self.assertEqual(tarsnap.key_encode(self.load(path)),
                              tarsnap.key_encode(self.key.subset(roles)))
-            printed = self.passes(KEYMGMT + ['--print-key-permissions', path])
+            printed = self.check_passes(
+                KEYMGMT + ['--print-key-permissions', path])
             self.assertEqual(printed, 'This key has permissions for: %s\n'
                              % self.SENTENCES[tuple(sorted(roles))])
 
@@ -868,7 +884,7 @@ class Keymgmt(ToolTest):
                 ({R, W, D}, '--nuke', 'nuke'), (set(), '-r', 'read')):
             path = self.store('%s%s' % (sorted(have), flags),
                               self.key.subset(have))
-            self.mgmt_fails('The %s authorization' % words, '--outkeyfile',
+            self.fails_mgmt('The %s authorization' % words, '--outkeyfile',
                             self.path, flags, path)
 
     def test_different_machines(self):
@@ -876,7 +892,7 @@ class Keymgmt(ToolTest):
         other_number = samples.full_key(5)
         for number, key in enumerate((same_number, other_number)):
             path = self.store('other%d' % number, key)
-            self.mgmt_fails('different machines', '--outkeyfile', self.path,
+            self.fails_mgmt('different machines', '--outkeyfile', self.path,
                             '-r', self.full, path)
 
     def test_never_over_a_file(self):
@@ -892,18 +908,19 @@ class Keymgmt(ToolTest):
     def test_bad_inputs(self):
         garbage = self.write('garbage', os.urandom(500))
         for path in (garbage, self.temp, '/nowhere', os.devnull):
-            self.mgmt_fails(path, '--outkeyfile', self.path, '-r', path)
-            self.mgmt_fails(path, '--print-key-id', path)
+            self.fails_mgmt(path, '--outkeyfile', self.path, '-r', path)
+            self.fails_mgmt(path, '--print-key-id', path)
 
     def test_printing(self):
-        self.assertEqual(self.passes(KEYMGMT + ['--print-key-id', self.full]),
-                         '%d\n' % samples.MACHINE)
+        self.assertEqual(
+            self.check_passes(KEYMGMT + ['--print-key-id', self.full]),
+            '%d\n' % samples.MACHINE)
         expected = hashlib.sha256(b''.join(
             self.key.sign_pubs[role] for role in (1, 2, 3, 4))
             + self.key.data_pub + self.key.refs_pub).hexdigest() + '\n'
         for path in (self.full, self.cut(['--nuke'])):
             self.assertEqual(
-                self.passes(KEYMGMT + ['--print-fingerprint', path]),
+                self.check_passes(KEYMGMT + ['--print-fingerprint', path]),
                 expected)
 
     def test_printing_to_nowhere(self):
@@ -914,7 +931,7 @@ class Keymgmt(ToolTest):
 
     def test_usage_errors(self):
         out = ['--outkeyfile', self.path]
-        self.mgmt_fails('usage: tarsnap-keymgmt', *out)
+        self.fails_mgmt('usage: tarsnap-keymgmt', *out)
         for words in ([], out, ['-r', self.full], out + ['-x', self.full],
                       out + ['-r', '--outkeyfile', 'x', self.full],
                       out + ['--passphrase-mem', '1M', '-r', self.full],
@@ -927,7 +944,7 @@ class Keymgmt(ToolTest):
                       ['--print-key-id', self.full] + out,
                       ['--print-key-id', self.full,
                        '--print-key-permissions', self.full]):
-            self.usage_error(keygen.keymgmt_main, words)
+            self.check_usage(keygen.keymgmt_main, words)
 
     def test_passphrases(self):
         one = self.write('one', b'first word\n')
@@ -944,7 +961,7 @@ class Keymgmt(ToolTest):
         self.assertTrue(self.load(opened).can(W))
         os.unlink(self.path)
         os.rename(again, self.temp + '/again')
-        self.mgmt_fails('incorrect', '--passphrase', 'file:' + one,
+        self.fails_mgmt('incorrect', '--passphrase', 'file:' + one,
                         '--outkeyfile', self.path, '-w', self.temp + '/again')
 
     def test_passphrase_on_standard_input(self):
@@ -954,11 +971,12 @@ class Keymgmt(ToolTest):
                        '--passphrase-time', '0.05', '-r', self.full],
             b'word\nword\n')
         self.assertEqual(done.returncode, 0)
-        self.assertEqual(self.passes(
+        self.assertEqual(self.check_passes(
             KEYMGMT + ['--print-key-permissions', closed], b'word'),
             'This key has permissions for: reading.\n')
-        out = self.passes(KEYMGMT + ['--passphrase', 'env:WORD',
-                                     '--print-key-id', closed], WORD='word')
+        out = self.check_passes(
+            KEYMGMT + ['--passphrase', 'env:WORD', '--print-key-id', closed],
+            WORD='word')
         self.assertEqual(out, '%d\n' % samples.MACHINE)
 
 

@@ -96,12 +96,12 @@ def commit(kind=KIND_WRITE, many=3):
 
 
 class DamageTest(unittest.TestCase):
-    def corrupt(self, call, *args):
+    def check_corrupt(self, call, *args):
         with self.assertRaises(CorruptError) as caught:
             call(*args)
         self.assertNotIn('\n', str(caught.exception))
 
-    def survives(self, data, decode, least):
+    def check_survives(self, data, decode, least):
         """Damaged copies decode, or raise CorruptError and nothing else.
 
         At least `least` of them must be refused: else nothing was tried.
@@ -134,21 +134,21 @@ class Rows(DamageTest):
             row = tarsnap.row_pack(made)
             for end in (*range(1, min(len(row), 400)),
                         *range(400, len(row), 997), len(row) - 1):
-                self.corrupt(self.decode, row[:end])
+                self.check_corrupt(self.decode, row[:end])
                 # With a length that fits what is left.
                 if end > 4:
-                    self.corrupt(self.decode,
-                                 struct.pack('>I', end - 4) + row[4:end])
-            self.corrupt(self.decode, row + b'\0')
+                    self.check_corrupt(self.decode,
+                                       struct.pack('>I', end - 4) + row[4:end])
+            self.check_corrupt(self.decode, row + b'\0')
             longer = struct.pack('>I', len(row) - 3) + row[4:] + b'\0'
-            self.corrupt(self.decode, longer)
+            self.check_corrupt(self.decode, longer)
 
     def test_mutations(self):
         made = entries()
         made[1].path = b'shorter, so that the rest is hit'
         made[6].target = b'too'
         for one in made:
-            self.survives(tarsnap.row_pack(one), self.decode, 300)
+            self.check_survives(tarsnap.row_pack(one), self.decode, 300)
 
     def test_kids_out_of_range(self):
         bad = [entry(tarsnap.FILE, size=1, extents=((10, 0, 1, 1),)),
@@ -157,10 +157,10 @@ class Rows(DamageTest):
                entry(tarsnap.FILE, lists=(HOLE,), level=1),
                entry(tarsnap.DIRECTORY, xattrs=((b'n', 10),))]
         for one in bad:
-            self.corrupt(self.decode, tarsnap.row_pack(one))
+            self.check_corrupt(self.decode, tarsnap.row_pack(one))
         good = entry(tarsnap.FILE, size=1, extents=((9, 0, 1, 1),))
         self.assertEqual(len(self.decode(tarsnap.row_pack(good))), 1)
-        self.corrupt(self.decode, tarsnap.row_pack(good), 9)
+        self.check_corrupt(self.decode, tarsnap.row_pack(good), 9)
 
     def test_malformed(self):
         size = 256 * 1024
@@ -178,7 +178,7 @@ class Rows(DamageTest):
                entry(tarsnap.FILE, size=2, extents=((0, size - 1, 2, 1),)),
                entry(tarsnap.FILE, size=1, extents=((0, U32_MOST, 1, 1),))]
         for one in bad:
-            self.corrupt(self.decode, tarsnap.row_pack(one))
+            self.check_corrupt(self.decode, tarsnap.row_pack(one))
 
 
 class Index(DamageTest):
@@ -202,25 +202,25 @@ class Index(DamageTest):
     def test_malformed(self):
         refs = tarsnap.index_refs(PAGE, 0, bytes(32), self.kids)
         for end in range(len(refs)):
-            self.corrupt(self.decode, refs[:end])
-        self.corrupt(self.decode, refs + b'\0')
-        self.corrupt(self.decode, refs + self.kids[0].pack())
+            self.check_corrupt(self.decode, refs[:end])
+        self.check_corrupt(self.decode, refs + b'\0')
+        self.check_corrupt(self.decode, refs + self.kids[0].pack())
         for kind, level in ((0, 0), (4, 1), (PAGE, 1), (PAGE_LIST, 0),
                             (EXTENT_LIST, 0), (255, 255)):
-            self.corrupt(self.decode, tarsnap.index_refs(
+            self.check_corrupt(self.decode, tarsnap.index_refs(
                 kind, level, bytes(32), self.kids))
         for cls in (b'a', b'\0', b'd'):
-            self.corrupt(self.decode, tarsnap.index_refs(
+            self.check_corrupt(self.decode, tarsnap.index_refs(
                 PAGE, 0, bytes(32), [Kid(cls, bytes(32), 1)]))
 
     def test_mutations(self):
         refs = tarsnap.index_refs(PAGE_LIST, 2, b'd' * 32, self.kids * 3)
-        self.survives(refs, self.decode, 500)
+        self.check_survives(refs, self.decode, 500)
 
     def test_a_count_from_outside_allocates_nothing(self):
         refs = bytearray(tarsnap.index_refs(PAGE, 0, bytes(32), []))
         refs[-4:] = b'\xff' * 4
-        self.corrupt(self.decode, bytes(refs))
+        self.check_corrupt(self.decode, bytes(refs))
 
     def test_notes(self):
         notes = [(b'', 0, 0), (b'p' * 65535, MOST, MOST)]
@@ -228,12 +228,13 @@ class Index(DamageTest):
         block = page(rows, 2)
         self.assertEqual(tarsnap.list_notes(block), notes)
         for count in (1, 3):
-            self.corrupt(tarsnap.list_notes, page(rows, count))
+            self.check_corrupt(tarsnap.list_notes, page(rows, count))
         for end in range(0, len(rows), 501):
-            self.corrupt(tarsnap.list_notes, page(rows[:end], 2))
+            self.check_corrupt(tarsnap.list_notes, page(rows[:end], 2))
         notes[1] = (b'name', 5, 5)
-        self.survives(tarsnap.list_notes_pack(notes),
-                      lambda rows: tarsnap.list_notes(page(rows, 2)), 500)
+        self.check_survives(
+            tarsnap.list_notes_pack(notes),
+            lambda rows: tarsnap.list_notes(page(rows, 2)), 500)
 
     def test_extents(self):
         extents = ((9, 0, 1 << 18, U32_MOST), (HOLE, 0, MOST >> 32, 1))
@@ -241,10 +242,10 @@ class Index(DamageTest):
         self.assertEqual(tarsnap.list_extents(page(rows)), extents)
         for end in range(1, len(rows)):
             if end != tarsnap.EXTENT.size:
-                self.corrupt(tarsnap.list_extents, page(rows[:end]))
-        self.corrupt(tarsnap.list_extents, page(rows, 9))
-        self.survives(rows, lambda rows: tarsnap.list_extents(page(rows)),
-                      500)
+                self.check_corrupt(tarsnap.list_extents, page(rows[:end]))
+        self.check_corrupt(tarsnap.list_extents, page(rows, 9))
+        self.check_survives(
+            rows, lambda rows: tarsnap.list_extents(page(rows)), 500)
 
 
 class Records(DamageTest):
@@ -278,15 +279,15 @@ class Records(DamageTest):
         parts = tarsnap.record_pack(record(), KEY)
         other = samples.full_key()      # same machine number, other keys
         other.k_refs = KEY.k_refs
-        self.corrupt(self.decode, parts, other)
+        self.check_corrupt(self.decode, parts, other)
         for role in (1, 3, 4):
             refs = parts[0][:-64]
             refs += tarsnap.sign(KEY.sign_privs[role], refs)
-            self.corrupt(self.decode, [refs] + parts[1:])
+            self.check_corrupt(self.decode, [refs] + parts[1:])
         for at in range(len(parts[0])):
             refs = bytearray(parts[0])
             refs[at] ^= 1
-            self.corrupt(self.decode, [bytes(refs)] + parts[1:])
+            self.check_corrupt(self.decode, [bytes(refs)] + parts[1:])
 
     def test_machine(self):
         made = record()
@@ -311,22 +312,22 @@ class Records(DamageTest):
     def test_truncations(self):
         parts = tarsnap.record_pack(record(), KEY)
         for end in range(len(parts[0])):
-            self.corrupt(self.decode, [parts[0][:end]] + parts[1:])
+            self.check_corrupt(self.decode, [parts[0][:end]] + parts[1:])
         for end in range(64, len(parts[0]), 3):
-            self.corrupt(self.decode,
-                         [self.resigned(parts[0][:end])] + parts[1:])
+            self.check_corrupt(self.decode,
+                               [self.resigned(parts[0][:end])] + parts[1:])
         for number in (1, 2):
             for end in range(len(parts[number])):
                 mixed = list(parts)
                 mixed[number] = parts[number][:end]
-                self.corrupt(self.decode, mixed)
+                self.check_corrupt(self.decode, mixed)
 
     def test_mutations(self):
         parts = tarsnap.record_pack(record(), KEY)
-        self.survives(parts[0], lambda refs: self.decode([refs] + parts[1:]),
-                      MUTATIONS * 9 // 10)
+        self.check_survives(parts[0], lambda refs: self.decode(
+            [refs] + parts[1:]), MUTATIONS * 9 // 10)
         # Signed by whoever stole the write key: the parser itself.
-        self.survives(parts[0], lambda refs: self.decode(
+        self.check_survives(parts[0], lambda refs: self.decode(
             [self.resigned(refs)] + parts[1:]), 500)
 
     def test_mutations_of_names_and_meta(self):
@@ -342,9 +343,9 @@ class Records(DamageTest):
         for part, decode in ((parts[1], names), (parts[2], meta)):
             decode(part)
             for end in range(len(part)):
-                self.corrupt(decode, part[:end])
-            self.corrupt(decode, part + b'\0')
-            self.survives(part, decode, 300)
+                self.check_corrupt(decode, part[:end])
+            self.check_corrupt(decode, part + b'\0')
+            self.check_survives(part, decode, 300)
 
 
 class Commits(DamageTest):
@@ -379,10 +380,10 @@ class Commits(DamageTest):
                 if other == role:
                     self.decode(body)
                 else:
-                    self.corrupt(self.decode, body)
+                    self.check_corrupt(self.decode, body)
             # A signature of the right key made for another purpose.
             body = data[:-64]
-            self.corrupt(self.decode, body + tarsnap.sign(
+            self.check_corrupt(self.decode, body + tarsnap.sign(
                 KEY.sign_privs[role], body))
 
     def test_any_flipped_bit_or_truncation(self):
@@ -390,9 +391,9 @@ class Commits(DamageTest):
         for at in range(len(data)):
             damaged = bytearray(data)
             damaged[at] ^= 1 << at % 8
-            self.corrupt(self.decode, bytes(damaged))
-            self.corrupt(self.decode, data[:at])
-        self.corrupt(self.decode, data + b'\0')
+            self.check_corrupt(self.decode, bytes(damaged))
+            self.check_corrupt(self.decode, data[:at])
+        self.check_corrupt(self.decode, data + b'\0')
 
     def test_other_machine(self):
         made = commit()
@@ -405,18 +406,18 @@ class Commits(DamageTest):
         for kind in (0, 5, 255):
             body = data[:64] + bytes([kind]) + data[65:-64]
             for role in samples.ROLES:
-                self.corrupt(self.decode, body + tarsnap.sign(
+                self.check_corrupt(self.decode, body + tarsnap.sign(
                     KEY.sign_privs[role], b'tarsnap-history-1\0' + body))
 
     def test_mutations(self):
         data = tarsnap.commit_pack(commit(), KEY)
-        self.survives(data, self.decode, MUTATIONS * 9 // 10)
+        self.check_survives(data, self.decode, MUTATIONS * 9 // 10)
 
         def resigned(damaged):
             body = damaged[:-64]
             self.decode(body + tarsnap.sign(KEY.sign_privs[2],
                                             b'tarsnap-history-1\0' + body))
-        self.survives(data, resigned, 500)
+        self.check_survives(data, resigned, 500)
 
     def test_note(self):
         made = commit()
@@ -425,13 +426,13 @@ class Commits(DamageTest):
         def opens(damaged):
             made.note = damaged
             if damaged and damaged != note:
-                self.corrupt(tarsnap.note_open, KEY, made)
+                self.check_corrupt(tarsnap.note_open, KEY, made)
         for end in range(len(note)):
             opens(note[:end])
         for damaged in samples.mutations(note, MUTATIONS, SEED):
             opens(damaged)
         made.note, made.n = note, 5
-        self.corrupt(tarsnap.note_open, KEY, made)
+        self.check_corrupt(tarsnap.note_open, KEY, made)
         made.note = b''
         self.assertEqual(tarsnap.note_open(KEY, made), (0,) * 9)
 

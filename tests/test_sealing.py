@@ -58,7 +58,7 @@ class SealingTest(unittest.TestCase):
         self.sealer = tarsnap.Sealer(KEY)
         self.opener = tarsnap.Opener(KEY)
 
-    def corrupt(self, cls, name, block, opener=None, **kwargs):
+    def check_corrupt(self, cls, name, block, opener=None, **kwargs):
         with self.assertRaises(CorruptError) as caught:
             (opener or self.opener).open(cls, name, block, **kwargs)
         self.assertNotIn('\n', str(caught.exception))
@@ -105,7 +105,7 @@ class Opening(SealingTest):
             other = KEY.subset({R})
             setattr(other, field, bytes(32))
             block = self.sealer.seal(cls, NAME, BLOCKS[cls])
-            self.corrupt(cls, NAME, block, tarsnap.Opener(other))
+            self.check_corrupt(cls, NAME, block, tarsnap.Opener(other))
 
     def test_secrets_remembered_are_bounded(self):
         blocks = [tarsnap.Sealer(KEY).seal(CHUNK, NAME, [b'x'])
@@ -131,23 +131,23 @@ class Tampering(SealingTest):
                 for bit in (1, 16, 128):
                     damaged = bytearray(block)
                     damaged[at] ^= bit
-                    self.corrupt(cls, NAME, bytes(damaged))
+                    self.check_corrupt(cls, NAME, bytes(damaged))
 
     def test_any_truncation_or_addition(self):
         for cls, parts in BLOCKS.items():
             block = self.sealer.seal(cls, NAME, parts)
             for end in range(len(block)):
-                self.corrupt(cls, NAME, block[:end])
-            self.corrupt(cls, NAME, block + b'\0')
-            self.corrupt(cls, NAME, block + block[35:])
-            self.corrupt(cls, NAME, block[1:])
+                self.check_corrupt(cls, NAME, block[:end])
+            self.check_corrupt(cls, NAME, block + b'\0')
+            self.check_corrupt(cls, NAME, block + block[35:])
+            self.check_corrupt(cls, NAME, block[1:])
 
     def test_mutations(self):
         for cls, parts in BLOCKS.items():
             block = self.sealer.seal(cls, NAME, parts)
             for damaged in samples.mutations(block, 700, cls):
                 if damaged != block:
-                    self.corrupt(cls, NAME, damaged)
+                    self.check_corrupt(cls, NAME, damaged)
 
     def test_weak_ephemeral_keys(self):
         """Points of small order make an exchange of zeros."""
@@ -155,7 +155,7 @@ class Tampering(SealingTest):
         for epk in (bytes(32), b'\1' + bytes(31),
                     (2 ** 255 - 19).to_bytes(32, 'little'),
                     (2 ** 255 - 20).to_bytes(32, 'little')):
-            self.corrupt(CHUNK, NAME, block[:3] + epk + block[35:])
+            self.check_corrupt(CHUNK, NAME, block[:3] + epk + block[35:])
 
     def test_parts_of_two_blocks(self):
         for cls, parts in BLOCKS.items():
@@ -164,37 +164,39 @@ class Tampering(SealingTest):
             for number in range(len(parts)):
                 mixed = list(one[1])
                 mixed[number] = two[1][number]
-                self.corrupt(cls, NAME, join(one[0], mixed))
+                self.check_corrupt(cls, NAME, join(one[0], mixed))
                 if len(parts) > 1:
-                    self.corrupt(cls, OTHER, join(one[0], mixed))
+                    self.check_corrupt(cls, OTHER, join(one[0], mixed))
 
     def test_parts_of_one_block(self):
         header, parts = split(self.sealer.seal(RECORD, NAME, [b'same'] * 3))
         swapped = [parts[1], parts[0], parts[2]]
-        self.corrupt(RECORD, NAME, join(header, swapped))
-        self.corrupt(RECORD, NAME, join(header, [parts[0]] * 2 + [parts[2]]))
+        self.check_corrupt(RECORD, NAME, join(header, swapped))
+        twice = [parts[0], parts[0], parts[2]]
+        self.check_corrupt(RECORD, NAME, join(header, twice))
 
     def test_other_class(self):
         header, parts = split(self.sealer.seal(RECORD, NAME, [b'same'] * 3))
         epk = header[3:]
-        self.corrupt(INDEX, NAME, join(b'\1i\2' + epk, [parts[0], parts[2]]))
-        self.corrupt(CHUNK, NAME, join(b'\1c\1' + epk, parts[2:]))
+        self.check_corrupt(INDEX, NAME, join(b'\1i\2' + epk,
+                                             [parts[0], parts[2]]))
+        self.check_corrupt(CHUNK, NAME, join(b'\1c\1' + epk, parts[2:]))
         header, parts = split(self.sealer.seal(INDEX, NAME, [b'same'] * 2))
-        self.corrupt(CHUNK, NAME, join(b'\1c\1' + header[3:], parts[1:]))
-        self.corrupt(RECORD, NAME, join(header, parts))
+        self.check_corrupt(CHUNK, NAME, join(b'\1c\1' + header[3:], parts[1:]))
+        self.check_corrupt(RECORD, NAME, join(header, parts))
 
     def test_other_name_or_machine(self):
         other = KEY.subset({R})
         other.machine += 1
         for cls, parts in BLOCKS.items():
             block = self.sealer.seal(cls, NAME, parts)
-            self.corrupt(cls, OTHER, block)
-            self.corrupt(cls, NAME, block, tarsnap.Opener(other))
+            self.check_corrupt(cls, OTHER, block)
+            self.check_corrupt(cls, NAME, block, tarsnap.Opener(other))
 
     def test_longer_than_any(self):
         block = self.sealer.seal(CHUNK, NAME, [b'x'])
-        self.corrupt(CHUNK, NAME, block + bytes(288 * 1024))
-        self.corrupt(INDEX, NAME, block + bytes(1024 * 1024))
+        self.check_corrupt(CHUNK, NAME, block + bytes(288 * 1024))
+        self.check_corrupt(INDEX, NAME, block + bytes(1024 * 1024))
 
 
 class Pruning(SealingTest):
@@ -216,7 +218,7 @@ class Pruning(SealingTest):
                     BLOCKS[cls][:count])
             with self.assertRaises(UserError):
                 self.blind.open(cls, NAME, block)
-            self.corrupt(cls, NAME, view)
+            self.check_corrupt(cls, NAME, view)
         block = self.sealer.seal(CHUNK, NAME, BLOCKS[CHUNK])
         self.assertEqual(self.blind.open(CHUNK, NAME, block, True), [])
         with self.assertRaises(UserError):
@@ -228,10 +230,10 @@ class Pruning(SealingTest):
             for at in range(len(view)):
                 damaged = bytearray(view)
                 damaged[at] ^= 4
-                self.corrupt(cls, NAME, bytes(damaged), self.blind,
-                             refs_only=True)
-                self.corrupt(cls, NAME, view[:at], self.blind,
-                             refs_only=True)
+                self.check_corrupt(cls, NAME, bytes(damaged), self.blind,
+                                   refs_only=True)
+                self.check_corrupt(cls, NAME, view[:at], self.blind,
+                                   refs_only=True)
 
     def test_holds_nothing_to_read_or_confirm_with(self):
         content = tarsnap.key_encode(self.prune)
@@ -261,7 +263,7 @@ class Pruning(SealingTest):
         block = self.sealer.seal(INDEX, NAME, BLOCKS[INDEX])
         guess = KEY.subset({D})
         guess.data_priv, guess.mix_data = guess.refs_priv, guess.mix_refs
-        self.corrupt(INDEX, NAME, block, tarsnap.Opener(guess))
+        self.check_corrupt(INDEX, NAME, block, tarsnap.Opener(guess))
 
 
 def padme_naive(length):
@@ -343,7 +345,7 @@ class Padding(SealingTest):
                 self.assertEqual(self.opener.open(CHUNK, NAME, block),
                                  [b'data'])
             else:
-                self.corrupt(CHUNK, NAME, block)
+                self.check_corrupt(CHUNK, NAME, block)
 
     def test_bombs_do_not_go_off(self):
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -357,7 +359,7 @@ class Padding(SealingTest):
                 block = self.sealer.seal(CHUNK, NAME, [b''])
             tracemalloc.start()
             try:
-                self.corrupt(CHUNK, NAME, block)
+                self.check_corrupt(CHUNK, NAME, block)
                 peak = tracemalloc.get_traced_memory()[1]
             finally:
                 tracemalloc.stop()
