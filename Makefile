@@ -20,12 +20,13 @@ TESTS =
 TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
 	sshd:openssh-server
 
-SOURCES = *.py contrib/*.py tests/*.py
+SOURCES = *.py bench/*.py contrib/*.py tests/*.py
 
 help:
 	@echo 'make demo [DIR=...]    back DIR up, restore it and compare, by'
 	@echo '                       directory and over the network'
 	@echo 'make test [TESTS=...]  run the tests'
+	@echo 'make bench [DIR=...]   time it beside restic and borg, if installed'
 	@echo 'make lint              check sources and manual pages'
 	@echo 'make clean             remove what these make'
 	@echo 'PYTHON=... chooses the interpreter, VENV=... where one is made.'
@@ -35,6 +36,10 @@ demo:
 
 test: tools
 	@$(FIND) && exec "$$py" tests/run.py $(TESTS)
+
+bench:
+	@$(FIND) && exec "$$py" bench/compare.py "$${DIR:-$$("$$py" -c \
+	    'import sysconfig; print(sysconfig.get_path("stdlib"))')}"
 
 # As root on Debian what is missing is installed; elsewhere the tests that need
 # it say so.
@@ -73,4 +78,4 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test tools lint clean
+.PHONY: help demo test bench tools lint clean

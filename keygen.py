@@ -98,10 +98,10 @@ def option_take(found, table, option, value, words):
 
 def size_parse(text, option):
     """Bytes in a size like `200M` or `1 GB`: decimal powers."""
-    match = re.fullmatch(r'([0-9]{1,19}) ?([kMGTPE]?)B?', text)
-    if not match:
-        raise Usage('%s: not a size: %s' % (option, text))
-    return int(match.group(1)) * 1000 ** ' kMGTPE'.index(match.group(2) or ' ')
+    try:
+        return tarsnap.size_parse(text)
+    except UserError:
+        raise Usage('%s: not a size: %s' % (option, text)) from None
 
 
 def seconds_parse(text, option):

@@ -1920,16 +1920,17 @@ class Channel:
 
     def stream(self, rid):
         """Answers to `rid` up to its OK; a typed error raises Refused."""
-        while True:
-            kind, body = self.next(rid)
-            if kind == ERROR:
-                self.forget(rid)
-                raise refusal(body)
-            if kind == OK:
-                self.forget(rid)
-                return
-            if kind != BUSY:
-                yield kind, body
+        try:
+            while True:
+                kind, body = self.next(rid)
+                if kind == ERROR:
+                    raise refusal(body)
+                if kind == OK:
+                    return
+                if kind != BUSY:
+                    yield kind, body
+        finally:
+            self.forget(rid)
 
     def call(self, kind, *body):
         """Ask, and return the one answer as (type, body)."""
@@ -2190,7 +2191,7 @@ class Remote:
         self.noisy = noisy              # warn at every hitch
         self.reached = False            # at least once
         self.channel = None
-        self.head = (0, b'')            # (n, H_n) at the last AUTH
+        self.head = (0, b'')            # (n, H_n), the newest seen
         self.archives = 0               # live ones then
         self.read_only = False
 
@@ -2205,7 +2206,9 @@ class Remote:
         while True:
             try:
                 channel = self.connect_once()
-            except ChannelLost as e:
+            except (ChannelLost, Refused) as e:
+                if isinstance(e, Refused) and e.code != E_BUSY:
+                    raise
                 attempt += 1
                 most = len(WAITS) if self.reached else FIRST_TRIES
                 if attempt >= most and not self.forever:
@@ -2236,6 +2239,11 @@ class Remote:
             raise
         self.channel = channel
         return channel
+
+    def saw(self, n, head):
+        """Commit `n` stands: no server of ours is older from now on."""
+        if n > self.head[0]:
+            self.head = (n, head)
 
     def ask(self, kind, *body):
         """All answers to a request that may be repeated, up to its OK."""
@@ -2565,8 +2573,21 @@ def history_changes(remote, base, lists=True):
 
     With `lists` the names put and deleted come too and are compared with the
     digests in the commit.  A server whose history does not continue `base`
-    is a CorruptError.  Needs any role.
+    is a CorruptError.  Needs any role.  A lost connection is made again.
     """
+    while True:
+        try:
+            for change in history_once(remote, base, lists):
+                base = (change.commit.n, change.hash)
+                remote.saw(*base)
+                yield change
+            return
+        except ChannelLost:
+            continue
+
+
+def history_once(remote, base, lists):
+    """The same over one connection."""
     change, n, head = None, *base
     for kind, body in history_frames(remote, base, lists):
         if kind == COMMIT_OBJECT:
@@ -2591,20 +2612,31 @@ def history_changes(remote, base, lists=True):
 
 def history_frames(remote, base, lists):
     """The answers to CHANGES; a refusal put in the words of this section."""
+    channel = remote.connect()
+    try:
+        rid = channel.post(CHANGES, U64.pack(base[0]), base[1],
+                           U8.pack(lists))
+        yield from channel.stream(rid)
+    except Refused as e:
+        if e.code in (E_RESYNC, E_CONFLICT):
+            raise CorruptError(
+                'The server does not know commit %d as this machine has '
+                'seen it (%s): its state is older or another one (%s)'
+                % (base[0], base[1].hex()[:16], e)) from None
+        raise
+
+
+def history_at(remote, n):
+    """Hash of commit n as the server has it, None if it has none."""
     while True:
-        channel = remote.connect()
         try:
-            rid = channel.post(CHANGES, U64.pack(base[0]), base[1],
-                               U8.pack(lists))
-            yield from channel.stream(rid)
-            return
-        except Refused as e:
-            if e.code in (E_RESYNC, E_CONFLICT):
-                raise CorruptError(
-                    'The server does not know commit %d as this machine has '
-                    'seen it (%s): its state is older or another one (%s)'
-                    % (base[0], base[1].hex()[:16], e)) from None
-            raise
+            for kind, body in history_frames(remote, (n - 1, bytes(32)),
+                                             False):
+                if kind == COMMIT_OBJECT:
+                    return sha256(body[8:])
+            return None
+        except ChannelLost:
+            continue
 
 
 def change_check(change, lists):
@@ -2680,13 +2712,8 @@ def history_expect(remote, text, head):
     if n == 0:
         found = (0, remote.key.genesis())
     else:
-        # The chain from commit n-1 on; the first link is checked by hash.
-        found = None
-        for kind, body in history_frames(remote, (n - 1, bytes(32)), False):
-            if kind == COMMIT_OBJECT:
-                found = (n, sha256(body[8:]))
-                break
-    if found is None or found[1].hex()[:16] != prefix:
+        found = (n, history_at(remote, n))
+    if not found[1] or found[1].hex()[:16] != prefix:
         raise CorruptError('Commit %d of the server is not the one '
                            '--expect-head names: its history was forked' % n)
     history_follow(remote, found, head)
@@ -2880,6 +2907,11 @@ def cache_seen(path, key):
     if meta.get('machine') != U64.pack(key.machine) or 'head' not in meta:
         return None
     return U64.unpack(meta['n'])[0], meta['head']
+
+
+def inconsistent():
+    """What a cache says that lacks a block, or what is below it."""
+    return UserError('Directory is not consistent with archive: Run --fsck')
 
 
 class Cache:
@@ -3100,16 +3132,15 @@ class Cache:
         while stack:
             at = stack[-1]
             row, kids = self.find(at), self.kids(at) or ()
-            if row is None:
-                raise UserError('Directory is not consistent with archive: '
-                                'Run --fsck')
+            if row is None or row[2] is None or (
+                    row[0] != 'c' and self.kids(at) is None):
+                raise inconsistent()
             missing = []
-            plain, stored = row[2] or 0, row[3]
+            plain, stored = row[2], row[3]
             for kid in kids:
                 below = self.find(kid.name)
                 if below is None:
-                    raise UserError('Directory is not consistent with '
-                                    'archive: Run --fsck')
+                    raise inconsistent()
                 if below[4] is None:
                     missing.append(kid.name)
                 else:
@@ -3154,6 +3185,7 @@ class Cache:
                     self.n, self.head = change.commit.n, change.hash
                     if change.commit.note:
                         self.totals = note_open(self.key, change.commit)
+                    self.partial = self.unread() is not None
                     self.save()
                     db.execute('COMMIT')
                 except BaseException:
@@ -3495,6 +3527,7 @@ class Sink:
         self.cache = cache              # Cache, or None
         self.lock = threading.RLock()   # guards everything of a sink
         self.own = {}                   # name -> Own, since the last commit
+        self.sums = {}                  # name -> totals() of others' blocks
         self.smalls = {}                # digest -> packed extents
         self.new = [0, 0]               # New data since the last commit
         self.sent_bytes = 0             # of blocks, in the whole run
@@ -3544,7 +3577,28 @@ class Sink:
             own = self.own.get(name)
             if own is not None:
                 return (own.tplain, own.tstored) if own.stored else None
+            if name in self.sums:
+                return self.sums[name]
         return self.cache.total(name)
+
+    def chunk_totals(self, kid):
+        """totals() of a chunk: another host's length stands in its parents
+        only.
+        """
+        with self.lock:
+            own = self.own.get(kid.name)
+            if own is not None:
+                return (kid.plain, own.stored) if own.stored else None
+        row = self.cache.find(kid.name)
+        if row is None:
+            raise inconsistent()
+        return kid.plain, row[3]
+
+    def known(self, name, row, plain, kids, sums):
+        """This run made an index block that another host stored before and
+        this cache knows by name only (`row`): now it is known.
+        """
+        self.sums[name] = plain + sums[0], row[3] + sums[1]
 
     def below(self, kids):
         """(plain, stored) of everything `kids` name, times counted; None
@@ -3552,7 +3606,8 @@ class Sink:
         """
         plain = stored = 0
         for kid in kids:
-            found = self.totals(kid.name)
+            found = self.chunk_totals(kid) if kid.cls == CHUNK \
+                else self.totals(kid.name)
             if found is None:
                 return None
             plain += kid.times * found[0]
@@ -3588,6 +3643,7 @@ class Transaction(Sink):
         self.pace = [time.monotonic(), 0.0]     # since when, waited so long
         self.changed = False            # the server's state, by us
         self.channel = None
+        self.refused = None             # why it cannot be resumed
         self.pending = Pending(cache.path)
         self.tid = self.pending.meta.get('tid') or os.urandom(16)
         self.lineage = os.urandom(16)
@@ -3603,17 +3659,24 @@ class Transaction(Sink):
     def begin(self):
         """Open the transaction, adopting what the server holds of it."""
         with self.lock:
-            self.adopt(self.begin_once())
+            while True:
+                try:
+                    self.adopt(self.begin_once())
+                    return
+                except ChannelLost:
+                    continue
 
     def begin_once(self):
         """BEGIN on a connected channel; [(name, cls, stored)] it holds."""
         self.channel = self.remote.connect()
         with self.channel.changed:
             self.channel.received = 0
+        guard = [archive for archive in self.guard
+                 if not self.part or archive != self.part[0]]
         rid = self.channel.post(
             BEGIN, bytes([self.kind]), self.tid, self.lineage,
-            U64.pack(self.base[0]), self.base[1], bytes([len(self.guard)]),
-            *self.guard)
+            U64.pack(self.base[0]), self.base[1], bytes([len(guard)]),
+            *guard)
         held = []
         for kind, body in self.channel.stream(rid):
             if kind == ADDED:
@@ -3644,6 +3707,9 @@ class Transaction(Sink):
                 return
             except ChannelLost:
                 continue
+            except Error as e:
+                self.refused = e
+                raise
 
     def adopt(self, held):
         """Own exactly what the server holds; nothing of it is used yet."""
@@ -3662,6 +3728,8 @@ class Transaction(Sink):
 
     def send(self, kind, body):
         """Send a frame that has no answer; waits while the window is full."""
+        if self.refused:        # another thread was told
+            raise self.refused
         try:
             self.enqueue(kind, body)
             start = time.monotonic()
@@ -3715,6 +3783,9 @@ class Transaction(Sink):
             fresh = not own.stored
             own.stored = own.stored or len(sealed)
             self.note(name, cls, own, plain, kids, totals)
+            if fresh or self.cache.find(name) is None:
+                self.new[0] += plain
+                self.new[1] += own.stored
             if fresh:
                 self.order += name
                 self.sent_bytes += len(sealed)
@@ -3724,15 +3795,24 @@ class Transaction(Sink):
         """The rows of a new block in `pending`."""
         own.plain = plain
         own.tplain, own.tstored = totals or (plain, own.stored)
-        self.new[0] += plain
-        self.new[1] += own.stored
+        self.delta(name, cls, plain, own.stored, own.tplain, own.tstored,
+                   kids)
+
+    def delta(self, name, cls, plain, stored, tplain, tstored, kids):
+        """What committing a block does to its row and to those it names."""
         packed = b''.join(kid.pack() for kid in kids)
         self.pending.add('delta', (
-            name, None, cls.decode(), 0, plain, own.stored, own.tplain,
-            own.tstored, None if cls == CHUNK else packed))
-        for kid in {kid.name for kid in kids}:
-            self.pending.add('delta', (kid, name, None, 1, None, None, None,
-                                       None, None))
+            name, None, cls.decode(), 0, plain, stored, tplain, tstored,
+            None if cls == CHUNK else packed))
+        for kid in {kid.name: kid for kid in kids}.values():
+            self.pending.add('delta', (kid.name, name, None, 1, kid.plain,
+                                       None, None, None, None))
+
+    def known(self, name, row, plain, kids, sums):
+        if name in self.sums:
+            return
+        super().known(name, row, plain, kids, sums)
+        self.delta(name, INDEX, plain, row[3], *self.sums[name], kids)
 
     def add_small(self, digest, extents):
         """Remember where a small file's content is."""
@@ -3757,6 +3837,7 @@ class Transaction(Sink):
         """Start the walk over: what was put stays, what was noted goes."""
         with self.lock:
             self.pending.reset()
+            self.sums.clear()
             self.smalls.clear()
             self.spilled = False
             self.new = [0, 0]
@@ -3796,11 +3877,13 @@ class Transaction(Sink):
             raw = self.commit_object(record, state)
             self.pending.set(profile=profile, state=bytes([state]))
             self.pending.seal(raw)
-            if self.commit_send(raw, CHECKPOINT if state == OPEN else COMMIT):
+            change = self.commit_send(raw, CHECKPOINT if state == OPEN
+                                      else COMMIT)
+            if change:
                 break
             self.pending.set(commit=None)
             self.rebase(record)
-        self.committed(raw, record, state, memo, profile)
+        self.committed(change, record, state, memo, profile)
 
     def commit_object(self, record, state):
         """C_n for linking `record` on the present base, signed."""
@@ -3826,13 +3909,15 @@ class Transaction(Sink):
         return commit_pack(commit, self.key)
 
     def commit_send(self, raw, kind):
-        """Send a commit until it is decided; False if another took n+1."""
+        """Send a commit until it is decided; its Change, or False if another
+        took n+1.
+        """
         while True:
             try:
                 with self.lock:
                     self.drain(0)
-                    self.channel.call(kind, raw)
-                return True
+                    answer = self.channel.call(kind, raw)[1]
+                return commit_answer(answer, raw, self.key)
             except ChannelLost:
                 found = commit_decided(self.remote, self.base, raw)
                 if found is not None:
@@ -3858,10 +3943,12 @@ class Transaction(Sink):
         with self.lock:
             if self.channel.failed:
                 self.resume()
-            own = self.own[record.name]
-            self.new[0] -= own.plain
-            self.new[1] -= own.stored
             self.withdraw([record.name])
+            # What others put as well is theirs: the first copy counts.
+            new = [own for name, own in self.own.items()
+                   if own.used and self.cache.find(name) is None]
+            self.new = [sum(own.plain for own in new),
+                        sum(own.stored for own in new)]
             self.pending.flush()
             self.pending.db.execute('DELETE FROM delta WHERE name = ?1 OR '
                                     'parent = ?1', (record.name,))
@@ -3870,10 +3957,9 @@ class Transaction(Sink):
                 (removed and self.pending.borrowed(removed)):
             raise Restart
 
-    def committed(self, raw, record, state, memo, profile):
+    def committed(self, change, record, state, memo, profile):
         """Our commit stands: bring the cache directory up to it."""
         self.changed = True
-        change = Change(raw, int(time.time()), self.key)
         self.pending.close()
         self.cache.apply(self.pending.path, change)
         if memo:
@@ -3885,6 +3971,7 @@ class Transaction(Sink):
         self.new = [0, 0]
         self.own.clear()
         self.order.clear()
+        self.sums.clear()
         self.smalls.clear()
         self.spilled = False
         self.part = None
@@ -3917,20 +4004,32 @@ def subtract(totals, whole):
 
 
 def commit_decided(remote, base, raw):
-    """True if commit n+1 is `raw`, False if another, None if there is none."""
+    """The Change of commit n+1 if it is `raw`, False if it is another, None
+    if there is none.
+    """
     for change in history_changes(remote, base, lists=False):
-        return change.hash == sha256(raw)
+        return change.hash == sha256(raw) and change
     return None
 
 
-def synchronize(remote, cache, memo=None):
+def commit_answer(body, raw, key):
+    """The Change of `raw`, with the receive time that COMMITTED tells."""
+    reader = Reader(body, 'answer to COMMIT')
+    n, head = reader.u64(), reader.take(32)
+    change = Change(raw, reader.u64(), key)
+    reader.end()
+    if (n, head) != (change.commit.n, change.hash):
+        raise CorruptError('The server answers that it took another commit '
+                           'than the one it was sent')
+    return change
+
+
+def synchronize(remote, cache):
     """Bring an open cache up to the server's head; durable on return.
 
-    Decides what a dead run left undecided, applies what others committed and
-    reads what their blocks refer to, if the key can.
+    Applies what others committed and reads what their blocks refer to, if the
+    key can.  What a dead run left undecided was decided before.
     """
-    if pending_exists(cache):
-        pending_decide(remote, cache, memo)
     cache.catch_up(history_changes(remote, cache_base(remote, cache)))
     if remote.key.refs_priv:
         read_missing(remote, cache)
@@ -3954,42 +4053,44 @@ def pending_decide(remote, cache, memo):
     if raw is None:
         pending.close()             # its id is adopted by the next write
         return
-    commit = commit_unpack(raw, cache.key)
-    if cache.n < commit.n:
-        found = commit_decided(remote, (cache.n, cache.head), raw) \
-            if cache.n + 1 == commit.n else False
-        if found is None and remote.key.can(ROLE_WRITE):
-            found = pending_send(remote, cache, commit, raw)
-        if found is None:
-            pending.close()
-            return
-        if found:
-            pending.close()
-            cache.apply(pending.path, Change(raw, int(time.time()),
-                                             cache.key))
-            if memo:
-                memo.apply(pending.path, pending.meta.get('profile', b''),
-                           lambda name: (cache.find(name) or (0,) * 3)[2],
-                           pending.meta.get('state') == bytes([COMPLETE]))
-            cache.publish()
+    found = pending_outcome(remote, cache, raw)
+    pending.close()
+    if found is None:
+        return
+    if found:
+        cache.apply(pending.path, found)
+        if memo:
+            memo.apply(pending.path, pending.meta.get('profile', b''),
+                       lambda name: (cache.find(name) or (0,) * 3)[2],
+                       pending.meta.get('state') == bytes([COMPLETE]))
+        cache.publish()
     pending.remove()
 
 
+def pending_outcome(remote, cache, raw):
+    """What became of the commit `raw` of a dead run: as commit_decided().
+
+    It is sent once more if that is open and the key can write.
+    """
+    commit = commit_unpack(raw, cache.key)
+    if cache.n >= commit.n:             # the run died after applying it
+        return cache.head == sha256(raw) and Change(raw, 0, cache.key)
+    if cache.n + 1 != commit.n:
+        return False
+    found = commit_decided(remote, (cache.n, cache.head), raw)
+    if found is None and remote.key.can(ROLE_WRITE):
+        found = pending_send(remote, cache, commit, raw)
+    return found
+
+
 def pending_send(remote, cache, commit, raw):
-    """Send an undecided commit of a dead run once more.
+    """Send an undecided commit of a dead run once more; as commit_decided().
 
     If the server cannot take it any more, an empty commit takes its number,
     so that it is dead for ever.
     """
-    channel = remote.connect()
     try:
-        rid = channel.post(BEGIN, bytes([KIND_WRITE]), commit.tid,
-                           commit.linked[0][2], U64.pack(commit.n - 1),
-                           commit.previous, b'\0')
-        for _ in channel.stream(rid):
-            pass
-        channel.call(COMMIT, raw)
-        return True
+        return commit_alone(remote, commit, commit.linked[0][2], raw)
     except Refused:
         found = commit_decided(remote, (commit.n - 1, commit.previous), raw)
         if found is None:
@@ -4000,6 +4101,28 @@ def pending_send(remote, cache, commit, raw):
         return found
 
 
+def commit_alone(remote, commit, lineage, raw):
+    """Send `raw` in a transaction that puts nothing more, until it is
+    decided; its Change, or False if somebody else took its number.
+    """
+    base = (commit.n - 1, commit.previous)
+    while True:
+        try:
+            channel = remote.connect()
+            for _ in channel.stream(channel.post(
+                    BEGIN, bytes([KIND_WRITE]), commit.tid, lineage,
+                    U64.pack(base[0]), base[1], b'\0')):
+                pass
+            change = commit_answer(channel.call(COMMIT, raw)[1], raw,
+                                   remote.key)
+            remote.saw(commit.n, change.hash)
+            return change
+        except ChannelLost:
+            found = commit_decided(remote, base, raw)
+            if found is not None:
+                return found
+
+
 def plain_commit(remote, cache, commit, archives, lineage=bytes(16)):
     """Commit something that puts no block; `archives` are live after it.
 
@@ -4008,15 +4131,9 @@ def plain_commit(remote, cache, commit, archives, lineage=bytes(16)):
     commit.live = live_digest(archives)
     if commit.kind != KIND_ABORT:
         commit.note = note_seal(cache.key, commit.n, cache.totals)
-    raw = commit_pack(commit, cache.key)
-    channel = remote.connect()
     try:
-        for _ in channel.stream(channel.post(
-                BEGIN, bytes([KIND_WRITE]), commit.tid, lineage,
-                U64.pack(commit.n - 1), commit.previous, b'\0')):
-            pass
-        channel.call(COMMIT, raw)
-        return True
+        return bool(commit_alone(remote, commit, lineage,
+                                 commit_pack(commit, cache.key)))
     except Refused as e:
         if e.code != E_CONFLICT:
             raise
@@ -4040,7 +4157,8 @@ def parts_settle(remote, cache):
         commit.unlinked.append((archive, row[0]))
         commit.linked.append((archive, row[0], lineage, PARTIAL))
         archives[archive] = (row[0], lineage, PARTIAL, 0)
-        settled |= plain_commit(remote, cache, commit, archives, lineage)
+        settled |= bool(plain_commit(remote, cache, commit, archives,
+                                     lineage))
         cache.catch_up(history_changes(remote, (cache.n, cache.head)))
 
 
@@ -4199,6 +4317,11 @@ class Walk:
                         show(value), e.strerror)) from None
             else:
                 yield from self.operand(base, value)
+
+    def close(self):
+        """Close every directory still open."""
+        for folder in list(self.open_set):
+            folder.close()
 
     def operand(self, base, path):
         """Everything below one operand."""
@@ -4855,9 +4978,12 @@ class Writer:
         refs = index_refs(kind, level, digest, kids)
         name = self.names.index(refs)
         plain = len(refs) + len(rows)
-        if self.sink.claim(name, INDEX) is None:
+        found = self.sink.claim(name, INDEX)
+        if found is None:
             self.pool.submit(self.index_make, name, INDEX, [refs, rows],
                              plain, kids, self.below(kids))
+        elif isinstance(found, tuple) and found[4] is None:
+            self.sink.known(name, found, plain, kids, self.below(kids))
         return Kid(INDEX, name, plain)
 
     def below(self, kids):
@@ -5388,7 +5514,7 @@ class Writer:
         record.machine = self.key.machine
         record.title = title
         record.archive = self.names.archive(title)
-        record.series = self.names.series(series_of(series))
+        record.series = self.names.series(series)
         record.lineage, record.tid = self.sink.lineage, self.sink.tid
         record.base = base
         record.complete, record.sorted = complete, self.sorted
@@ -7273,164 +7399,278 @@ def mode_list(remote, opt):
         fetcher.close()
 
 
-# -r: a tar stream, pax interchange format with the records GNU tar and
-# Python's tarfile understand.
+# -r: a tar stream: ustar headers, and pax records for what does not fit them,
+# those of GNU tar among them for holes and extended attributes.
+
+TAR_HEAD = struct.Struct('100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x')
+TAR_TYPES = {FILE: b'0', SYMLINK: b'2', CHARDEV: b'3', BLOCKDEV: b'4',
+             DIRECTORY: b'5', FIFO: b'6'}
+TAR_LINK, TAR_PAX = b'1', b'x'
+TAR_RECORD = 10240
+SPARSE_NAME = b'GNU.sparse.name'
+
+
+class TarHead:
+    """The header of one member, and the pax records before it."""
+
+    def __init__(self, kind, name, size=0):
+        self.kind = kind
+        self.name = name
+        self.size = size
+        self.mode = self.uid = self.gid = 0
+        self.mtime = 0              # nanoseconds
+        self.link = b''
+        self.uname = self.gname = b''
+        self.device = (0, 0)
+        self.pax = {}               # keyword -> value, bytes
+
+    def pack(self):
+        """Its bytes, padded."""
+        block = self.block()
+        if not self.pax:
+            return block
+        if SPARSE_NAME in self.pax:     # the last name counts
+            self.pax[SPARSE_NAME] = self.pax.pop(SPARSE_NAME)
+        text = b''.join(pax_record(key, value)
+                        for key, value in self.charset() + list(
+                            self.pax.items()))
+        head = TarHead(TAR_PAX, b'././@PaxHeader', len(text))
+        head.mode = 0o644
+        return b''.join((head.block(), text, bytes(-len(text) % 512), block))
+
+    def block(self):
+        """The 512 bytes; what they cannot hold goes into `pax`."""
+        seconds, nanos = divmod(self.mtime, BILLION)
+        if nanos or self.mtime < 0:
+            self.pax[b'mtime'] = tar_time(self.mtime)
+        if max(self.device) >= 8 ** 7:
+            raise EntryError('Device number too large for a tar file')
+        fields = (
+            self.text(b'path', self.name, 100), b'%07o' % self.mode,
+            self.number(b'uid', self.uid, 7),
+            self.number(b'gid', self.gid, 7),
+            self.number(b'size', self.size, 11),
+            self.number(b'mtime', max(seconds, 0), 11), b' ' * 8, self.kind,
+            self.text(b'linkpath', self.link, 100), b'ustar\x0000',
+            self.text(b'uname', self.uname, 31),
+            self.text(b'gname', self.gname, 31),
+            b'%07o' % self.device[0], b'%07o' % self.device[1], b'')
+        block = TAR_HEAD.pack(*fields)
+        return b'%b%06o\0 %b' % (block[:148], sum(block), block[156:])
+
+    def text(self, keyword, value, room):
+        if len(value) > room or not value.isascii():
+            self.pax.setdefault(keyword, value)
+        return value[:room]
+
+    def number(self, keyword, value, digits):
+        if value >= 8 ** digits:
+            self.pax.setdefault(keyword, b'%d' % value)
+            value = 0
+        return b'%0*o' % (digits, value)
+
+    def charset(self):
+        """The record that says that names are not all UTF-8, if so."""
+        for keyword in (b'path', b'linkpath', b'uname', b'gname',
+                        SPARSE_NAME):
+            try:
+                self.pax.get(keyword, b'').decode()
+            except UnicodeDecodeError:
+                return [(b'hdrcharset', b'BINARY')]
+        return []
+
+
+def pax_record(keyword, value):
+    """One record, which begins with its own length."""
+    body = len(keyword) + len(value) + 3
+    length = body + len(b'%d' % body)
+    length = body + len(b'%d' % length)
+    return b'%d %b=%b\n' % (length, keyword, value)
+
+
+def tar_time(nanos):
+    """Nanoseconds as pax's decimal seconds."""
+    sign, nanos = (b'-', -nanos) if nanos < 0 else (b'', nanos)
+    seconds, nanos = divmod(nanos, BILLION)
+    text = b'%b%d.%09d' % (sign, seconds, nanos)
+    return text.rstrip(b'0').rstrip(b'.')
+
+
+# GNU tar reads each region of a sparse file from a block of its own, so all
+# begin and end at multiples of 512, with zeros of the holes around.
+
+
+def sparse_up(at):
+    return (at + 511) & ~511
+
+
+def sparse_down(at):
+    return at & ~511
+
+
+def sparse_gap(out, at):
+    """True if data at `at` begins a region, the last one ending at `out`."""
+    return sparse_down(at) > sparse_up(out)
+
+
+def sparse_map(regions, size):
+    """The map, padded; it ends with an empty region where the file does."""
+    regions = regions + [[size, 0]]
+    text = b'%d\n' % len(regions) + b''.join(
+        b'%d\n%d\n' % tuple(region) for region in regions)
+    return text + bytes(-len(text) % 512)
 
 
 class TarWriter:
     """Writes entries as members of a tar stream; flat memory."""
 
     def __init__(self, fetcher, fd):
-        import tarfile
-        self.tarfile = tarfile
         self.fetcher = fetcher
         self.fd = fd
         self.written = 0        # bytes, for the last padding
+        self.waiting = []       # short pieces not written yet
         self.names = Namer()
-        self.types = {FILE: tarfile.REGTYPE, DIRECTORY: tarfile.DIRTYPE,
-                      SYMLINK: tarfile.SYMTYPE, FIFO: tarfile.FIFOTYPE,
-                      CHARDEV: tarfile.CHRTYPE, BLOCKDEV: tarfile.BLKTYPE}
 
     def write(self, data):
+        """Short pieces are gathered: a file is a header and a few bytes."""
+        self.written += len(data)
+        self.waiting.append(data)
+        if len(data) > 16 * KIB or len(self.waiting) >= 64:
+            self.flush()
+
+    def flush(self):
+        data, self.waiting = b''.join(self.waiting), []
         try:
             write_all(self.fd, data)
         except OSError as e:
             raise UserError('Cannot write to standard output: %s'
                             % e.strerror) from None
-        self.written += len(data)
 
     def pad(self, size):
         self.write(bytes(-self.written % size))
 
-    def header(self, info):
-        try:
-            data = info.tobuf(self.tarfile.PAX_FORMAT, 'utf-8',
-                              'surrogateescape')
-        except ValueError as e:
-            raise EntryError('Cannot be put into a tar file: %s'
-                             % e) from None
-        self.write(data)
-
     def member(self, entry, page, content):
         """One member.  `content` yields (slot, extent)."""
-        info = self.info(entry, page)
+        head = self.head(entry, page)
         first = entry.link and self.names.name(entry, page, entry.path)
         if first:
-            info.type, info.linkname = self.tarfile.LNKTYPE, tar_text(first)
-            self.header(info)
+            head.kind, head.link = TAR_LINK, first
+            self.write(head.pack())
         elif entry.kind != FILE:
-            self.header(info)
+            self.write(head.pack())
         elif self.holes(entry):
-            self.sparse(info, entry, page, content)
+            self.sparse(head, entry, page, content)
         else:
-            info.size = entry.size
-            self.header(info)
-            self.body(entry, content, entry.size, holes=True)
+            head.size = entry.size
+            self.write(head.pack())
+            self.body(content, entry.size)
 
-    def info(self, entry, page):
-        """The TarInfo of an entry, for any type."""
-        info = self.tarfile.TarInfo(tar_text(entry.path))
-        info.type = self.types[entry.kind]
-        info.mode, info.uid, info.gid = entry.mode, entry.uid, entry.gid
-        info.uname = tar_text(entry.uname)
-        info.gname = tar_text(entry.gname)
-        info.mtime, nanos = divmod(entry.mtime, BILLION)
-        if nanos or info.mtime < 0:
-            info.pax_headers['mtime'] = tar_time(entry.mtime)
+    def head(self, entry, page):
+        """The TarHead of an entry, for any type."""
+        slash = b'/' if entry.kind == DIRECTORY else b''
+        head = TarHead(TAR_TYPES[entry.kind], entry.path + slash)
+        head.mode, head.uid, head.gid = entry.mode, entry.uid, entry.gid
+        head.uname, head.gname = entry.uname, entry.gname
+        head.mtime, head.link = entry.mtime, entry.target
+        head.device = entry.device
         if entry.atime is not None:
-            info.pax_headers['atime'] = tar_time(entry.atime)
-        if entry.kind == SYMLINK:
-            info.linkname = tar_text(entry.target)
-        info.devmajor, info.devminor = entry.device
+            head.pax[b'atime'] = tar_time(entry.atime)
         for name, value in entry.xattrs:
             if isinstance(value, int):
                 value = self.fetcher.get(page.kids[value])
             name = name.replace(b'%', b'%25').replace(b'=', b'%3D')
-            info.pax_headers['SCHILY.xattr.' + tar_text(name)] = \
-                tar_text(value)
-        return info
+            head.pax[b'SCHILY.xattr.' + name] = value
+        return head
 
     def holes(self, entry):
         """True if a hole may be among the extents."""
         return bool(entry.lists) or any(extent[0] == HOLE
                                         for extent in entry.extents)
 
-    def body(self, entry, content, size, holes):
+    def body(self, content, size):
         """The data and its padding, always `size` bytes: what is damaged is
         zeros, and a CorruptError after it."""
         damage, left = None, size
-        for slot, (offset, length, repeat) in content:
-            if not slot and not holes:
-                continue
-            if length * repeat > left:
-                damage = CorruptError('Holds more than %d bytes' % size)
-                break
-            try:
-                data = slot and piece(slot, offset, length)
-            except CorruptError as e:
-                damage, data = damage or e, None
-            for _ in range(repeat):
-                self.write(data) if data else self.zeros(length)
-            left -= length * repeat
+        for slot, extent in content:
+            left -= extent[1] * extent[2]
+            if left < 0:
+                raise CorruptError('Holds more than %d bytes' % size)
+            damage = self.extent(slot, extent) or damage
         self.zeros(left)
         self.pad(512)
         if damage or left:
             raise damage or CorruptError('Holds %d bytes too few' % left)
 
-    def zeros(self, length):
-        while length:
-            self.write(ZEROS[:length])
-            length -= min(length, len(ZEROS))
+    def extent(self, slot, extent):
+        """Write one extent; the CorruptError if it is damaged."""
+        offset, length, repeat = extent
+        try:
+            data = slot and piece(slot, offset, length)
+        except CorruptError as e:
+            self.zeros(length * repeat)
+            return e
+        for _ in range(repeat):
+            self.write(data) if data else self.zeros(length)
+        return None
 
-    def sparse(self, info, entry, page, content):
+    def zeros(self, length):
+        while length > 0:
+            self.write(ZEROS[:length])
+            length -= len(ZEROS)
+
+    def sparse(self, head, entry, page, content):
         """A file with holes: GNU.sparse 1.0, a map and then the data."""
-        regions, at = [], 0
+        regions, out, at = [[0, 0]], 0, 0
         for kid, _, length, repeat in entry_extents(self.fetcher, entry,
                                                     page):
-            if kid and regions and sum(regions[-1]) == at:
-                regions[-1] = (regions[-1][0],
-                               regions[-1][1] + length * repeat)
-            elif kid:
-                regions.append((at, length * repeat))
+            if kid:
+                if sparse_gap(out, at):
+                    regions[-1][1] = sparse_up(out) - regions[-1][0]
+                    regions.append([sparse_down(at), 0])
+                out = at + length * repeat
             at += length * repeat
+        regions[-1][1] = min(sparse_up(out), at) - regions[-1][0]
         if at != entry.size:
             raise CorruptError('Holds %d of %d bytes' % (at, entry.size))
-        data = sum(length for _, length in regions)
-        if data == at:
-            info.size = at
-            self.header(info)
-            self.body(entry, content, at, holes=True)
+        if regions[0] == [0, at]:
+            head.size = at
+            self.write(head.pack())
+            self.body(content, at)
             return
-        regions.append((at, 0))         # so that the end is known
-        text = b'%d\n' % len(regions) + b''.join(
-            b'%d\n%d\n' % region for region in regions)
-        text += bytes(-len(text) % 512)
-        info.pax_headers.update({
-            'GNU.sparse.major': '1', 'GNU.sparse.minor': '0',
-            'GNU.sparse.name': info.name,
-            'GNU.sparse.realsize': '%d' % at})
-        head, _, tail = info.name.rpartition('/')
-        info.name = (head or '.') + '/GNUSparseFile.0/' + tail
-        info.size = len(text) + data
-        self.header(info)
+        text = sparse_map([region for region in regions if region[1]], at)
+        head.pax.update({
+            b'GNU.sparse.major': b'1', b'GNU.sparse.minor': b'0',
+            SPARSE_NAME: head.name,
+            b'GNU.sparse.realsize': b'%d' % at})
+        above, _, name = head.name.rpartition(b'/')
+        head.name = (above or b'.') + b'/GNUSparseFile.0/' + name
+        head.size = len(text) + sum(length for _, length in regions)
+        self.write(head.pack())
         self.write(text)
-        self.body(entry, content, data, holes=False)
+        self.sparse_body(content, at)
+
+    def sparse_body(self, content, size):
+        """The data of the regions that sparse() found, in the same way."""
+        out, at, damage = 0, 0, None
+        for slot, extent in content:
+            if slot:
+                if sparse_gap(out, at):
+                    self.zeros(sparse_up(out) - out)
+                    out = sparse_down(at)
+                self.zeros(at - out)
+                damage = self.extent(slot, extent) or damage
+                out = at + extent[1] * extent[2]
+            at += extent[1] * extent[2]
+        self.zeros(min(sparse_up(out), size) - out)
+        self.pad(512)
+        if damage:
+            raise damage
 
     def end(self):
         """The end of the archive, padded to tar's record size."""
         self.write(bytes(1024))
-        self.pad(10240)
-
-
-def tar_text(data):
-    """Bytes as tarfile takes them; it gives the same bytes back."""
-    return data.decode('utf-8', 'surrogateescape')
-
-
-def tar_time(nanos):
-    """Nanoseconds as pax's decimal seconds."""
-    sign, nanos = ('-', -nanos) if nanos < 0 else ('', nanos)
-    return '%s%d.%09d' % (sign, nanos // BILLION, nanos % BILLION)
+        self.pad(TAR_RECORD)
+        self.flush()
 
 
 def mode_tar(remote, opt):
@@ -7558,11 +7798,13 @@ def cache_open(opt):
 def cache_begin(opt, cache, remote, memo=None):
     """Bring a cache up to the server, or say that --fsck must."""
     remote.connect()
+    if pending_exists(cache):
+        pending_decide(remote, cache, memo)
     if cache.new and remote.head[0] and remote.archives:
         raise UserError('Sequence number mismatch: Run --fsck (cache '
                         'directory %s is empty, but the server has archives '
                         'of this machine)' % opt.cachedir)
-    synchronize(remote, cache, memo)
+    synchronize(remote, cache)
     if opt.key.can(ROLE_WRITE) and ROLE_WRITE in remote.roles:
         parts_settle(remote, cache)
 
@@ -7622,9 +7864,9 @@ class Create:
         """Walk and commit, over again when a conflict or a server asks."""
         series = self.opt.series or series_of(self.name)
         while True:
+            walk = self.walk(writer)
             try:
-                writer.run(self.walk(writer),
-                           lambda: self.checkpoint(writer, series))
+                writer.run(walk, lambda: self.checkpoint(writer, series))
                 if not writer.entries and not self.opt.quiet:
                     warn('Archive contains no files')
                 self.txn.commit(
@@ -7635,6 +7877,8 @@ class Create:
                 writer.pool.drop()
                 self.txn.again()
                 writer.start_over()
+            finally:
+                walk.close()
 
     def checkpoint(self, writer, series):
         """Commit what there is as NAME.part, if it is time to."""
@@ -8099,9 +8343,14 @@ def mode_nuke(opt):
             commit = Commit(opt.key.machine, n + 1, head, KIND_NUKE,
                             os.urandom(16))
             commit.deleted = (EVERYTHING, bytes(32))
+            raw = commit_pack(commit, opt.key)
             try:
-                channel.call(NUKE, commit_pack(commit, opt.key))
+                channel.call(NUKE, raw)
                 return 0
+            except ChannelLost:
+                remote.connect()
+                if remote.head == (n + 1, sha256(raw)):
+                    return 0
             except Refused as e:
                 if e.code != E_CONFLICT:
                     raise
@@ -8271,7 +8520,7 @@ ALIASES = {
     'unlink': 'unlink-first',
 }
 
-SIZE_TEXT = re.compile(r'(\d+) ?([kMGTPE]?)B?$')
+SIZE_TEXT = re.compile(r'([0-9]{1,19}) ?([kMGTPE]?)B?')
 
 
 class Usage(UserError):
@@ -8280,7 +8529,7 @@ class Usage(UserError):
 
 def size_parse(text):
     """Bytes in `12`, `5k`, `1 GB`: decimal powers; UserError otherwise."""
-    found = SIZE_TEXT.match(text)
+    found = SIZE_TEXT.fullmatch(text)
     if not found:
         raise UserError('Not a size: %s' % text)
     return int(found[1]) * 1000 ** (' kMGTPE'.index(found[2] or ' '))

@@ -9,7 +9,7 @@ deleted which of them.  One file; Python >= 3.9 and the `cryptography` package.
 The way of a backup:
 
     frame PUT -> checked for shape -> batch of 256 KiB -> spool file (RECEIVED)
-              -> at 32 MiB, or at a commit: entry table, fsync, a segment object
+              -> at 32 MiB or a commit: entry table, fsync, a segment object
     frame COMMIT -> signature, base and lists against the index
                  -> all segments durable -> log entry k+1 by put-if-absent
                  -> the index catches up with the log -> COMMITTED
@@ -34,7 +34,7 @@ loop), or in whatever order a test finds cruel.  The wishes are
 Map of this file, bottom up; no section uses a name from a later one:
 
     constants, errors     numbers, and what can go wrong by its remedy
-    wire                  frames, blocks, commit objects; shared with the client
+    wire                  frames, blocks, commit objects; as the client has it
     store                 five verbs over flat files
     segments, spool       many blocks to an object; the open one is a file
     log                   entry k, which decides
@@ -1206,18 +1206,18 @@ class Index:
         self.path = path
         self.lock = threading.Lock()
         self.db = None
+        import sqlite3
         try:
-            self._open()
-        except self._errors():
-            self.remove()           # disposable: make it anew
-            self._open()
+            self._open(sqlite3)
+        except sqlite3.DatabaseError as e:
+            # Disposable, but not if it is only locked or cannot be opened.
+            self.close()
+            if isinstance(e, sqlite3.OperationalError):
+                raise
+            self.remove()
+            self._open(sqlite3)
 
-    def _errors(self):
-        import sqlite3
-        return sqlite3.Error
-
-    def _open(self):
-        import sqlite3
+    def _open(self, sqlite3):
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None,
                                   check_same_thread=False)
         run = self.db.execute
@@ -1902,7 +1902,8 @@ def log_drop(machine, keys):
         now = yield ('now',)
         entry = Entry(machine, state.k + 1, state.log_hash,
                       max(now, state.time))
-        entry.blocks, entry.bytes, entry.drops = state.blocks, state.bytes, keys
+        entry.blocks, entry.bytes = state.blocks, state.bytes
+        entry.drops = keys
         if (yield from log_put(entry)):
             break
     for key in keys:
@@ -2680,6 +2681,11 @@ class Session:
 # open transactions belongs to the thread that runs the sessions.
 ##############################################################################
 
+def say(line):
+    """One line on stderr, in the program's name."""
+    print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
+
+
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'spool', 'index', 'tmp'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'delete')
@@ -2737,14 +2743,31 @@ def server_create(path, listen=''):
         files = FileStore(path, os.path.join(path, 'tmp'))
         files.put('secret', os.urandom(32))
         files.put('identity.key', identity_make())
-        files.put('store/store-id', os.urandom(16).hex().encode() + b'\n')
-        # Last: with it the directory is one.
+        # Last of what makes it a server directory.
         files.put('tarsnapd.conf', (CONF % (listen or '[::]:%d' % PORT))
                   .encode())
+        store_open(path, conf_read(path), True).put(
+            'store-id', os.urandom(16).hex().encode() + b'\n')
     except OSError as e:
         raise ServerError('%s: %s' % (path, e.strerror)) from None
-    except StoreError as e:
-        raise ServerError('%s: %s' % (path, e)) from None
+    except (StoreError, ValueError) as e:
+        raise ServerError('%s: %s' % (ascii(path)[1:-1], e)) from None
+
+
+def store_open(path, conf, create=False):
+    """The FileStore of a server directory with configuration `conf`.
+
+    A configured store that is not there is not made in passing: it may be a
+    disk that is not mounted, and a new store is another store.
+    """
+    store = os.path.join(path, conf.get('store', 'store'))
+    temporary = os.path.join(path, 'tmp')
+    if store != os.path.join(path, 'store'):
+        temporary = os.path.join(store, '.tmp')
+    if create:
+        os.makedirs(temporary, 0o700, exist_ok=True)
+        os.makedirs(store, 0o700, exist_ok=True)
+    return FileStore(store, temporary)
 
 
 def identity_make():
@@ -2823,7 +2846,10 @@ class Indexes:
         """
         import sqlite3
         while True:
-            index = self._get(machine)
+            try:
+                index = self._get(machine)
+            except (sqlite3.Error, OSError) as e:
+                raise StoreError('open index', '%016x' % machine, e) from e
             with index.lock:
                 if index.db is None:
                     continue        # closed by another thread just now
@@ -2884,22 +2910,23 @@ class Server:
         self.cert_hash = ZERO32
         self.serial = 0
         self.temporary = None           # directory to remove at the end
-        store = os.path.join(path, self.conf.get('store', 'store'))
-        temporary = os.path.join(path, 'tmp')
-        if store != os.path.join(path, 'store'):
-            temporary = os.path.join(store, '.tmp')
-        self.read_only = not all(
-            os.access(x, os.W_OK) for x in (
-                path, store, os.path.join(path, 'spool')))
+        self.store = store_open(path, self.conf)
+        self.spools = SpoolDir(os.path.join(path, 'spool'))
+        self.read_only = not all(os.access(x, os.W_OK) for x in (
+            path, self.store.root, self.spools.root))
         try:
-            self._load(path, store, temporary)
+            self._load_keys(path)
+            self._load_store(path)
         except OSError as e:
             raise ServerError('%s: %s' % (e.filename or path,
                                           e.strerror)) from None
-        except StoreError as e:
+        except NoObject:
+            raise ServerError('%s: no store there; "tarsnapd.py init" makes '
+                              'one' % self.store.root) from None
+        except (StoreError, ValueError) as e:
             raise ServerError('%s: %s' % (path, e)) from None
 
-    def _load(self, path, store, temporary):
+    def _load_keys(self, path):
         from cryptography.hazmat.primitives import serialization as ser
         for name in ('', 'identity.key', 'secret'):
             file = os.path.join(path, name)
@@ -2913,13 +2940,11 @@ class Server:
             raise ServerError('%s/identity.key: not a key' % path) from None
         self.identity_public = self.identity.public_key().public_bytes(
             ser.Encoding.Raw, ser.PublicFormat.Raw)
-        self.store = FileStore(store, temporary)
-        if not self.read_only:
-            os.makedirs(temporary, 0o700, exist_ok=True)
-            self.store.put('store-id', os.urandom(16).hex().encode() + b'\n')
-            self.store.sweep()
+
+    def _load_store(self, path):
         self.store_id = bytes.fromhex(self.store.get('store-id').decode())
-        self.spools = SpoolDir(os.path.join(path, 'spool'))
+        if not self.read_only:
+            self.store.sweep()
         index = os.path.join(path, 'index')
         if self.read_only or not os.access(index, os.W_OK):
             import tempfile
@@ -3162,7 +3187,8 @@ class Pool:
     def __init__(self, server, threads):
         self.server = server
         self.work = queue.SimpleQueue()
-        self.done = collections.deque()     # (connection, value, error)
+        self.done = collections.deque()     # (connection, steps, value,
+        #                                      error)
         self.wake_r, self.wake_w = os.pipe()
         os.set_blocking(self.wake_r, False)
         os.set_blocking(self.wake_w, False)
@@ -3172,7 +3198,8 @@ class Pool:
             thread.start()
 
     def submit(self, conn, wish):
-        self.work.put((conn, wish))
+        """Have what the steps of a connection wish done."""
+        self.work.put((conn, conn.steps, wish))
 
     def finished(self):
         """What has been done since the last call."""
@@ -3198,10 +3225,10 @@ class Pool:
                 return
             value = error = None
             try:
-                value = self.server.perform(job[1])
+                value = self.server.perform(job[2])
             except Exception as e:      # belongs to the steps that wished it
                 error = e
-            self.done.append((job[0], value, error))
+            self.done.append((job[0], job[1], value, error))
             try:
                 os.write(self.wake_w, b'.')
             except BlockingIOError:
@@ -3277,7 +3304,7 @@ class Loop:
         self.selector = selectors.DefaultSelector()
         self.pool = Pool(server, POOL_THREADS)
         self.connections = set()
-        self.timers = []                # heap of (when, number, connection)
+        self.timers = []        # heap of (when, number, connection, steps)
         self.numbers = itertools.count()
         self.now = time.monotonic()
         self.checked = self.now         # when deadlines were last looked at
@@ -3336,13 +3363,16 @@ class Loop:
                 self.accept()
             elif key.data is not None:
                 self.guard(key.data, self.on_event, mask)
-        for conn, value, error in self.pool.finished():
-            self.guard(conn, self.resume, value, error)
+        for conn, steps, value, error in self.pool.finished():
+            if conn.steps is steps:
+                self.guard(conn, self.resume, value, error)
         for conn in ready:
             if conn.more:
                 self.guard(conn, self.on_event, self.read_event)
         while self.timers and self.timers[0][0] <= self.now:
-            self.guard(heapq.heappop(self.timers)[2], self.resume)
+            _, _, conn, steps = heapq.heappop(self.timers)
+            if conn.steps is steps:
+                self.guard(conn, self.resume)
         if self.now >= self.checked + 0.5:
             self.checked = self.now
             self.check_deadlines()
@@ -3475,10 +3505,11 @@ class Loop:
                 not conn.more or self.stopping)):
             # The client may be waiting for its window.
             self.start(conn, session.idle(), 0, True)
-        if conn.steps is None and conn.gone and not conn.ended:
+        if conn.steps is None and not conn.ended and (
+                conn.gone or session.over):
             conn.ended = True
             self.start(conn, session.end(), 0)
-        if conn.ended and conn.steps is None:
+        if conn.ended and conn.gone and conn.steps is None:
             self.connections.discard(conn)
         if conn.out_bytes and not conn.gone:
             self.write(conn)
@@ -3539,8 +3570,8 @@ class Loop:
                     conn.paused = True
                     return
             elif wish[0] == 'wait':
-                heapq.heappush(self.timers, (self.now + wish[1],
-                                             next(self.numbers), conn))
+                heapq.heappush(self.timers, (
+                    self.now + wish[1], next(self.numbers), conn, steps))
                 return
             elif wish[0] in ('now', 'random', 'log'):
                 value = self.server.perform_here(wish)
@@ -3574,7 +3605,7 @@ class Loop:
         if conn.paused:
             conn.paused = False
             self.guard(conn, self.resume)
-        elif conn.steps is None and not conn.ended:
+        elif conn.steps is None:
             self.guard(conn, self.advance)
 
     def watch_all(self, conn):
@@ -3689,7 +3720,14 @@ def tls_context(path):
     return context
 
 
-def serve_one(server, listener, context):
+def announce(listener):
+    """Say that clients, and signals, may come."""
+    host, port = listener.getsockname()[:2]
+    say('listening on %s:%d' % ('[%s]' % host if ':' in host else host,
+                                port))
+
+
+def serve_one(server, listener, context, tell=True):
     """Serve in this process until SIGTERM or SIGINT."""
     import signal
     # A thread of the pool must not hold the loop up for the default 5 ms.
@@ -3699,6 +3737,8 @@ def serve_one(server, listener, context):
     for number in signals:
         signal.signal(number, lambda *_: loop.stop())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    if tell:
+        announce(listener)
     loop.run()
     server.close()
 
@@ -3716,19 +3756,20 @@ def serve_many(server, listener, context, workers):
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         signal.signal(number, stop)
-    started = time.monotonic() - 1
+    announce(listener)
+    births = 0
     while children or not stopping:
         while len(children) < workers and not stopping:
             # One that dies at once must not make us a fork bomb.
-            time.sleep(max(0, started + 0.1 - time.monotonic()))
-            started = time.monotonic()
+            time.sleep(0.1 if births >= workers else 0)
+            births += 1
             # No signal may come between a child's birth and our knowing it,
             # nor reach the child while it still has our handler.
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-            child = os.fork()
+            child = None if stopping else os.fork()
             if child == 0:
                 serve_child(server, listener, context)
-            children.add(child)
+            children.update([child] if child else [])
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         try:
             children.discard(os.wait()[0])
@@ -3740,7 +3781,7 @@ def serve_child(server, listener, context):
     """A worker process; does not return."""
     status = 1
     try:
-        serve_one(server, listener, context)
+        serve_one(server, listener, context, tell=False)
         status = 0
     finally:
         os._exit(status)
@@ -3764,10 +3805,6 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py index-dump SRV MACHINE
        tarsnapd.py --version | --help
 '''
-
-
-def say(line):
-    print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
 
 
 def open_server(path):
@@ -3917,9 +3954,6 @@ def command_serve(args):
     raise_limit()
     listener = listen(options.get('--listen') or server.conf.get('listen')
                       or '[::]:%d' % PORT)
-    host, port = listener.getsockname()[:2]
-    say('listening on %s:%d' % ('[%s]' % host if ':' in host else host,
-                                port))
     if int(workers) > 1:
         serve_many(server, listener, context, int(workers))
     else:
@@ -3995,9 +4029,8 @@ COMMANDS = {
 ##############################################################################
 
 
-def main(argv=None):
-    """Run a command (by default what was typed); the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
+    """Run a command; the exit status."""
     if argv[:1] == ['--version']:
         print('tarsnapd %s' % VERSION)
         return 0

@@ -10,6 +10,7 @@ taken away in one line) without it the loss is there to see.
 import contextlib
 import os
 import random
+import re
 import shutil
 import stat
 import subprocess
@@ -135,47 +136,26 @@ class Unreadable(LabTest):
         self.host.check('one', self.without(b'd/secret'))
         self.store('two')
 
-    def test_page_whole_would_lose_it(self):
+    def test_as_if_it_had_been_read_it_is_lost(self):
         """The same with the rule taken away: lost, and exit status 0."""
-        real = tarsnap.Writer.page_end
+        real = tarsnap.Writer.read
 
-        def page_end(writer):
-            if writer.page:
-                writer.page.whole = True
-                # As if the digest were made of lstat alone.
-                writer.page.keys = [
-                    key for entry in self.walked for key in [entry]] \
-                    if self.walked else writer.page.keys
-            real(writer)
+        def read(writer, folder, name, member, st, key):
+            try:
+                real(writer, folder, name, member, st, key)
+            except OSError as e:
+                entry = tarsnap.Entry()
+                writer.fill(entry, st)
+                entry.path = member
+                writer.page_add(entry, tarsnap.Content(), [], key)
+                writer.report(str(e))
 
-        self.walked = []
-        look = tarsnap.Writer.stat_key
-
-        def stat_key(writer, member, st):
-            key = look(writer, member, st)
-            self.walked.append(key)
-            return key
-
-        real_reuse = tarsnap.Writer.reuse
-
-        def reuse(writer, source):
-            # The page has one entry fewer than the walk: let it match.
-            for row in writer.memo.candidates(
-                    tarsnap.memo_first(writer.ahead[0][2]), writer.profile):
-                writer.look(source, 100)
-                if row[1] == tarsnap.keys_digest(
-                        [entry[4] for entry in writer.ahead]):
-                    writer.ahead.popleft()
-                    return writer.page_reuse(row)
-            return real_reuse(writer, source)
-
-        with self.open_fails(b'secret'), mock.patch.multiple(
-                tarsnap.Writer, page_end=page_end, stat_key=stat_key):
+        with self.open_fails(b'secret'), mock.patch.object(
+                tarsnap.Writer, 'read', read):
             self.host.create('one', status=2)
-        self.walked = []
-        with mock.patch.object(tarsnap.Writer, 'reuse', reuse):
-            self.host.create('two')
-        self.assertNotIn(b'd/secret', snapshot(self.host.extract('two')))
+        self.host.create('two')
+        found = snapshot(self.host.extract('two'))
+        self.assertEqual(found[b'd/secret']['content'][0], 0)
 
     def test_readable_then_unreadable(self):
         """Nothing changed, so the row is still good: no need to read."""
@@ -212,25 +192,23 @@ class Unreadable(LabTest):
 
     @unittest.skipIf(not ROOT, 'needs root to become somebody else')
     def test_real_permissions(self):
-        path = os.path.join(self.lab.tree, 'd/secret')
-        os.chmod(path, 0)
-        os.chmod(self.lab.root, 0o755)
+        self.host.create('imports everything')
+        self.host.lose('cache')
         for top, _, files in os.walk(self.lab.root):
             os.chown(top, 65534, 65534)
             for name in files:
-                os.chown(os.path.join(top, name), 65534, 65534)
-        script = ('import os, sys; os.setgroups([]); os.setgid(65534); '
-                  'os.setuid(65534); sys.path.insert(0, %r); import lab; '
-                  'sys.exit(lab.run(sys.argv[1:]).status)' % lab.HERE)
+                os.lchown(os.path.join(top, name), 65534, 65534)
+        os.chmod(os.path.join(self.lab.tree, 'd/secret'), 0)
         for turn in range(2):
-            status = subprocess.run(
-                [lab.sys.executable, '-B', '-c', script,
-                 '--no-default-config', '--keyfile', self.host.keyfile,
-                 '--cachedir', self.lab.path('other.cache'), '-c', '-f',
-                 'u%d' % turn, '-C', self.lab.tree, 'd']).returncode
-            if status not in (0, 2):
-                self.skipTest('the sources cannot be read by nobody')
-            self.assertEqual(status, 2)
+            os.seteuid(65534)
+            try:
+                result = self.host.run('-c', '-f', 'run%d' % turn, '-C',
+                                       self.lab.tree, 'd')
+            finally:
+                os.seteuid(0)
+            self.assertEqual(result.status, 2, result)
+            self.assertIn('d/secret: Cannot read: Permission denied',
+                          result.err)
 
     def test_read_error_in_the_middle(self):
         """EIO from read: the file is reported, each time, the rest kept."""
@@ -635,7 +613,7 @@ class Digest(LabTest):
         path = os.path.join(self.lab.tree, 'a')
         os.utime(path, ns=(12345 * 10 ** 9, os.stat(path).st_mtime_ns))
         self.host.create('again', '--store-atime')
-        self.assertEqual(self.atimes('again')['./a'], '12345.000000000')
+        self.assertEqual(float(self.atimes('again')['./a']), 12345)
         self.host.create('without2')
         self.assertEqual(self.atimes('without2'), {})
 
@@ -678,7 +656,7 @@ class Digest(LabTest):
             with reads() as read:
                 self.host.create('two', tree=where)
         finally:
-            subprocess.run(['umount', where], check=True)
+            subprocess.run(['umount', '-l', where], check=True)
         self.assertEqual(read.call_count, 0)
 
     def test_each_field(self):
@@ -915,9 +893,7 @@ class Mutations(LabTest):
             model = {
                 path: row for path, row in snapshot(self.lab.tree).items()
                 if path.split(b'/')[0] in tops and not (
-                    args and any(
-                        part.startswith(b'n') and part.endswith(b'7')
-                        for part in path.split(b'/')[1:]))}
+                    args and re.match(rb'(?s).*/n.*7(/|\Z)', path))}
             found = snapshot(self.host.extract(name))
             del found[b'']
             for row in model.values():

@@ -32,8 +32,8 @@ KIB, MIB = 1024, 1024 * 1024
 
 # Frames, as far as the tests look into them.
 FRAME = struct.Struct('>IBI')
-BEGIN, PUT, DELETE, CHECKPOINT, COMMIT = 10, 11, 13, 14, 15
-BEGUN, RECEIVED, COMMITTED = 141, 142, 143
+BEGIN, PUT, WITHDRAW, DELETE, CHECKPOINT, COMMIT = 10, 11, 12, 13, 14, 15
+GET, CHANGES, BEGUN, RECEIVED, COMMITTED = 8, 6, 141, 142, 143
 
 
 def seed_choose(what):
@@ -187,6 +187,7 @@ class World:
         if key:
             argv += ['--keyfile', key]
         if cache:
+            os.makedirs(cache, 0o700, exist_ok=True)
             argv += ['--cachedir', cache]
         return argv + list(args)
 
@@ -313,21 +314,30 @@ class Server:
 PASS, DROP, CUT, TEAR = 'pass', 'drop', 'cut', 'tear'
 
 
+class Wire:
+    """One connection through a Front."""
+
+    def __init__(self):
+        self.sent = []              # names of PUTs passed on; None: WITHDRAW
+        self.received = 0           # of `sent`, the server said
+        self.kinds = []             # of frames passed on, in order
+
+
 class Front:
     """Ends the TLS before a server; every frame goes through `hook`.
 
-    hook(up, kind, body) is called in the thread of the connection; `up` is
-    True for what the client sends.  It returns PASS, DROP (swallow), CUT
+    hook(wire, up, kind, body) is called in the thread of the connection; `up`
+    is True for what the client sends.  It returns PASS, DROP (swallow), CUT
     (close both ends instead) or TEAR (send half of it, then close), and may
     take its time.
     """
 
     def __init__(self, world):
         self.world = world
-        self.hook = lambda up, kind, body: PASS
-        self.puts = []              # (name, class) of every PUT passed on
-        self.frames = 0             # passed on, either way
-        self.connections = 0
+        self.hook = pass_all
+        self.wires = []
+        self.kept = set()           # names of PUTs the server has RECEIVED
+        self.twice = []             # names put again although they were
         self.threads = []
         self.closed = False
         path = world.server.path
@@ -347,13 +357,16 @@ class Front:
             thread.join(10)
         self.listener.close()
 
+    def puts(self):
+        """Names of all PUTs passed on, in order."""
+        return [name for wire in self.wires for name in wire.sent if name]
+
     def accept(self):
         while not self.closed:
             try:
                 raw = self.listener.accept()[0]
             except socket.timeout:
                 continue
-            self.connections += 1
             thread = threading.Thread(target=self.serve, args=(raw,),
                                       daemon=True)
             self.threads.append(thread)
@@ -379,6 +392,8 @@ class Front:
                 end.close()
 
     def relay(self, client, server):
+        wire = Wire()
+        self.wires.append(wire)
         buffers = {client: bytearray(), server: bytearray()}
         while not self.closed:
             ready = [client] if client.pending() else select.select(
@@ -389,14 +404,13 @@ class Front:
                     return
                 buffers[source] += data
                 target = server if source is client else client
-                if not self.frames_pass(buffers[source], target,
+                if not self.frames_pass(wire, buffers[source], target,
                                         source is client):
                     return
 
-    def frames_pass(self, buffer, target, up):
+    def frames_pass(self, wire, buffer, target, up):
         """Pass the whole frames of `buffer` on; False to close."""
-        pos, passed = 0, bytearray()
-        go_on = True
+        pos, passed, go_on = 0, bytearray(), True
         while go_on and len(buffer) - pos >= FRAME.size:
             length, kind, _ = FRAME.unpack_from(buffer, pos)
             end = pos + FRAME.size + length
@@ -404,12 +418,10 @@ class Front:
                 break
             frame = bytes(buffer[pos:end])
             pos = end
-            what = self.hook(up, kind, frame[FRAME.size:])
+            what = self.hook(wire, up, kind, frame[FRAME.size:])
             if what == PASS:
                 passed += frame
-                self.frames += 1
-                if up and kind == PUT:
-                    self.puts.append((frame[9:41], frame[41:42]))
+                self.note(wire, kind, frame[FRAME.size:])
             elif what == TEAR:
                 passed += frame[:len(frame) // 2]
             go_on = what in (PASS, DROP)
@@ -417,6 +429,28 @@ class Front:
         if passed:
             target.sendall(passed)
         return go_on
+
+    def note(self, wire, kind, body):
+        """Keep account of what the server has."""
+        wire.kinds.append(kind)
+        if kind == BEGIN:
+            wire.sent, wire.received = [], 0
+        elif kind == PUT:
+            if body[:32] in self.kept:
+                self.twice.append(body[:32])
+            wire.sent.append(body[:32])
+        elif kind == WITHDRAW:
+            wire.sent.append(None)
+            for at in range(2, len(body), 32):
+                self.kept.discard(body[at:at + 32])
+        elif kind == RECEIVED:
+            count, = struct.unpack('>Q', body)
+            self.kept.update(filter(None, wire.sent[wire.received:count]))
+            wire.received = count
+
+
+def pass_all(wire, up, kind, body):
+    return PASS
 
 
 ##############################################################################

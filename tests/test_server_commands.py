@@ -1,0 +1,380 @@
+"""Every command does what tarsnapd(8) says, and fails in one line."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+from rawclient import (
+    PROGRAM, R, W, ZERO, Client, Embedded, Error, Host, Serve, Stdio, Wire,
+    block, get, put, run, server_directory, sha, tarsnapd, u16, u64)
+
+
+class Commands(unittest.TestCase):
+
+    def setUp(self):
+        base = tempfile.TemporaryDirectory()
+        self.addCleanup(base.cleanup)
+        self.base = base.name
+        self.path = os.path.join(base.name, 'srv')
+
+    def fails(self, *args, stdin=b'', says=''):
+        """Exit 1, nothing on stdout, one line of ours on stderr."""
+        status, out, err = run(*args, stdin=stdin)
+        self.assertEqual((status, out), (1, ''), err)
+        self.assertEqual(err.count('\n'), 1, err)
+        self.assertTrue(err.startswith('tarsnapd: '), err)
+        self.assertIn(says, err)
+
+    def init(self):
+        status, out, err = run('init', self.path)
+        self.assertEqual((status, err), (0, ''))
+        return out.strip()
+
+    def test_version_and_help(self):
+        self.assertEqual(run('--version'), (0, 'tarsnapd 1.1.0\n', ''))
+        status, out, err = run('--help')
+        self.assertEqual((status, err), (0, ''))
+        for command in tarsnapd.COMMANDS:
+            self.assertIn(command, out)
+
+    def test_heavy_modules_are_not_loaded_for_nothing(self):
+        done = subprocess.run(
+            [sys.executable, '-I', '-S', '-c',
+             'import sys; sys.path.insert(0, %r); '
+             'import tarsnapd; tarsnapd.main(["--version"]); '
+             'print(sorted({"ssl", "sqlite3", "cryptography", "socket", '
+             '"tempfile"} & set(sys.modules)))' % os.path.dirname(PROGRAM)],
+            capture_output=True, text=True)
+        self.assertEqual(done.stdout, 'tarsnapd 1.1.0\n[]\n')
+
+    def test_init_prints_the_fingerprint_and_nothing_else(self):
+        fingerprint = self.init()
+        self.assertRegex(fingerprint, '^[0-9a-f]{64}$')
+        self.assertEqual(run('fingerprint', self.path),
+                         (0, fingerprint + '\n', ''))
+        client = Client(Embedded(self.path))
+        self.assertEqual(sha(client.identity).hex(), fingerprint)
+        client.close()
+
+    def test_init_makes_private_files(self):
+        os.umask(os.umask(0))
+        self.init()
+        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o700)
+        for name in ('identity.key', 'tls.key', 'tls.crt', 'secret'):
+            mode = os.stat(os.path.join(self.path, name)).st_mode
+            self.assertEqual(stat.S_IMODE(mode), 0o600, name)
+
+    def test_init_refuses_what_is_not_its_own(self):
+        os.mkdir(self.path)
+        with open(os.path.join(self.path, 'precious'), 'w') as file:
+            file.write('data')
+        self.fails('init', self.path, says='precious')
+        self.assertEqual(os.listdir(self.path), ['precious'])
+        self.fails('init', os.path.join(self.path, 'precious'))
+
+    def test_init_again_changes_nothing(self):
+        first = self.init()
+        with open(os.path.join(self.path, 'tarsnapd.conf')) as file:
+            before = file.read()
+        self.assertEqual(self.init(), first)
+        with open(os.path.join(self.path, 'tarsnapd.conf')) as file:
+            self.assertEqual(file.read(), before)
+
+    def test_a_new_certificate_keeps_the_fingerprint(self):
+        first = self.init()
+        serve = Serve(self.path)
+        before = serve.client()
+        self.assertEqual(serve.stop(), (0, ''))
+        self.assertEqual(run('cert', self.path), (0, '', ''))
+        serve = Serve(self.path)
+        self.addCleanup(serve.kill)
+        after = serve.client()
+        self.assertEqual(sha(after.identity).hex(), first)
+        self.assertEqual(after.serial, before.serial + 1)
+        self.assertNotEqual(after.link.cert_hash, before.link.cert_hash)
+        before.close()
+        after.close()
+
+    def test_users(self):
+        self.init()
+        self.assertEqual(run('user', self.path, 'add', 'zoe', stdin=b'a\n'),
+                         (0, '', ''))
+        self.assertEqual(run('user', self.path, 'add', 'ann', stdin=b'b'),
+                         (0, '', ''))
+        self.assertEqual(run('user', self.path, 'list'),
+                         (0, 'ann\nzoe\n', ''))
+        self.fails('user', self.path, 'add', 'zoe', stdin=b'x\n',
+                   says='exists')
+        self.fails('user', self.path, 'passwd', 'eve', stdin=b'x\n',
+                   says='eve')
+        self.fails('user', self.path, 'add', 'eve', says='empty password')
+        self.fails('user', self.path, 'delete', 'eve', says='eve')
+        self.fails('user', self.path, 'rename', 'eve')
+        self.assertEqual(run('user', self.path, 'delete', 'ann'),
+                         (0, '', ''))
+        self.assertEqual(run('user', self.path, 'list'), (0, 'zoe\n', ''))
+        self.assertEqual(run('user', self.path, 'add', 'ann', stdin=b'c'),
+                         (0, '', ''))
+
+    def register(self, serve, password):
+        client = serve.client()
+        try:
+            return Host(client, user='zoe', password=password)
+        finally:
+            client.close()
+
+    def test_passwords_and_registration(self):
+        self.init()
+        run('user', self.path, 'add', 'zoe', stdin=b'old\n')
+        serve = Serve(self.path)
+        self.addCleanup(serve.kill)
+        host = self.register(serve, b'old')
+        run('user', self.path, 'passwd', 'zoe', stdin=b'new\n')
+        with self.assertRaises(Error):
+            self.register(serve, b'old')
+        self.assertNotEqual(self.register(serve, b'new').machine,
+                            host.machine)
+        client = serve.client()
+        self.assertEqual(client.register(host.keys, 'zoe', b'new'),
+                         host.machine)      # the same keys, the same machine
+        client.close()
+        status, out, err = run('machine', self.path, 'list')
+        self.assertEqual((status, err), (0, ''))
+        self.assertIn('%016x zoe host\n' % host.machine, out)
+        self.assertEqual(out.count('\n'), 2)
+        run('user', self.path, 'delete', 'zoe')
+        with self.assertRaises(Error):
+            self.register(serve, b'new')
+
+    def test_stat(self):
+        client = Client(Embedded(self.path, create=True))
+        host = Host(client)
+        client.auth(host.machine, host.keys, R, W)
+        host.backup(client, 'one')
+        size = sum(len(x[2]) for x in (
+            [block('c', 'one-%d' % i, 1000) for i in range(3)]
+            + [block('a', 'one')]))
+        client.close()
+        self.assertEqual(run('stat', self.path), (
+            0, 'machines 1\narchives 1\nblocks 4\nbytes %d\n' % size, ''))
+
+    def test_no_server_directory(self):
+        for command in ('fingerprint', 'cert', 'stat', 'rebuild', 'serve'):
+            self.fails(command, self.path, says='no such directory')
+        os.mkdir(self.path)
+        for command in ('fingerprint', 'cert', 'stat', 'rebuild', 'serve'):
+            self.fails(command, self.path, says='not a server directory')
+
+    def test_usage_errors(self):
+        self.init()
+        for args in ((), ('nothing',), ('init',), ('init', 'a', 'b'),
+                     ('serve', self.path, '--lisen', 'x'),
+                     ('serve', self.path, '--listen'),
+                     ('serve', self.path, '--listen', 'nowhere'),
+                     ('serve', self.path, '--listen', '127.0.0.1:99999'),
+                     ('serve', self.path, '--workers', '0'),
+                     ('session', self.path),
+                     ('session', '--stdio', self.path, '--roles', 'rx'),
+                     ('session', '--stdio', self.path, '--machine', 'x'),
+                     ('index-dump', self.path, '12'),
+                     ('machine', self.path, 'delete')):
+            self.fails(*args)
+
+    def test_damaged_configuration(self):
+        self.init()
+        conf = os.path.join(self.path, 'tarsnapd.conf')
+        for text in ('', 'listen = x', '[server]\nlisten\n',
+                     '[server]\nworkres = 3\n'):
+            with open(conf, 'w') as file:
+                file.write(text)
+            self.fails('stat', self.path, says='tarsnapd.conf')
+
+    def test_keys_that_others_can_write(self):
+        self.init()
+        os.chmod(os.path.join(self.path, 'identity.key'), 0o666)
+        self.fails('stat', self.path, says='identity.key')
+
+    def test_a_store_elsewhere(self):
+        store = os.path.join(self.base, 'disk')
+        self.init()
+        with open(os.path.join(self.path, 'tarsnapd.conf'), 'w') as file:
+            file.write('[server]\nstore = %s\n' % store)
+        self.fails('stat', self.path, says='no store there')
+        self.init()
+        client = Client(Embedded(self.path))
+        host = Host(client)
+        client.auth(host.machine, host.keys, R, W)
+        _, _, names = host.backup(client, 'one')
+        self.assertNotIn('NOBLOCK', get(client, names))
+        client.close()
+        self.assertTrue(os.path.isdir(os.path.join(store, 'seg')))
+
+    def test_port_in_use(self):
+        self.init()
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            sock.listen()
+            self.fails('serve', self.path, '--listen',
+                       '127.0.0.1:%d' % sock.getsockname()[1],
+                       says='in use')
+
+    def test_serve_without_a_certificate(self):
+        tarsnapd.server_create(self.path)
+        self.fails('serve', self.path, says='tarsnapd.py cert')
+
+    def test_behind_a_front(self):
+        self.init()
+        _, pem = tarsnapd.certificate_make(77)
+        front = os.path.join(self.base, 'front.pem')
+        with open(front, 'wb') as file:
+            file.write(pem)
+        with open(os.path.join(self.path, 'tarsnapd.conf'), 'w') as file:
+            file.write('[server]\nfront-certificate = %s\n' % front)
+        serve = Serve(self.path)
+        self.addCleanup(serve.kill)
+        wire = Wire.__new__(Wire)
+        wire.buf = b''
+        wire.cert_hash = sha(tarsnapd.certificate_der(front))
+        wire.sock = socket.create_connection(('127.0.0.1', serve.port), 10)
+        client = Client(wire)       # checks the signature over that hash
+        self.assertEqual(client.call('HELLO', u16(1)), ('OK', u16(1)))
+        client.close()
+
+    def test_term_finishes_and_exits_0(self):
+        self.init()
+        run('user', self.path, 'add', 'zoe', stdin=b'pw\n')
+        for workers in ('1', '3'):
+            serve = Serve(self.path, '--workers', workers)
+            client = serve.client()
+            host = Host(client, user='zoe', password=b'pw')
+            client.auth(host.machine, host.keys, R, W)
+            tid = os.urandom(16)
+            host.begin(client, tid)
+            for i in range(30):
+                put(client, block('c', 't%d' % i, 5000))
+            client.wait_received(30)
+            start = time.time()
+            self.assertEqual(serve.stop(), (0, ''))
+            self.assertLess(time.time() - start, 10)
+            client.close()
+            again = Client(Embedded(self.path))
+            again.auth(host.machine, host.keys, W)
+            self.assertEqual(host.begin(again, tid)[0], 30)
+            again.close()
+
+    def test_interrupt_exits_0(self):
+        self.init()
+        serve = Serve(self.path)
+        serve.child.send_signal(signal.SIGINT)
+        self.assertEqual(serve.child.wait(10), 0)
+        serve.child.stderr.close()
+
+    def test_a_dead_worker_is_replaced(self):
+        self.init()
+        serve = Serve(self.path, '--workers', '2')
+        time.sleep(0.5)
+        children = self.children(serve.child.pid)
+        self.assertEqual(len(children), 2)
+        os.kill(children[0], signal.SIGKILL)
+        deadline = time.time() + 10
+        while time.time() < deadline:
+            now = self.children(serve.child.pid)
+            if len(now) == 2 and children[0] not in now:
+                break
+            time.sleep(0.1)
+        self.assertEqual(len(set(now) - {children[0]}), 2)
+        serve.client().close()
+        self.assertEqual(serve.stop()[0], 0)
+
+    @staticmethod
+    def children(pid):
+        with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
+            return [int(x) for x in file.read().split()]
+
+    def test_session_on_a_pipe(self):
+        link = Stdio(self.path)             # makes the directory
+        client = Client(link)
+        host = Host(client)
+        client.auth(host.machine, host.keys, R, W)
+        _, _, names = host.backup(client, 'one')
+        self.assertEqual(get(client, names[:1]),
+                         [block('c', 'one-0', 1000)[2]])
+        client.send(99)
+        with self.assertRaises(Error) as caught:
+            client.next()
+        self.assertEqual(caught.exception.code, 'BAD')
+        self.assertEqual(link.close(), 0)
+
+    def test_session_refuses_a_directory_of_others(self):
+        os.mkdir(self.path)
+        with open(os.path.join(self.path, 'x'), 'w'):
+            pass
+        self.fails('session', '--stdio', self.path, says='not empty')
+
+    def test_a_pipe_says_received_when_the_client_waits(self):
+        link = Stdio(self.path)
+        self.addCleanup(link.close)
+        client = Client(link)
+        host = Host(client)
+        client.auth(host.machine, host.keys, W)
+        host.begin(client, os.urandom(16))
+        put(client, block('c', 'x'))
+        client.wait_received(1)
+        self.assertEqual(client.received, 1)
+
+    def test_open_local(self):
+        with self.assertRaises(tarsnapd.ServerError):
+            tarsnapd.open_local(self.path)
+        with self.assertRaises(tarsnapd.ServerError):
+            tarsnapd.open_local(self.base + '/a\0b', create=True)
+        tarsnapd.open_local(self.path, create=True).close()
+        tarsnapd.open_local(self.path).close()
+
+
+class ReadOnly(unittest.TestCase):
+
+    def test_a_read_only_directory_serves_reading(self):
+        path = server_directory(self)
+        client = Client(Embedded(path))
+        host = Host(client)
+        client.auth(host.machine, host.keys, R, W)
+        archive, record, names = host.backup(client, 'one')
+        client.close()
+        before = self.tree(path)
+        access = os.access
+        # root may write anywhere, so what access(2) says is faked
+        os.access = lambda where, mode: (
+            mode != os.W_OK and access(where, mode))
+        self.addCleanup(setattr, os, 'access', access)
+        client = Client(Embedded(path))
+        self.assertEqual(client.auth(host.machine, host.keys, R, W)[3], 1)
+        self.assertEqual(client.call('STAT')[1][:8], u64(1))
+        self.assertEqual(len(client.stream('LIST', u16(0))), 2)
+        self.assertEqual(len(get(client, names)[0]), len(
+            block('c', 'one-0', 1000)[2]))
+        self.assertEqual(len(client.stream(
+            'CHANGES', u64(0) + ZERO + b'\1')), 2)
+        for name in ('BEGIN', 'COMMIT', 'ABORT', 'CHECKPOINT'):
+            with self.assertRaises(Error) as caught:
+                client.call(name, bytes(106))
+            self.assertEqual(caught.exception.code, 'READONLY')
+        temporary = client.link.local.server.temporary
+        self.assertTrue(os.path.isdir(temporary))
+        client.close()
+        self.assertFalse(os.path.exists(temporary))
+        self.assertEqual(self.tree(path), before)
+
+    @staticmethod
+    def tree(path):
+        return {(where, name): os.stat(os.path.join(where, name)).st_mtime_ns
+                for where, _, names in os.walk(path) for name in names}
+
+
+if __name__ == '__main__':
+    unittest.main()
