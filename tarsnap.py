@@ -1681,7 +1681,7 @@ class TlsLink:
     def __init__(self, server):
         host, _, port = server.rpartition(':')
         host = host.strip('[]')
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise UserError('Cannot obtain server address from "%s": give '
                             'HOST:PORT, a directory or ssh://HOST/DIR'
                             % server)
@@ -1870,6 +1870,7 @@ class Channel:
         self.out = collections.deque()          # frames not yet sent
         self.answers = {}                       # request id -> deque
         self.statement = None                   # body of the first frame
+        self.unread = set()                     # ids no longer listened to
         self.received = 0                       # count in the last RECEIVED
         self.failed = None                      # why the link is gone
         self.closing = False
@@ -1920,17 +1921,19 @@ class Channel:
 
     def stream(self, rid):
         """Answers to `rid` up to its OK; a typed error raises Refused."""
+        over = False
         try:
-            while True:
+            while not over:
                 kind, body = self.next(rid)
+                over = kind == OK
                 if kind == ERROR:
                     raise refusal(body)
-                if kind == OK:
-                    return
-                if kind != BUSY:
+                if kind not in (OK, BUSY):
                     yield kind, body
         finally:
             self.forget(rid)
+            if not over:
+                self.unread.add(rid)
 
     def call(self, kind, *body):
         """Ask, and return the one answer as (type, body)."""
@@ -2104,7 +2107,8 @@ class Channel:
                 self.answers[rid].append((kind, body))
             elif kind == STATEMENT and self.statement is None:
                 self.statement = body
-            elif kind == ERROR and self.failed is None:
+            elif kind == ERROR and self.failed is None \
+                    and rid not in self.unread:
                 # About the connection, or about a request without answer.
                 self.failed = refusal(body)
             self.changed.notify_all()
@@ -2548,6 +2552,11 @@ def names_join(names):
     return U16.pack(len(names)) + b''.join(names)
 
 
+def names_split(data):
+    """The names in a byte string of nothing else."""
+    return [bytes(data[i:i + 32]) for i in range(0, len(data), 32)]
+
+
 def counted(names):
     """(count, SHA-256) of a sequence of names."""
     digest = hashlib.sha256()
@@ -2932,8 +2941,10 @@ class Cache:
         self.lockf = cachedir_lock(path) if lock else None
         self.db = None
         try:
+            # EXTRA: also the end of the journal is on disk, without which
+            # a power cut takes the commit back.
             self.db = database(os.path.join(path, 'directory'),
-                               SQL_DIRECTORY, 'FULL')
+                               SQL_DIRECTORY, 'EXTRA')
             self.load()
         except sqlite3.Error as e:
             self.close()
@@ -3528,7 +3539,9 @@ class Sink:
         self.lock = threading.RLock()   # guards everything of a sink
         self.own = {}                   # name -> Own, since the last commit
         self.sums = {}                  # name -> totals() of others' blocks
+        self.plains = {}                # name -> length of others' chunks
         self.smalls = {}                # digest -> packed extents
+        self.over = False               # the walk under way is given up
         self.new = [0, 0]               # New data since the last commit
         self.sent_bytes = 0             # of blocks, in the whole run
         self.slow = False               # the network, not the processor, is
@@ -3536,11 +3549,19 @@ class Sink:
     def borrow(self, name):
         """A block stored before is used by this run."""
 
+    def check(self):
+        """Restart in every thread, once one of them met it: what this run
+        put may be neither in `own` nor in the cache then.
+        """
+        if self.over:
+            raise Restart
+
     def claim(self, name, cls):
         """None if the caller must make and put this block; else its Own or
         its row in the cache, which is then borrowed.
         """
         with self.lock:
+            self.check()
             own = self.own.get(name)
             if own is not None and own.used:
                 return own
@@ -3563,10 +3584,10 @@ class Sink:
             if own is not None:
                 return own.plain if own.used and own.stored else None
             row = self.cache and self.cache.find(name)
-            if row is None or row[2] is None:
-                return None
-            self.borrow(name)
-            return row[2]
+            plain = row and (row[2] or self.plains.get(name))
+            if plain is not None:
+                self.borrow(name)
+            return plain
 
     def totals(self, name):
         """(plain, stored) of a block with everything below it.
@@ -3574,6 +3595,7 @@ class Sink:
         None while another thread is making it.
         """
         with self.lock:
+            self.check()
             own = self.own.get(name)
             if own is not None:
                 return (own.tplain, own.tstored) if own.stored else None
@@ -3586,6 +3608,7 @@ class Sink:
         only.
         """
         with self.lock:
+            self.check()
             own = self.own.get(kid.name)
             if own is not None:
                 return (kid.plain, own.stored) if own.stored else None
@@ -3634,6 +3657,7 @@ class Transaction(Sink):
         self.key = cache.key
         self.guard = list(guard)
         self.order = bytearray()        # their names in the order of puts
+        self.gone = set()               # names withdrawn since the last commit
         self.window = collections.deque()   # (type, body) above RECEIVED
         self.window_bytes = 0
         self.first = 0                  # number of window[0] in this BEGIN
@@ -3647,7 +3671,9 @@ class Transaction(Sink):
         self.pending = Pending(cache.path)
         self.tid = self.pending.meta.get('tid') or os.urandom(16)
         self.lineage = os.urandom(16)
-        self.pending.reset()
+        # What a dead run noted is of no use, and a power cut may have torn it.
+        self.pending.remove()
+        self.pending = Pending(cache.path)
         self.pending.set(tid=self.tid)
 
     @property
@@ -3691,19 +3717,25 @@ class Transaction(Sink):
         is sent again if it is still here, else the input is walked again
         inside the same transaction.
         """
-        puts = [frame for frame in self.window if frame[0] == PUT]
+        puts = {frame[1][:32]: frame for frame in self.window
+                if frame[0] == PUT}
         while True:
             try:
                 held = self.begin_once()
-                names = b''.join(row[0] for row in held)
-                missing = (len(self.order) - len(names)) // 32
-                if not self.order.startswith(names) or missing > len(puts):
+                names = b''.join(row[0] for row in held
+                                 if row[0] not in self.gone)
+                missing = names_split(self.order[len(names):])
+                if not self.order.startswith(names) or \
+                        not all(name in puts for name in missing):
                     self.adopt(held)
+                    self.over = True
                     raise Restart
                 self.window.clear()
                 self.window_bytes = 0
-                for frame in puts[len(puts) - missing:]:
-                    self.enqueue(*frame)
+                for name in missing:
+                    self.enqueue(*puts[name])
+                self.withdraw_post([row[0] for row in held
+                                    if row[0] in self.gone])
                 return
             except ChannelLost:
                 continue
@@ -3717,6 +3749,7 @@ class Transaction(Sink):
         self.window_bytes = 0
         self.own.clear()
         self.order.clear()
+        self.gone.clear()
         for name, cls, stored in held:
             self.own[name] = Own(cls, stored, False)
             self.order += name
@@ -3777,9 +3810,8 @@ class Transaction(Sink):
         everything below; for a chunk both are left out.
         """
         with self.lock:
-            own = self.own.get(name)
-            if own is None:             # another thread met a restart
-                raise Restart
+            self.check()
+            own = self.own[name]
             fresh = not own.stored
             own.stored = own.stored or len(sealed)
             self.note(name, cls, own, plain, kids, totals)
@@ -3788,6 +3820,7 @@ class Transaction(Sink):
                 self.new[1] += own.stored
             if fresh:
                 self.order += name
+                self.gone.discard(name)
                 self.sent_bytes += len(sealed)
                 self.send(PUT, name + cls + sealed)
 
@@ -3836,6 +3869,7 @@ class Transaction(Sink):
     def again(self):
         """Start the walk over: what was put stays, what was noted goes."""
         with self.lock:
+            self.over = False
             self.pending.reset()
             self.sums.clear()
             self.smalls.clear()
@@ -3847,16 +3881,21 @@ class Transaction(Sink):
     def withdraw(self, names):
         """Take back puts that will not be linked."""
         with self.lock:
-            for start in range(0, len(names), CEILING['names']):
-                self.send(WITHDRAW,
-                          names_join(names[start:start + CEILING['names']]))
-            gone = set(names)
-            kept = [bytes(self.order[i:i + 32])
-                    for i in range(0, len(self.order), 32)]
+            self.gone.update(names)     # before: resume() must know
             self.order = bytearray(b''.join(
-                name for name in kept if name not in gone))
+                name for name in names_split(self.order)
+                if name not in self.gone))
             for name in names:
                 del self.own[name]
+            try:
+                self.withdraw_post(names)
+            except ChannelLost:
+                self.resume()
+
+    def withdraw_post(self, names):
+        for start in range(0, len(names), CEILING['names']):
+            self.enqueue(WITHDRAW,
+                         names_join(names[start:start + CEILING['names']]))
 
     # Committing.
 
@@ -3920,10 +3959,10 @@ class Transaction(Sink):
                 return commit_answer(answer, raw, self.key)
             except ChannelLost:
                 found = commit_decided(self.remote, self.base, raw)
+                if found is None:
+                    found = self.resume_commit(raw)
                 if found is not None:
                     return found
-                with self.lock:
-                    self.resume()
             except Refused as e:
                 if e.code != E_CONFLICT:
                     raise
@@ -3931,6 +3970,23 @@ class Transaction(Sink):
                 if found is None:
                     raise
                 return found
+
+    def resume_commit(self, raw):
+        """resume() with the commit `raw` under way; as commit_decided().
+
+        Until BEGIN has taken the transaction over, the old connection may
+        still commit it.  Then nothing of it is held, and its archive exists.
+        """
+        try:
+            with self.lock:
+                self.resume()
+        except (Restart, Refused):
+            found = commit_decided(self.remote, self.base, raw)
+            if not found:
+                raise
+            self.over, self.refused = False, None
+            return found
+        return None
 
     def rebase(self, record):
         """Go on from the newest commit after somebody else's.
@@ -3940,6 +3996,8 @@ class Transaction(Sink):
         """
         changes = list(history_changes(self.remote, self.base))
         self.cache.catch_up(changes)
+        if self.part and self.part[0] not in self.cache.archives():
+            self.part = None            # somebody deleted our checkpoint
         with self.lock:
             if self.channel.failed:
                 self.resume()
@@ -3971,6 +4029,7 @@ class Transaction(Sink):
         self.new = [0, 0]
         self.own.clear()
         self.order.clear()
+        self.gone.clear()
         self.sums.clear()
         self.smalls.clear()
         self.spilled = False
@@ -4031,8 +4090,14 @@ def synchronize(remote, cache):
     key can.  What a dead run left undecided was decided before.
     """
     cache.catch_up(history_changes(remote, cache_base(remote, cache)))
-    if remote.key.refs_priv:
-        read_missing(remote, cache)
+    while remote.key.refs_priv:
+        try:
+            return read_missing(remote, cache)
+        except Refused as e:
+            # Deleted since then?  Only what is still there is damaged.
+            if e.code != E_NOBLOCK or not cache.catch_up(
+                    history_changes(remote, cache_base(remote, cache))):
+                raise
 
 
 def cache_base(remote, cache):
@@ -4097,7 +4162,9 @@ def pending_send(remote, cache, commit, raw):
             plain_commit(remote, cache, Commit(
                 cache.key.machine, commit.n, commit.previous, KIND_ABORT,
                 os.urandom(16)), cache.archives())
-            found = False
+            # Or `raw` was under way after all, and was first.
+            found = commit_decided(remote, (commit.n - 1, commit.previous),
+                                   raw)
         return found
 
 
@@ -4109,18 +4176,38 @@ def commit_alone(remote, commit, lineage, raw):
     while True:
         try:
             channel = remote.connect()
-            for _ in channel.stream(channel.post(
-                    BEGIN, bytes([KIND_WRITE]), commit.tid, lineage,
-                    U64.pack(base[0]), base[1], b'\0')):
-                pass
-            change = commit_answer(channel.call(COMMIT, raw)[1], raw,
-                                   remote.key)
-            remote.saw(commit.n, change.hash)
-            return change
+            transaction_open(channel, KIND_WRITE, commit.tid, lineage, base)
+            answer = transaction_commit(channel, raw)
         except ChannelLost:
             found = commit_decided(remote, base, raw)
             if found is not None:
                 return found
+            continue
+        change = commit_answer(answer, raw, remote.key)
+        remote.saw(commit.n, change.hash)
+        return change
+
+
+def transaction_open(channel, kind, tid, lineage, base):
+    """BEGIN, whatever the server holds of it."""
+    for _ in channel.stream(channel.post(
+            BEGIN, bytes([kind]), tid, lineage, U64.pack(base[0]), base[1],
+            b'\0')):
+        pass
+
+
+def transaction_commit(channel, raw):
+    """COMMIT; the answer's body.  Where it is refused, the transaction is
+    given up, so that another can begin on this connection.
+    """
+    try:
+        return channel.call(COMMIT, raw)[1]
+    except Refused:
+        try:
+            channel.call(ABORT)
+        except Refused:
+            pass                    # the server had given it up itself
+        raise
 
 
 def plain_commit(remote, cache, commit, archives, lineage=bytes(16)):
@@ -4790,6 +4877,7 @@ class FileReader:
                 self.chunk(content, data)
             return len(data)
         pos = start
+        self.cutter.finish()        # what a file that failed may have left
         while pos < end:
             data = os.pread(fd, min(READ, end - pos), pos)
             if not data:
@@ -4856,7 +4944,11 @@ PAGE_KIDS = 4096
 PAGE_ROWS = 128 * KIB       # bytes
 PAGES_WAITING = 64          # pages held open by the shared stream at most
 RACY = 2 * BILLION          # ns: a file this fresh may change unseen
+FIRST_TIME = -1 << 63       # ns since 1970: the year 1677
+LONGEST_KEY = 60000         # bytes of a member name in the memo
 XATTRS_INLINE = 64 * KIB    # bytes of one entry's attributes, all in all
+XATTRS_MOST = MIB           # the same, with those that are chunks
+XATTRS_CHUNKS = 1024        # of one entry, so that it fits a page
 NO_XATTRS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA)
 LEVEL_SLOW = 6              # of deflate, while the network is what limits
 FORMAT = b'1'               # part of every profile: rows of another format
@@ -4953,9 +5045,12 @@ class Writer:
         for ref in refs:
             data, ref.data = ref.data, None
             name = self.names.chunk(data)
-            if self.sink.claim(name, CHUNK) is None:
+            found = self.sink.claim(name, CHUNK)
+            if found is None:
                 sealed = self.seal(CHUNK, name, [data])
                 self.sink.put(name, CHUNK, sealed, len(data))
+            elif isinstance(found, tuple) and found[2] is None:
+                self.sink.plains[name] = len(data)
             ref.name = name
 
     def seal(self, cls, name, parts):
@@ -5064,6 +5159,7 @@ class Writer:
     def checkpointed(self):
         """After a checkpoint what was put before it counts as borrowed."""
         self.links.clear()
+        self.small.clear()
         for kid, _ in self.pages:
             self.sink.borrow(kid.name)
 
@@ -5081,14 +5177,16 @@ class Writer:
         """What must be equal for an entry to be as it was; b'' for never.
 
         Never: an mtime or ctime so fresh that the file could be written
-        again without a change of either.  Those that failed to open, vanished
-        or changed while read get b'' in page_add().  Not st_dev (it differs
-        with every mount), nor size, nlink and access time of directories;
-        xattrs, ACLs and link targets are covered by ctime.
+        again without a change of either, or what has no room in a key.  Those
+        that failed to open, vanished or changed while read get b'' in
+        page_add().  Not st_dev (it differs with every mount), nor size, nlink
+        and access time of directories; xattrs, ACLs and link targets are
+        covered by ctime.
         """
         fresh = self.now - RACY
         mtime, ctime = st.st_mtime_ns, st.st_ctime_ns
-        if mtime > fresh or ctime > fresh:
+        if mtime > fresh or ctime > fresh or min(mtime, ctime) < FIRST_TIME \
+                or len(member) > LONGEST_KEY:
             return b''
         owner = self.owner(st)
         if stat.S_ISDIR(st.st_mode):
@@ -5335,6 +5433,8 @@ class Writer:
                     raise
                 continue            # gone meanwhile
             size += len(name) + len(value)
+            if size > XATTRS_MOST or len(refs) >= XATTRS_CHUNKS:
+                raise OSError(errno.E2BIG, 'Too many extended attributes')
             if len(value) > INLINE_XATTR or size > XATTRS_INLINE:
                 ref = Ref(value)
                 self.pool.add(ref)
@@ -5354,7 +5454,7 @@ class Writer:
             self.reader.changed = self.reader.grown = False
             return known[0]
         content = self.reader.read(fd, st)
-        if st.st_nlink > 1:
+        if st.st_nlink > 1 and not self.reader.changed:
             if len(self.links) >= LINKS:
                 self.links.pop(next(iter(self.links)))
             self.links[inode] = [content, st.st_nlink - 1, (
@@ -5366,11 +5466,13 @@ class Writer:
     def page_add(self, entry, content, xattrs, key):
         """Append an entry; a page too full for it is ended first."""
         page = self.page
-        rows = ROW_HEAD.size + 60 + len(entry.path) + len(entry.target) + sum(
-            len(name) + (len(value) if isinstance(value, bytes) else 4) + 6
-            for name, value in entry.xattrs)
+        rows = ROW_HEAD.size + 50 + len(entry.path) + len(entry.target) + \
+            len(entry.uname) + len(entry.gname) + sum(
+                len(name) + (len(value) if isinstance(value, bytes) else 4)
+                + 6 for name, value in entry.xattrs)
         kids = len(xattrs)
         if content is not None:
+            # Of a small file it is one or two, and never more than three.
             extents = 2 if content.shared else len(content.extents)
             kids += extents + (len(content.tree[1]) if content.tree else 0)
             rows += EXTENT.size * extents
@@ -5571,7 +5673,7 @@ def argv_cut(argv):
     """The creating command line, cut with a warning if it is very long."""
     kept, size = [], 0
     for arg in argv:
-        size += len(arg) + 1
+        size += U32.size + len(arg)
         if size > ARGV_MOST:
             warn('command line is too long to be stored whole')
             break
@@ -7900,7 +8002,8 @@ class Create:
         self.last_time = time.monotonic()
 
     def close(self):
-        for thing in (self.remote, self.memo, self.cache):
+        for thing in (self.remote, self.txn and self.txn.pending, self.memo,
+                      self.cache):
             if thing:
                 thing.close()
 
@@ -8158,13 +8261,11 @@ def delete_once(remote, cache, archive, record):
 def delete_send(remote, cache, commit, dead, raw):
     """BEGIN, the names, COMMIT."""
     channel = remote.connect()
-    for _ in channel.stream(channel.post(
-            BEGIN, bytes([KIND_DELETE]), commit.tid, bytes(16),
-            U64.pack(cache.n), cache.head, b'\0')):
-        pass
+    transaction_open(channel, KIND_DELETE, commit.tid, bytes(16),
+                     (cache.n, cache.head))
     for start in range(0, len(dead), CEILING['names']):
         channel.push(DELETE, names_join(dead[start:start + CEILING['names']]))
-    channel.call(COMMIT, raw)
+    transaction_commit(channel, raw)
 
 
 def mode_print_stats(opt):
@@ -8174,6 +8275,9 @@ def mode_print_stats(opt):
     cache = Cache(opt.cachedir, opt.key, lock=False)
     status = 0
     try:
+        if cache.new:
+            raise UserError('Error reading cache directory %s: it is empty; '
+                            '--fsck fills it' % opt.cachedir)
         names = Names(opt.key)
         rows = []
         for name in opt.names:
@@ -8675,7 +8779,7 @@ class Parser:
                             % (name, ', '.join('--' + n for n in near)))
             name = near[0]
             row = self.longs[name]
-        if isinstance(row, Option) and not row.arg and equals:
+        if equals and not (isinstance(row, Option) and row.arg):
             raise Usage('Option --%s takes no argument' % name)
         self.take(row, name, '--' + name, value if equals else None)
 
@@ -8964,11 +9068,31 @@ def run(argv):
     opt.key = key_open(opt)
     try:
         return RUN[opt.letter](opt)
-    except Error as e:
-        warn(str(e))
+    except BrokenPipeError:
+        raise
+    except Exception as e:
+        warn(failure_text(e, opt))
         if opt.letter in FAILED:
             warn(FAILED[opt.letter])
         return 2 if opt.changed else 1
+
+
+def failure_text(error, opt):
+    """The line that says what ended a mode; a bug is raised again."""
+    if isinstance(error, Error):
+        return str(error)
+    if isinstance(error, OSError):
+        return system_text(error)
+    if type(error).__module__ == 'sqlite3':     # imported only where needed
+        return 'Error in cache directory %s: %s (if it is damaged, run ' \
+            '--fsck)' % (opt.cachedir, error)
+    raise error
+
+
+def system_text(error):
+    """What the system refused, and of what if it says."""
+    name = '' if error.filename is None else show(error.filename) + ': '
+    return name + (error.strerror or str(error))
 
 
 def limits_set():
@@ -8979,6 +9103,17 @@ def limits_set():
     except (OSError, ValueError):
         pass
     sys.setswitchinterval(0.0005)
+
+
+def output_end():
+    """Drop what standard output could not take, or the interpreter would
+    complain of it once more.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def main(argv=None):
@@ -9000,16 +9135,15 @@ def main(argv=None):
         warn(str(e))
         status = 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1
     except OSError as e:
-        warn('%s%s' % (show(e.filename) + ': ' if e.filename else '',
-                       e.strerror or e))
+        warn(system_text(e))
         status = 1
     except KeyboardInterrupt:
         import signal
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+    output_end()
     if status:
         warn('Error exit delayed from previous errors.')
     sys.exit(status)

@@ -273,6 +273,7 @@ class MetadataTest(ExtractCase):
             (b'system.posix_acl_access', ACL),
             (b'system.posix_acl_default', ACL)))
         self.add(b'd/sub', DIRECTORY).add(b'd/x', data=b'1', mode=0o666)
+        self.add(b'd/y', data=b'1', mode=0o644)
         self.add(b'f', data=b'1', mode=0o640,
                  xattrs=((b'system.posix_acl_access', ACL),))
         self.assertEqual(self.extract(perms=True), (0, ''))
@@ -285,8 +286,9 @@ class MetadataTest(ExtractCase):
         self.assertEqual(self.mode('d/x'), 0o666)
         # A second time into directories that now pass ACLs on.
         self.assertEqual(self.extract(perms=True), (0, ''))
-        self.assertEqual((self.mode('d/x'), self.mode('d/sub')),
-                         (0o666, 0o755))
+        self.assertEqual([self.mode(name) for name in ('d/x', 'd/y',
+                                                       'd/sub')],
+                         [0o666, 0o644, 0o755])
 
     @unittest.skipUnless(ROOT, 'needs root')
     def test_owners(self):

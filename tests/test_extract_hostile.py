@@ -354,10 +354,10 @@ class LinkTest(HostileCase):
 @unittest.skipUnless(ROOT, 'needs root, to become somebody else')
 class OtherUserTest(HostileCase):
 
-    def as_nobody(self, **given):
+    def as_nobody(self, ordered=None, **given):
         """(errors, stderr) of an extraction by an ordinary user."""
         os.chown(self.target, NOBODY, NOBODY)
-        self.builder.finish()
+        self.builder.finish(ordered=ordered)
         self.before = self.state()
         reader, writer = os.pipe()
         child = os.fork()
@@ -432,6 +432,22 @@ class OtherUserTest(HostileCase):
         self.assertEqual(self.as_nobody(), (0, ''))
         self.assertEqual(self.as_nobody(), (0, ''))
         self.assertEqual(self.mode('d'), 0o500)
+
+    def test_directories_that_shut_their_owner_out(self):
+        for ordered in (True, False):
+            self.store = storefake.Store()
+            self.builder = storefake.Builder(self.store)
+            self.add(b'a', DIRECTORY, mode=0o600, mtime=5)
+            self.add(b'a/b', DIRECTORY, mode=0, mtime=6)
+            self.add(b'a/b/c', DIRECTORY, mode=0o700, mtime=7)
+            self.add(b'a/b/c/f', data=b'1')
+            self.assertEqual(self.as_nobody(ordered, perms=True), (0, ''))
+            for name, mode, mtime in (('a', 0o600, 5), ('a/b', 0, 6),
+                                      ('a/b/c', 0o700, 7)):
+                self.assertEqual(self.mode(name), mode)
+                self.assertEqual(os.stat(os.path.join(
+                    self.target, name)).st_mtime_ns, mtime)
+            shutil.rmtree(os.path.join(self.target, 'a'))
 
     def test_through_a_directory_we_may_not_list(self):
         os.mkdir(os.path.join(self.target, 'x'))

@@ -124,10 +124,38 @@ class DamageTest(FetchCase):
 
     def test_missing(self):
         self.assertIn('missing', self.damaged(None))
+        self.assertEqual(self.served.gets, 1)       # the rest came with it
 
     def test_unreadable_at_the_server(self):
         self.assertIn('disk on fire', self.damaged(tarsnap.Refused(
             tarsnap.E_INTERNAL, 'disk on fire')))
+
+    def test_a_request_that_fails_as_a_whole(self):
+        # One ERROR and nothing after it; what is left is asked again.
+        data, kids = self.chunks(5)
+        fetcher = self.fetcher()
+        answer, calls = self.served.answer, []
+
+        def failing(kind, body):
+            calls.append(1)
+            if len(calls) == 1:
+                return [(tarsnap.ERROR, tarsnap.U16.pack(
+                    tarsnap.E_INTERNAL) + b'index is locked')]
+            return answer(kind, body)
+
+        with mock.patch.object(self.served, 'answer', failing):
+            slots = [slot for slot, _ in fetcher.ahead(jobs(kids))]
+            with self.assertRaisesRegex(CorruptError, 'index is locked'):
+                slots[0].get()
+            self.assertEqual([slot.get() for slot in slots[1:]], data[1:])
+
+    def test_answered_under_another_name(self):
+        _, kids = self.chunks(2)
+        fetcher = self.fetcher()
+        with mock.patch.object(self.served, 'block', lambda name: kids[1].name
+                               + self.store.blocks[kids[1].name]):
+            with self.assertRaisesRegex(CorruptError, 'another block'):
+                fetcher.get(kids[0])
 
     def test_empty_and_short(self):
         self.damaged(b'')

@@ -11,7 +11,8 @@ import unittest
 
 from rawclient import (
     D, N, R, REQUEST, W, ZERO, Client, Closed, Embedded, Error, Host, Serve,
-    Wire, block, names_body, put, server_directory, sha, tarsnapd, u16, u64)
+    Wire, block, names_body, part, put, server_directory, sha, tarsnapd, u16,
+    u64)
 
 
 def frame(kind, body=b'', rid=1, length=None):
@@ -127,10 +128,13 @@ class Hostile(unittest.TestCase):
                good[:35] + b'\1' + good[36:],
                good[:36] + struct.pack('>I', 27) + good[40:],
                good[:36] + b'\xff\xff\xff\xff' + good[40:]]
+        bad = [cls + sealed for sealed in bad]
+        bad += [b'c' + b'\1c\1' + ZERO + part(1, bytes(27)),
+                b'c' + b'\1c\1' + ZERO + part(2, bytes(28)), b'd' + good]
         for sealed in bad:
             client = self.authed()
             self.host.begin(client, os.urandom(16))
-            self.refused_and_closed(client, frame(11, name + cls + sealed))
+            self.refused_and_closed(client, frame(11, name + sealed))
         client = self.authed()
         self.host.begin(client, os.urandom(16))
         large = block('c', 'x', 288 * 1024)
@@ -225,6 +229,21 @@ class Hostile(unittest.TestCase):
         start = time.time()
         self.assertEqual(client.call('STAT')[0], 'STATUS')
         self.assertLess(time.time() - start, 5)
+
+    def test_requests_of_a_client_that_does_not_read_are_not_hoarded(self):
+        client = self.authed()
+        tid = os.urandom(16)
+        self.host.begin(client, tid)
+        names = [put(client, block('c', 'n%d' % i, 250000))
+                 for i in range(40)]
+        self.host.commit(client, tid, puts=names)
+        before = self.memory()
+        client.send('GET', b'\3' + names_body(names))
+        client.link.sock.settimeout(1)
+        with self.assertRaises(Closed):
+            for _ in range(500):
+                client.send('HAS', names_body([ZERO] * 4096))
+        self.assertLess(self.memory(), before + (24 << 20))
 
     def test_partial_frames_of_many_do_not_fill_memory(self):
         clients = [self.authed() for _ in range(8)]

@@ -99,6 +99,9 @@ class Rebuild(unittest.TestCase):
         self.client.close()
         before = self.dump()
         self.assertEqual(before.count('\nblocks '), len(live))
+        in_segments = sum(int(line.split()[6]) for line in
+                          before.splitlines() if line.startswith('segments'))
+        self.assertEqual(in_segments, len(live))
         self.assertEqual(run('rebuild', self.path), (0, '', ''))
         self.assertEqual(self.dump(), before)
         for name in os.listdir(os.path.join(self.path, 'index')):

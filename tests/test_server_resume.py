@@ -194,6 +194,15 @@ class Resume(unittest.TestCase):
         count, digest, _ = self.host.begin(client, self.tid)
         self.assertEqual((count, digest), (10, sha(b''.join(names))))
 
+    def test_a_wish_that_was_granted_is_forgotten(self):
+        spools = tarsnapd.SpoolDir(os.path.join(self.path, 'spool'))
+        spools.want(self.host.machine, self.tid)
+        spool = spools.open(self.host.machine, self.tid)
+        self.assertFalse(spool.wanted())
+        spools.want(self.host.machine, self.tid)
+        self.assertTrue(spool.wanted())
+        spool.close()
+
     def test_two_processes_never_share_a_transaction(self):
         link = Stdio(self.path)
         other = Client(link)

