@@ -2832,7 +2832,7 @@ CREATE TABLE IF NOT EXISTS repack(chunk BLOB PRIMARY KEY) WITHOUT ROWID;
 
 CANDIDATES = 4              # memo pages kept for one first member
 PROFILE_RUNS = 20           # runs after which a profile not used is dropped
-SMALL_EXTENT = struct.Struct('>32sII')      # chunk, offset, length
+SMALL_EXTENT = struct.Struct('>32sIII')     # chunk, its length, offset, length
 USE = struct.Struct('>32sI')                # chunk, live bytes
 
 
@@ -2897,6 +2897,37 @@ def cachedir_lock(path):
     return fd
 
 
+def small_pack(digest, extents):
+    """The row of a small file: (chunk, its length, offset, length) each.
+
+    With a checksum, as a wrong row would be a wrong file in every archive
+    from then on.
+    """
+    body = b''.join(SMALL_EXTENT.pack(*extent) for extent in extents)
+    return body + U32.pack(zlib.crc32(digest + body))
+
+
+def small_unpack(digest, packed):
+    """What small_pack() packed; None if it is damaged."""
+    body, check = packed[:-4], packed[-4:]
+    if len(body) % SMALL_EXTENT.size or \
+            U32.pack(zlib.crc32(digest + body)) != check:
+        return None
+    return list(SMALL_EXTENT.iter_unpack(body))
+
+
+def meta_check(meta):
+    """Checksum of the rows of a cache's meta table."""
+    return sha256(b''.join(b'%b\0%b\0' % (key.encode(), meta[key])
+                           for key in sorted(meta) if key != 'check'))
+
+
+def cache_damaged(path, error):
+    """What is said of a `directory` that cannot be read."""
+    return UserError('Error reading cache directory %s: %s; run --fsck'
+                     % (path, error))
+
+
 def cache_seen(path, key):
     """The head (n, H_n) a cache directory remembers, or None.  No lock."""
     import sqlite3
@@ -2910,9 +2941,10 @@ def cache_seen(path, key):
             meta = dict(db.execute('SELECT key, value FROM meta'))
         finally:
             db.close()
-    except sqlite3.Error as e:
-        raise UserError('Error reading cache directory %s: %s; run --fsck'
-                        % (path, e)) from None
+        if meta and meta_check(meta) != meta.get('check'):
+            raise ValueError('checksum differs')
+    except (sqlite3.Error, ValueError, TypeError, AttributeError) as e:
+        raise cache_damaged(path, e) from None
     if meta.get('machine') != U64.pack(key.machine) or 'head' not in meta:
         return None
     return U64.unpack(meta['n'])[0], meta['head']
@@ -2946,23 +2978,24 @@ class Cache:
             self.db = database(os.path.join(path, 'directory'),
                                SQL_DIRECTORY, 'EXTRA')
             self.load()
-        except sqlite3.Error as e:
+        except (sqlite3.Error, ValueError, TypeError, AttributeError) as e:
             self.close()
-            raise UserError('Error reading cache directory %s: %s; run --fsck'
-                            % (path, e)) from None
+            raise cache_damaged(path, e) from None
         except BaseException:
             self.close()
             raise
 
     def load(self):
-        """Read the meta row."""
+        """Read the meta row; ValueError and the like if it is damaged."""
         self.meta = dict(self.db.execute('SELECT key, value FROM meta'))
-        self.new = 'machine' not in self.meta
+        self.new = not self.meta
         if self.new:
             self.n, self.head = 0, self.key.genesis()
             self.totals = (0,) * 9
             self.partial = False
             return
+        if meta_check(self.meta) != self.meta.get('check'):
+            raise ValueError('checksum differs')
         if self.meta['machine'] != U64.pack(self.key.machine):
             raise UserError('Cache directory %s belongs to the key of another '
                             'machine' % self.path)
@@ -2977,6 +3010,7 @@ class Cache:
                 'head': self.head, 'totals': TOTALS.pack(*self.totals),
                 'partial': b'1' if self.partial else b'',
                 'lineage': self.meta.get('lineage', b'')}
+        rows['check'] = meta_check(rows)
         self.db.executemany('INSERT OR REPLACE INTO meta VALUES(?, ?)',
                             rows.items())
         self.new = False
@@ -3019,11 +3053,11 @@ class Cache:
         return [Kid(*fields) for fields in KID.iter_unpack(row[0])]
 
     def small(self, digest):
-        """The extents [(chunk, offset, length)] of a small file's content."""
+        """[(chunk, its length, offset, length)] of a small file, or None."""
         with self.lock:
             row = self.db.execute('SELECT extents FROM small '
                                   'WHERE digest = ?', (digest,)).fetchone()
-        return row and list(SMALL_EXTENT.iter_unpack(row[0]))
+        return row and small_unpack(digest, row[0])
 
     def archives(self):
         """Live archives: id -> (record, lineage, state, receive time)."""
@@ -3167,6 +3201,17 @@ class Cache:
         row = self.find(name)
         return row[4], row[5]
 
+    def totals_make(self):
+        """Sum up All archives and (unique data) anew; of a whole cache."""
+        whole = [self.total(row[0]) for row in self.archives().values()]
+        with self.lock:
+            unique = self.db.execute(
+                'SELECT coalesce(sum(plain), 0), coalesce(sum(stored), 0) '
+                'FROM blocks').fetchone()
+        self.totals = (sum(row[0] for row in whole),
+                       sum(row[1] for row in whole), *unique,
+                       *self.totals[4:8], len(whole))
+
     # Committing what a transaction of ours did.
 
     def apply(self, pending, change):
@@ -3258,7 +3303,7 @@ class Memo:
         self.lock = threading.RLock()
         try:
             self.open()
-        except sqlite3.Error:
+        except (sqlite3.Error, ValueError, TypeError):
             self.lose()
             self.open()
 
@@ -3283,12 +3328,14 @@ class Memo:
         """
         import sqlite3
         try:
-            return self.db.execute(
+            rows = self.db.execute(
                 'SELECT id, digest, name, entries, bytes, final, body '
                 'FROM memo WHERE first = ? ORDER BY profile <> ?, run DESC, '
                 'id DESC', (first, profile)).fetchall()
-        except sqlite3.Error:
+        except (sqlite3.Error, ValueError):
             return []
+        kinds = [bytes, int, int, int, bytes]       # unless it is damaged
+        return [row for row in rows if list(map(type, row[2:])) == kinds]
 
     def stale(self, memo):
         """True if a page uses a chunk that is to be packed anew."""
@@ -3423,7 +3470,7 @@ class Pending:
         try:
             self.db = database(self.path, SQL_PENDING, 'OFF')
             self.meta = dict(self.db.execute('SELECT key, value FROM meta'))
-        except sqlite3.DatabaseError:       # torn by a power cut: not sealed
+        except (sqlite3.DatabaseError, ValueError):     # torn: not sealed
             self.remove()
             self.db = database(self.path, SQL_PENDING, 'OFF')
             self.meta = {}
@@ -3638,10 +3685,10 @@ class Sink:
         return plain, stored
 
     def small(self, digest):
-        """[(chunk, offset, length)] of a small file's content, or None."""
+        """[(chunk, its length, offset, length)] of a small file, or None."""
         packed = self.smalls.get(digest)
         if packed:
-            return list(SMALL_EXTENT.iter_unpack(packed))
+            return small_unpack(digest, packed)
         return self.cache and self.cache.small(digest)
 
 
@@ -3860,7 +3907,7 @@ class Transaction(Sink):
         if self.spilled and digest not in self.smalls:
             packed = self.pending.small(digest)
             if packed:
-                return list(SMALL_EXTENT.iter_unpack(packed))
+                return small_unpack(digest, packed)
         return super().small(digest)
 
     def add_memo(self, row):
@@ -3944,7 +3991,8 @@ class Transaction(Sink):
                       totals[2] + self.new[0], totals[3] + self.new[1])
         totals[4:] = (*whole, self.run_new[0] + self.new[0],
                       self.run_new[1] + self.new[1], len(archives))
-        commit.note = note_seal(self.key, commit.n, totals)
+        commit.note = note_seal(self.key, commit.n, [
+            min(max(0, n), EVERYTHING) for n in totals])
         return commit_pack(commit, self.key)
 
     def commit_send(self, raw, kind):
@@ -3985,6 +4033,7 @@ class Transaction(Sink):
             if not found:
                 raise
             self.over, self.refused = False, None
+            self.remote.close()         # what goes on begins anew
             return found
         return None
 
@@ -4135,9 +4184,13 @@ def pending_decide(remote, cache, memo):
 def pending_outcome(remote, cache, raw):
     """What became of the commit `raw` of a dead run: as commit_decided().
 
-    It is sent once more if that is open and the key can write.
+    It is sent once more if that is open and the key can write.  Of a damaged
+    one nothing is believed: the history tells what it did.
     """
-    commit = commit_unpack(raw, cache.key)
+    try:
+        commit = commit_unpack(raw, cache.key)
+    except CorruptError:
+        return False
     if cache.n >= commit.n:             # the run died after applying it
         return cache.head == sha256(raw) and Change(raw, 0, cache.key)
     if cache.n + 1 != commit.n:
@@ -5107,9 +5160,8 @@ class Writer:
             return None
         content = Content()
         content.digest, content.shared = digest, True
-        for name, offset, length in extents:
-            plain = self.usable(name)
-            if not plain:
+        for name, plain, offset, length in extents:
+            if self.usable(name) != plain:
                 return None
             ref = Ref(None, name)
             ref.plain = plain
@@ -5129,9 +5181,9 @@ class Writer:
     def small_save(self, content):
         """Move a finished small file from memory into `pending`."""
         if self.small.pop(content.digest, None) is not None:
-            self.sink.add_small(content.digest, b''.join(
-                SMALL_EXTENT.pack(self.pool.name(ref), offset, length)
-                for ref, offset, length, _ in content.extents))
+            self.sink.add_small(content.digest, small_pack(content.digest, [
+                (self.pool.name(ref), ref.plain, offset, length)
+                for ref, offset, length, _ in content.extents]))
 
     # The walk.
 
@@ -5324,11 +5376,10 @@ class Writer:
         def ref(number):
             kid = seen.kids[number]
             if number not in refs:
-                plain = self.usable(kid.name)
-                if not plain:
+                if self.usable(kid.name) != kid.plain:
                     raise KeyError
                 refs[number] = Ref(None, kid.name)
-                refs[number].plain = plain
+                refs[number].plain = kid.plain
             return refs[number]
 
         try:
@@ -5875,6 +5926,7 @@ class Fetcher:
         self.changed.notify_all()
 
     def post(self, slots):
+        """One GET; without a channel it waits in `requests` for recover()."""
         rid = None
         try:
             if self.channel:
@@ -6348,14 +6400,13 @@ class EntryError(Error):
     """This entry cannot be extracted; the others can."""
 
 
-def truncated(record, opt):
+def truncated(record):
     """1, said on stderr, if the archive is one that was cut short."""
     if record.complete:
         return 0
     warn('Truncated input file')
-    warn('%s ends where its creation was interrupted, after %s'
-         % (show(record.title), plural(record.entries, 'entry')
-            if record.entries == 1 else '%d entries' % record.entries))
+    warn('%s ends where its creation was interrupted; entries in it: %d'
+         % (show(record.title), record.entries))
     return 1
 
 
@@ -6916,6 +6967,7 @@ class Extractor:
             yield from entry_content(self.fetcher, member.entry, member.page)
 
     def extract(self, slot, member, stream):
+        """Make one entry; raises whatever is in the way."""
         entry, path = member.entry, member.path
         if entry.kind == DIRECTORY:
             self.directory(member)
@@ -6965,6 +7017,7 @@ class Extractor:
         return self.place, parts[-1]
 
     def directory(self, member):
+        """Make a directory, for now with our own access to it."""
         parts = self.parts(member.path)
         self.head = None
         xattrs = member.entry.xattrs and self.values(member)
@@ -7213,7 +7266,7 @@ def mode_extract(remote, opt):
         extractor = Extractor(fetcher, record, opt)
         extractor.run()
         return extractor.errors + unmatched(extractor.patterns) \
-            + truncated(record, opt)
+            + truncated(record)
     finally:
         fetcher.close()
 
@@ -7239,7 +7292,7 @@ def extract_stdout(fetcher, record, opt):
         elif opt.verbose:
             extractor.say(b'x ' + path_escape(member.path))
     return extractor.errors + unmatched(extractor.patterns) \
-        + truncated(record, opt)
+        + truncated(record)
 
 
 ZEROS = bytes(64 * KIB)
@@ -7496,7 +7549,7 @@ def mode_list(remote, opt):
         lister = Lister(opt, output)
         lister.run(fetcher, record)
         return lister.errors + unmatched(lister.patterns) \
-            + truncated(record, opt)
+            + truncated(record)
     finally:
         fetcher.close()
 
@@ -7788,7 +7841,7 @@ def mode_tar(remote, opt):
             if isinstance(member, Member):
                 tar_member(extractor, writer, slot, member, stream)
         writer.end()
-        return extractor.errors + truncated(record, opt)
+        return extractor.errors + truncated(record)
     finally:
         fetcher.close()
 
@@ -7891,6 +7944,11 @@ def remote_open(opt, roles):
                   opt.noisy_warnings)
 
 
+def roles_to_write(key):
+    """To write, and to read the references of what others wrote."""
+    return (ROLE_WRITE, ROLE_READ if key.can(ROLE_READ) else ROLE_DELETE)
+
+
 def cache_open(opt):
     """The cache directory, locked; made if it is missing."""
     cachedir_make(opt.cachedir)
@@ -7932,7 +7990,7 @@ class Create:
         key.need(ROLE_WRITE, '-c')
         self.cache = cache_open(opt)
         self.memo = Memo(opt.cachedir)
-        self.remote = remote_open(opt, (ROLE_WRITE, ROLE_READ))
+        self.remote = remote_open(opt, roles_to_write(opt.key))
         cache_begin(opt, self.cache, self.remote, self.memo)
         names = Names(key)
         guard = [names.archive(self.name), names.archive(self.name + b'.part')]
@@ -8160,6 +8218,21 @@ def release_kids(cache, name, counts):
     return out
 
 
+def release_check(cache, dead):
+    """UserError unless every parent of each of `dead` is among them.
+
+    Counts decide what is deleted; this scan of all references is what a
+    count that is wrong, for whatever reason, must get past.
+    """
+    gone = set(dead)
+    with cache.lock:
+        for name, kids in cache.db.execute(
+                'SELECT name, kids FROM blocks WHERE kids IS NOT NULL'):
+            if name not in gone and any(
+                    kid[1] in gone for kid in KID.iter_unpack(kids)):
+                raise inconsistent()
+
+
 def archive_missing(name):
     return UserError('Archive does not exist: %s' % show(name))
 
@@ -8230,6 +8303,7 @@ def delete_archive(remote, cache, name):
 def delete_once(remote, cache, archive, record):
     """One attempt; (hash of its commit, figures), whatever became of it."""
     dead, plain, stored = release(cache, [record])
+    release_check(cache, dead)
     whole = cache.total(record)
     totals = list(cache.totals)
     subtract(totals, whole)
@@ -8316,7 +8390,7 @@ def mode_recover(opt):
         opt.key.need(ROLE_DELETE, '--recover')
         return 0            # a delete settles what is undecided by itself
     cache = cache_open(opt)
-    remote = remote_open(opt, (ROLE_WRITE, ROLE_READ))
+    remote = remote_open(opt, roles_to_write(opt.key))
     try:
         cache_begin(opt, cache, remote)
         if pending_exists(cache):
@@ -8380,6 +8454,8 @@ def fsck_run(opt, remote):
         if opt.key.can(ROLE_READ):
             small_rebuild(remote, cache)
         phase('Phase 5: Identifying unreferenced chunks')
+        if not cache.partial:
+            cache.totals_make()
         with cache.lock:
             cache.db.execute('BEGIN IMMEDIATE')
             cache.save()
@@ -8415,9 +8491,9 @@ def page_smalls(block):
     """(digest, packed extents) of the small files of a page."""
     for entry in page_entries(block):
         if entry.digest:
-            yield entry.digest, b''.join(
-                SMALL_EXTENT.pack(block.kids[kid].name, offset, length)
-                for kid, offset, length, _ in entry.extents)
+            yield entry.digest, small_pack(entry.digest, [
+                (block.kids[kid].name, block.kids[kid].plain, offset, length)
+                for kid, offset, length, _ in entry.extents])
 
 
 def fsck_seen(opt, remote):
@@ -9084,7 +9160,7 @@ def failure_text(error, opt):
     if isinstance(error, OSError):
         return system_text(error)
     if type(error).__module__ == 'sqlite3':     # imported only where needed
-        return 'Error in cache directory %s: %s (if it is damaged, run ' \
+        return 'Error reading cache directory %s: %s (if it is damaged, run ' \
             '--fsck)' % (opt.cachedir, error)
     raise error
 

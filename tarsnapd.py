@@ -1097,6 +1097,7 @@ def log_decode(machine, k, data):
 
 
 def log_parse(machine, k, data):
+    """log_decode, after the checksum; Refused if malformed."""
     reader = Reader(data[:-32])
     magic, owner, number, previous, when, length = LOG_HEAD.unpack(
         reader.take(LOG_HEAD.size))
@@ -3211,6 +3212,7 @@ class Pool:
             yield self.done.popleft()
 
     def close(self):
+        """Let the threads finish what they have, and end them."""
         for _ in self.threads:
             self.work.put(None)
         for thread in self.threads:

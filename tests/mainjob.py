@@ -132,7 +132,7 @@ class MainJob:
             self.assertRegex(line, r'^[^\t]+\t\d{4}-\d\d-\d\d '
                                    r'\d\d:\d\d:\d\d$')
         long = self.world.ok('--list-archives', '-vv').out
-        self.assertRegex(long, r'(?m)^again\t.*\t\S*tarsnap\.py .*-c .*'
+        self.assertRegex(long, r'(?m)^again\t.*\t\S*tarsnap\.pyc? .*-c .*'
                                r'-f again -C')
 
     def test_list_contents(self):

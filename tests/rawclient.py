@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """A small client of the wire protocol, independent of the programs it tests.
 
 Frames, TLS, AUTH, REGISTER and commit objects are built here by hand from

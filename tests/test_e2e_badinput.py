@@ -275,10 +275,20 @@ class BadInput(unittest.TestCase):
                     self.check(self.tarsnap('--print-stats'),
                                'Error reading cache directory .*--fsck',
                                mode='--print-stats')
+        # Deeper down it shows late, or never.
+        shutil.copy(self.world.path('pristine', 'directory'), path)
+        with open(path, 'r+b') as file:
+            file.seek(size // 3)
+            file.write(world.noise(size // 3, 4))
+        done = self.create('deep')
+        if done.code:
+            self.check(done, 'Error reading cache directory .*--fsck',
+                       mode='-c')
         done = self.tarsnap('--fsck')
         self.assertEqual((done.code, done.err), (0, ''))
         self.assertEqual(self.create('mended').code, 0)
-        self.assertEqual(self.tarsnap('-d', '-f', 'mended').code, 0)
+        self.assertEqual(self.tarsnap('-d', '--keep-going', '-f', 'mended',
+                                      '-f', 'deep').code, 0)
 
     def test_unreadable_directory(self):
         os.unlink(os.path.join(self.cache, 'directory'))
@@ -291,7 +301,8 @@ class BadInput(unittest.TestCase):
         self.check(self.create('x'), 'Run --fsck', mode='-c')
         self.check(self.tarsnap('-d', '-f', 'kept'), '--fsck', mode='-d')
         self.check(self.tarsnap('--print-stats'),
-                   'Error reading cache directory .*--fsck')
+                   'Error reading cache directory .*--fsck',
+                   mode='--print-stats')
 
     def test_corrupt_memo_is_ignored(self):
         for number, data in enumerate((b'', world.noise(20000, 3),
@@ -418,7 +429,7 @@ class BadInput(unittest.TestCase):
 
     def test_port_in_use(self):
         w = self.world
-        done = w.run([sys.executable, os.path.join(world.ROOT, 'tarsnapd.py'),
+        done = w.run([sys.executable, w.program('tarsnapd'),
                       'serve', w.server.path, '--listen', w.address])
         self.assertEqual((done.code, done.out), (1, ''))
         self.assertRegex(done.err, r'\Atarsnapd: .*in use\n\Z')

@@ -243,12 +243,7 @@ class Hosts(unittest.TestCase):
     def after_checkpoint(self, action):
         """Runs of `new`: `action` happens some PUTs after a checkpoint."""
         w, seen = self.world, []
-        for number in range(3000):
-            world.write(w.path('many', '%02d' % (number // 150),
-                               '%d' % number), b'%d' % number)
-            if not number % 150:
-                world.write(w.path('many', '%02d' % (number // 150), 'noise'),
-                            world.noise(200000, self.seed + number))
+        world.tree_pages(w.path('many'), self.seed + 3)
 
         def hook(wire, up, kind, body):
             if kind == COMMITTED and not seen:

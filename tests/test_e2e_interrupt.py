@@ -340,15 +340,7 @@ class Interrupt(unittest.TestCase):
                          (1, len(found) + 1))
 
     def checkpoint_tree(self):
-        """Pages end in it, as the checkpoint is between two."""
-        for number in range(3000):
-            world.write(self.world.path('tree', '%02d' % (number // 150),
-                                        '%d' % number), b'%d' % number)
-            if not number % 75:
-                world.write(
-                    self.world.path('tree', '%02d' % (number // 150),
-                                    '%d.noise' % number),
-                    world.noise(200000, self.dice.random()))
+        world.tree_pages(self.world.path('tree'), self.seed)
 
     def test_checkpoint_becomes_part(self):
         self.checkpoint_tree()

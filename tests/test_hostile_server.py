@@ -14,7 +14,7 @@ from unittest import mock
 
 import lab
 import tarsnap
-from lab import D, N, R, W, LabTest, snapshot
+from lab import R, W, LabTest, snapshot
 
 U16 = struct.Struct('>H')
 U64 = struct.Struct('>Q')

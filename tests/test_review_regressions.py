@@ -71,8 +71,8 @@ def spool_lost(local):
     session = local.session
     session.batch = []
     spool = session.tx.spool
-    os.ftruncate(spool.fd, len(tarsnapd.SEGMENT_MAGIC))
-    spool.table, spool.size = bytearray(), len(tarsnapd.SEGMENT_MAGIC)
+    if spool.fd is not None:
+        os.ftruncate(spool.fd, len(tarsnapd.SEGMENT_MAGIC))
     return 'before'
 
 
@@ -190,7 +190,7 @@ class Connections(lab.LabTest):
     def setUp(self):
         super().setUp()
         for i in range(6):
-            self.write('f%d' % i, noise(MIB, i))
+            self.write('f%d' % i, noise(400000, i))
             self.write('s%d' % i, noise(900, 'small%d' % i))
         self.enterContext(lab.fine())
 
@@ -223,7 +223,7 @@ class Connections(lab.LabTest):
             self.host.lose('directory', 'cache', 'pending')
             self.host.good('--fsck')
             for i in range(6):
-                self.write('f%d' % i, noise(MIB, (number, i)))
+                self.write('f%d' % i, noise(400000, (number, i)))
             with wire(once(tarsnap.PUT, spool_lost, number)):
                 self.store('at %d' % number)
 
@@ -231,13 +231,13 @@ class Connections(lab.LabTest):
         """Puts of a dead run are withdrawn, also over a broken wire."""
         for turn, what in enumerate(('before', 'after')):
             for i in range(6):
-                self.write('dead%d-%d' % (turn, i), noise(MIB // 2,
+                self.write('dead%d-%d' % (turn, i), noise(100000,
                                                           (turn, i)))
             # A dead run has put what the next one does not use.
-            with wire(lambda kind, body, local: 'before' if kind in (
-                    tarsnap.COMMIT, tarsnap.CHECKPOINT) else None), \
-                    mock.patch.object(tarsnap, 'WAITS', (0, 0)):
-                self.host.run('-c', '-f', 'dead', '-C', self.lab.tree, '.')
+            self.lab.crash(self.host, wire(
+                lambda kind, body, local: os._exit(7)
+                if kind == tarsnap.COMMIT else None),
+                '-c', '-f', 'dead', '-C', self.lab.tree, '.')
             self.lose_commit()
             for i in range(6):
                 os.unlink(os.path.join(self.lab.tree,
@@ -295,6 +295,8 @@ class Connections(lab.LabTest):
         for kind, flags in ((tarsnap.COMMIT, ()), (tarsnap.CHECKPOINT, (
                 '--checkpoint-bytes=1000000',))):
             real, told = tarsnap.commit_decided, []
+            for i in range(6):
+                self.write('f%d' % i, noise(400000, (kind, i)))
 
             def decided(remote, base, raw):
                 found = real(remote, base, raw)
@@ -317,7 +319,7 @@ class Conflicts(lab.LabTest):
         self.other.good('--fsck')
         self.host.good('--fsck')
         for i in range(6):
-            self.write('f%d' % i, noise(MIB, i))
+            self.write('f%d' % i, noise(400000, i))
         small = lab.fine()
         small.__enter__()
         self.addCleanup(small.__exit__, None, None, None)
@@ -341,7 +343,7 @@ class Conflicts(lab.LabTest):
         """Our checkpoint goes while we run; the archive is made whole."""
         with self.at(tarsnap.COMMIT, lambda: self.other.good(
                 '-d', '-f', 'one.part')):
-            self.store('one', '--checkpoint-bytes=2000000')
+            self.store('one', '--checkpoint-bytes=1000000')
         self.assertEqual(self.host.good('--list-archives').out, 'one\n')
         self.stored()
 
@@ -351,7 +353,7 @@ class Conflicts(lab.LabTest):
                 stdin.readline = lambda: 'No Tomorrow\n'
                 self.other.good('--nuke')
         with self.at(tarsnap.COMMIT, nuke):
-            self.store('one', '--checkpoint-bytes=2000000')
+            self.store('one', '--checkpoint-bytes=1000000')
         self.assertEqual(self.host.good('--list-archives').out, 'one\n')
         self.stored()
 
@@ -377,10 +379,21 @@ class Conflicts(lab.LabTest):
 
 class Files(lab.LabTest):
 
+    def test_write_and_prune_without_read(self):
+        """Such a key reads references with its delete role."""
+        self.write('a', b'a' * 100)
+        host = self.lab.host('b', roles=(lab.W, lab.D))
+        host.good('--fsck')
+        self.host.create('one')
+        self.write('b', b'b' * 100)
+        host.create('two')
+        host.good('-d', '-f', 'one')
+        self.host.check('two', lab.snapshot(self.lab.tree))
+
     def test_pending_torn_by_a_power_cut(self):
         """What a dead run noted is of no use; its damage is no error."""
         for i in range(3):
-            self.write('f%d' % i, noise(MIB, i))
+            self.write('f%d' % i, noise(400000, i))
         pid = self.lab.crash(self.host, wire(
             lambda kind, body, local: os._exit(7) if kind == tarsnap.COMMIT
             else None), '-c', '-f', 'dead', '-C', self.lab.tree, '.')

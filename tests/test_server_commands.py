@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Every command does what tarsnapd(8) says, and fails in one line."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Every rule a commit must pass, each with a commit that breaks only it."""
 
 import os
@@ -27,7 +28,7 @@ class Commits(unittest.TestCase):
             client.auth(host.machine, host.keys, R, W, D, N)
         return client
 
-    def refused(self, code, call, *args, **kwargs):
+    def check_refused(self, code, call, *args, **kwargs):
         with self.assertRaises(Error) as caught:
             call(*args, **kwargs)
         self.assertEqual(caught.exception.code, code, caught.exception)
@@ -47,10 +48,10 @@ class Commits(unittest.TestCase):
     def head(self):
         return self.client.call('STAT')[1][:40]
 
-    def try_commit(self, code, tid, **what):
+    def check_bad(self, code, tid, **what):
         """The commit is refused, and nothing has changed."""
         before = self.head()
-        self.refused(code, self.client.call, 'COMMIT',
+        self.check_refused(code, self.client.call, 'COMMIT',
                      self.host.build(tid, **what))
         self.assertEqual(self.head(), before)
 
@@ -77,34 +78,34 @@ class Commits(unittest.TestCase):
         good = self.host.build(tid, puts=names, linked=self.link(names))
         bad = bytearray(good)
         bad[-1] ^= 1
-        self.refused('ROLE', self.client.call, 'COMMIT', bytes(bad))
-        self.try_commit('ROLE', tid, puts=names, sign=D,
+        self.check_refused('ROLE', self.client.call, 'COMMIT', bytes(bad))
+        self.check_bad('ROLE', tid, puts=names, sign=D,
                         linked=self.link(names))
-        self.refused('BAD', self.client.call, 'NUKE', good)
+        self.check_refused('BAD', self.client.call, 'NUKE', good)
 
     def test_a_commit_of_another_machine_is_malformed(self):
         tid, names = self.begin()
         self.host.machine ^= 1
         commit = self.host.build(tid, puts=names)
-        self.refused('BAD', self.client.call, 'COMMIT', commit)
+        self.check_refused('BAD', self.client.call, 'COMMIT', commit)
 
     def test_base(self):
         tid, names = self.begin()
         link = self.link(names)
-        self.try_commit('RESYNC', tid, puts=names, linked=link, n=2)
-        self.try_commit('CONFLICT', tid, puts=names, linked=link,
+        self.check_bad('RESYNC', tid, puts=names, linked=link, n=2)
+        self.check_bad('CONFLICT', tid, puts=names, linked=link,
                         previous=sha(b'other'))
         self.host.commit(self.client, tid, puts=names, linked=link)
-        self.refused('RESYNC', self.host.begin, self.client,
+        self.check_refused('RESYNC', self.host.begin, self.client,
                      os.urandom(16), n=7)
-        self.refused('RESYNC', self.host.begin, self.client,
+        self.check_refused('RESYNC', self.host.begin, self.client,
                      os.urandom(16), head=sha(b'other'))
 
     def test_the_slower_of_two_clients_gets_conflict(self):
         tid, names = self.begin()
         second = self.connect(self.host)
         self.host.copy().backup(second, 'faster')
-        self.refused('CONFLICT', self.host.commit, self.client, tid,
+        self.check_refused('CONFLICT', self.host.commit, self.client, tid,
                      puts=names, linked=self.link(names))
         # On the new base the same transaction is good, nothing is sent again.
         changes = self.client.stream('CHANGES', u64(0) + ZERO + b'\0')
@@ -125,21 +126,21 @@ class Commits(unittest.TestCase):
         self.assertEqual(late.call('COMMIT', commit), first)
         other = self.host.build(tid, puts=names, linked=self.link(names),
                                 note=b'not the same')
-        self.refused('CONFLICT', late.call, 'COMMIT', other)
+        self.check_refused('CONFLICT', late.call, 'COMMIT', other)
         self.assertEqual(self.head()[:8], u64(1))
 
     def test_puts_must_be_those_received(self):
         tid, names = self.begin()
         link = self.link(names)
-        self.try_commit('MISMATCH', tid, puts=names[1:], linked=link)
-        self.try_commit('MISMATCH', tid, puts=names + [ZERO], linked=link)
-        self.try_commit('MISMATCH', tid, puts=names[::-1], linked=link)
+        self.check_bad('MISMATCH', tid, puts=names[1:], linked=link)
+        self.check_bad('MISMATCH', tid, puts=names + [ZERO], linked=link)
+        self.check_bad('MISMATCH', tid, puts=names[::-1], linked=link)
         self.host.commit(self.client, tid, puts=names, linked=link)
 
     def test_withdrawn_puts_are_left_out(self):
         tid, names = self.begin()
         self.client.send('WITHDRAW', names_body(names[:1]))
-        self.try_commit('MISMATCH', tid, puts=names,
+        self.check_bad('MISMATCH', tid, puts=names,
                         linked=self.link(names))
         self.host.commit(self.client, tid, puts=names[1:],
                          linked=self.link(names))
@@ -175,21 +176,21 @@ class Commits(unittest.TestCase):
         tid, names = self.begin()
         self.host.commit(self.client, tid, puts=names,
                          linked=self.link(names))
-        self.refused('EXISTS', self.begin, ids=[sha(b'x')])
+        self.check_refused('EXISTS', self.begin, ids=[sha(b'x')])
         tid, names = self.begin('y')
-        self.try_commit('EXISTS', tid, puts=names,
+        self.check_bad('EXISTS', tid, puts=names,
                         linked=self.link(names, 'x'))
 
     def test_an_archive_needs_its_record(self):
         tid, names = self.begin()
         chunk = [(sha(b'x'), names[0], LINEAGE, COMPLETE)]
-        self.try_commit('NOBLOCK', tid, puts=names, linked=chunk)
-        self.try_commit('NOBLOCK', tid, puts=names,
+        self.check_bad('NOBLOCK', tid, puts=names, linked=chunk)
+        self.check_bad('NOBLOCK', tid, puts=names,
                         linked=[(sha(b'x'), ZERO, LINEAGE, COMPLETE)])
 
     def test_live_must_match(self):
         tid, names = self.begin()
-        self.try_commit('MISMATCH', tid, puts=names, live=NONE,
+        self.check_bad('MISMATCH', tid, puts=names, live=NONE,
                         linked=self.link(names))
 
     def checkpoint(self, lineage=LINEAGE):
@@ -214,25 +215,25 @@ class Commits(unittest.TestCase):
     def test_write_unlinks_no_other_lineage(self):
         tid, part = self.checkpoint(OTHER)
         names, link = self.finish()
-        self.try_commit('NOARCHIVE', tid, puts=names, linked=link,
+        self.check_bad('NOARCHIVE', tid, puts=names, linked=link,
                         unlinked=[part])
 
     def test_write_unlinks_nothing_complete(self):
         archive, record, _ = self.host.backup(self.client, 'done')
         tid, names = self.begin()
-        self.try_commit('NOARCHIVE', tid, puts=names,
+        self.check_bad('NOARCHIVE', tid, puts=names,
                         linked=self.link(names), unlinked=[(archive, record)])
 
     def test_an_open_archive_becomes_partial_for_good(self):
         tid, part = self.checkpoint(OTHER)
         keep = [part + (OTHER, PARTIAL)]
         wrong = [part + (LINEAGE, PARTIAL)]
-        self.try_commit('NOARCHIVE', tid, linked=wrong, unlinked=[part])
+        self.check_bad('NOARCHIVE', tid, linked=wrong, unlinked=[part])
         self.host.commit(self.client, tid, linked=keep, unlinked=[part])
         for lineage in (LINEAGE, OTHER):
             tid = os.urandom(16)
             self.host.begin(self.client, tid, lineage=lineage)
-            self.try_commit('NOARCHIVE', tid, unlinked=[part])
+            self.check_bad('NOARCHIVE', tid, unlinked=[part])
             self.client.call('ABORT')
         self.host.begin(self.client, tid, kind=DELETE_KIND)
         self.host.commit(self.client, tid, kind=DELETE_KIND,
@@ -246,10 +247,10 @@ class Commits(unittest.TestCase):
         gone = names + [record]
         self.client.send('DELETE', names_body(gone))
         what = dict(kind=DELETE_KIND, unlinked=[(archive, record)])
-        self.try_commit('MISMATCH', tid, deletes=names, **what)
-        self.try_commit('NOARCHIVE', tid, deletes=gone, kind=DELETE_KIND,
+        self.check_bad('MISMATCH', tid, deletes=names, **what)
+        self.check_bad('NOARCHIVE', tid, deletes=gone, kind=DELETE_KIND,
                         unlinked=[(archive, ZERO)])
-        self.try_commit('MISMATCH', tid, deletes=gone, kind=DELETE_KIND)
+        self.check_bad('MISMATCH', tid, deletes=gone, kind=DELETE_KIND)
         self.host.commit(self.client, tid, deletes=gone, **what)
         self.assertEqual(get(self.client, gone), ['NOBLOCK'] * 4)
         answers = self.client.stream('CHANGES', u64(2) + ZERO + b'\1')
@@ -261,7 +262,7 @@ class Commits(unittest.TestCase):
         tid = os.urandom(16)
         self.host.begin(self.client, tid, kind=DELETE_KIND)
         self.client.send('DELETE', names_body([ZERO]))
-        self.try_commit('MISMATCH', tid, kind=DELETE_KIND, deletes=[ZERO])
+        self.check_bad('MISMATCH', tid, kind=DELETE_KIND, deletes=[ZERO])
 
     def test_a_delete_begins_with_nothing(self):
         _, _, names = self.host.backup(self.client, 'one')
@@ -289,8 +290,8 @@ class Commits(unittest.TestCase):
 
     def test_nuke(self):
         _, _, names = self.host.backup(self.client, 'one')
-        self.refused('MISMATCH', self.client.call, 'NUKE', self.host.build(
-            ZERO[:16], kind=NUKE_KIND, live=sha(b'x')))
+        bad = self.host.build(ZERO[:16], kind=NUKE_KIND, live=sha(b'x'))
+        self.check_refused('MISMATCH', self.client.call, 'NUKE', bad)
         self.host.commit(self.client, ZERO[:16], frame='NUKE',
                          kind=NUKE_KIND)
         self.assertEqual(get(self.client, names), ['NOBLOCK'] * 3)
@@ -306,7 +307,7 @@ class Commits(unittest.TestCase):
         undecided = self.host.build(tid, puts=names,
                                     linked=self.link(names))
         self.host.commit(self.client, tid, kind=ABORT_KIND)
-        self.refused('CONFLICT', self.client.call, 'COMMIT', undecided)
+        self.check_refused('CONFLICT', self.client.call, 'COMMIT', undecided)
         self.assertEqual(self.host.begin(self.client, tid)[0], 0)
 
     def test_abort_forgets(self):
@@ -315,7 +316,7 @@ class Commits(unittest.TestCase):
         self.assertEqual(self.client.call('ABORT')[0], 'OK')
         self.assertEqual(self.host.begin(self.client, tid),
                          (0, NONE, []))
-        self.refused('EXPIRED', self.connect(self.host).call, 'ABORT')
+        self.check_refused('EXPIRED', self.connect(self.host).call, 'ABORT')
 
     def test_five_transactions(self):
         clients = [self.connect(self.host) for _ in range(5)]
@@ -326,10 +327,10 @@ class Commits(unittest.TestCase):
         tids = [os.urandom(16) for _ in clients]
         for client, tid in zip(clients[:4], tids):
             self.host.begin(client, tid)
-        self.refused('BUSY', self.host.begin, clients[4], tids[4])
+        self.check_refused('BUSY', self.host.begin, clients[4], tids[4])
         clients[0].call('ABORT')
         self.host.begin(clients[4], tids[4])
-        self.refused('BUSY', self.host.begin, clients[4], tids[3])
+        self.check_refused('BUSY', self.host.begin, clients[4], tids[3])
 
 
 if __name__ == '__main__':

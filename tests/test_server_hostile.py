@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Nothing a stranger or a key holder sends stops the server."""
 
 import os
@@ -11,7 +12,7 @@ import unittest
 
 from rawclient import (
     D, N, R, REQUEST, W, ZERO, Client, Closed, Embedded, Error, Host, Serve,
-    Wire, block, names_body, part, put, server_directory, sha, tarsnapd, u16,
+    Wire, block, names_body, part, put, server_directory, tarsnapd, u16,
     u64)
 
 
@@ -52,7 +53,7 @@ class Hostile(unittest.TestCase):
         client.auth(self.host.machine, self.host.keys, R, W, D, N)
         return client
 
-    def refused_and_closed(self, client, data):
+    def check_refused_and_closed(self, client, data):
         """The bytes are answered BAD and then the connection ends."""
         client.link.send(data)
         with self.assertRaises(Error) as caught:
@@ -100,17 +101,17 @@ class Hostile(unittest.TestCase):
     def test_lengths_over_the_ceiling_are_refused_by_the_header(self):
         before = self.memory()
         for length in (4097, 1 << 20, (1 << 32) - 1):
-            self.refused_and_closed(self.connect(),
+            self.check_refused_and_closed(self.connect(),
                                     frame(1, b'', length=length))
         for length in ((1 << 20) + 4097, (1 << 32) - 1):
-            self.refused_and_closed(self.authed(),
+            self.check_refused_and_closed(self.authed(),
                                     frame(11, b'', length=length))
         self.assertLess(self.memory(), before + (16 << 20))
 
     def test_unknown_requests(self):
         for kind in (0, 18, 127, 128, 133, 255):
-            self.refused_and_closed(self.connect(), frame(kind))
-            self.refused_and_closed(self.authed(), frame(kind))
+            self.check_refused_and_closed(self.connect(), frame(kind))
+            self.check_refused_and_closed(self.authed(), frame(kind))
 
     def test_requests_before_auth(self):
         client = self.connect()
@@ -134,15 +135,15 @@ class Hostile(unittest.TestCase):
         for sealed in bad:
             client = self.authed()
             self.host.begin(client, os.urandom(16))
-            self.refused_and_closed(client, frame(11, name + sealed))
+            self.check_refused_and_closed(client, frame(11, name + sealed))
         client = self.authed()
         self.host.begin(client, os.urandom(16))
         large = block('c', 'x', 288 * 1024)
-        self.refused_and_closed(client, frame(11, b''.join(large)))
+        self.check_refused_and_closed(client, frame(11, b''.join(large)))
 
     def test_too_many_names(self):
         for kind in (7, 9):
-            self.refused_and_closed(
+            self.check_refused_and_closed(
                 self.authed(), frame(kind, names_body([ZERO] * 4097)))
 
     def test_slow_strangers_are_let_go(self):

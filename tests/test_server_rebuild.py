@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """An index rebuilt from the log equals the live one byte for byte."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """A transaction survives its connection, its server, and a torn spool."""
 
 import os
@@ -39,7 +40,7 @@ class Resume(unittest.TestCase):
         return [put(client, block('c', 'r%d' % i, size))
                 for i in range(first, first + count)]
 
-    def finish(self, client, names):
+    def check_finish(self, client, names):
         record = put(client, block('a', 'done'))
         self.host.commit(client, self.tid, puts=names + [record],
                          linked=[(sha(b'x'), record, bytes(16), COMPLETE)])
@@ -57,7 +58,7 @@ class Resume(unittest.TestCase):
         length = len(block('c', 'r0', 50000)[2])
         self.assertEqual(rows, [(name, b'c', length) for name in names])
         names += self.put_some(client, 100, 10)
-        self.finish(client, names)
+        self.check_finish(client, names)
 
     def test_kill_after_segments_were_closed(self):
         client = self.connect()
@@ -74,7 +75,7 @@ class Resume(unittest.TestCase):
             self.path, 'store', 'seg', '%016x' % self.host.machine,
             self.tid.hex()))
         self.assertEqual(stored, ['000001'])
-        self.finish(client, names)
+        self.check_finish(client, names)
 
     def test_a_checkpoint_is_not_held_again(self):
         client = self.connect()
@@ -87,14 +88,14 @@ class Resume(unittest.TestCase):
         client = self.connect()
         count, digest, _ = self.host.begin(client, self.tid)
         self.assertEqual((count, digest), (5, sha(b''.join(more))))
-        self.finish(client, more)
+        self.check_finish(client, more)
 
     def spool(self):
         directory = os.path.join(self.path, 'spool',
                                  '%016x' % self.host.machine)
         return os.path.join(directory, self.tid.hex() + '-000001')
 
-    def torn(self, damage):
+    def check_torn(self, damage):
         """Put ten, kill, damage the spool; what BEGIN then finds."""
         client = self.connect()
         self.host.begin(client, self.tid)
@@ -108,15 +109,15 @@ class Resume(unittest.TestCase):
         count, digest, _ = self.host.begin(client, self.tid)
         self.assertEqual(digest, sha(b''.join(names[:count])))
         names = names[:count] + self.put_some(client, 20, 1)
-        self.finish(client, names)
+        self.check_finish(client, names)
         return count
 
     def test_a_spool_cut_short(self):
-        self.assertEqual(self.torn(lambda file: file.truncate(
+        self.assertEqual(self.check_torn(lambda file: file.truncate(
             os.fstat(file.fileno()).st_size - 7)), 9)
 
     def test_a_spool_with_garbage_at_the_end(self):
-        self.assertEqual(self.torn(lambda file: (
+        self.assertEqual(self.check_torn(lambda file: (
             file.seek(0, 2), file.write(b'tse1c' + bytes(300)))), 10)
 
     def test_a_spool_with_a_flipped_bit(self):
@@ -125,10 +126,10 @@ class Resume(unittest.TestCase):
             byte = file.read(1)[0]
             file.seek(200000)
             file.write(bytes([byte ^ 4]))
-        self.assertEqual(self.torn(flip), 3)
+        self.assertEqual(self.check_torn(flip), 3)
 
     def test_an_empty_spool(self):
-        self.assertEqual(self.torn(lambda file: file.truncate(0)), 0)
+        self.assertEqual(self.check_torn(lambda file: file.truncate(0)), 0)
 
     def test_a_spool_that_is_already_an_object(self):
         client = self.connect()
@@ -152,7 +153,7 @@ class Resume(unittest.TestCase):
         client = self.connect()
         count, digest, _ = self.host.begin(client, self.tid)
         self.assertEqual((count, digest), (10, sha(b''.join(names))))
-        self.finish(client, names + self.put_some(client, 50, 1))
+        self.check_finish(client, names + self.put_some(client, 50, 1))
         with open(target, 'rb') as file:
             self.assertEqual(file.read(), before)
 
@@ -168,7 +169,7 @@ class Resume(unittest.TestCase):
         with self.assertRaises(Error) as caught:
             old.next()
         self.assertEqual(caught.exception.code, 'EXPIRED')
-        self.finish(new, names)
+        self.check_finish(new, names)
 
     def test_taken_over_from_another_process(self):
         self.serve.kill()
@@ -180,7 +181,7 @@ class Resume(unittest.TestCase):
             self.assertEqual((count, digest), (i, sha(b''.join(names))))
             names += self.put_some(client, i, 1)
             client.wait_received(1)
-        self.finish(clients[-1], names)
+        self.check_finish(clients[-1], names)
         self.assertEqual(self.serve.stop()[0], 0)
         self.serve = None
 

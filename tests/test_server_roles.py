@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Every request for every set of keys: served, or refused with ROLE."""
 
 import itertools

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """The n-th write, fsync or link fails, for every n: failed, never corrupt."""
 
 import errno
@@ -152,7 +153,7 @@ class Faults(unittest.TestCase):
         self.assertEqual(get(client, names), [one[2] for one in blocks])
         client.close()
 
-    def run_all(self, **how):
+    def check_all(self, **how):
         """For every n up to the calls that one backup makes."""
         acknowledged = n = 0
         while True:
@@ -178,19 +179,19 @@ class Faults(unittest.TestCase):
         server.close()
 
     def test_each_call_fails_once(self):
-        n, acknowledged = self.run_all()
+        n, acknowledged = self.check_all()
         # The put of the log entry is tried again, so some go through.
         self.assertLess(0, acknowledged)
         self.assertLess(acknowledged, n)
 
     def test_each_write_is_torn(self):
-        self.run_all(error=errno.ENOSPC, torn=True)
+        self.check_all(error=errno.ENOSPC, torn=True)
 
     def test_each_call_works_and_says_it_failed(self):
-        self.run_all(late=True)
+        self.check_all(late=True)
 
     def test_from_a_call_on_everything_fails(self):
-        self.run_all(forever=True)
+        self.check_all(forever=True)
 
     def test_what_is_acknowledged_was_synced_in_order(self):
         fault = FaultyOs()
