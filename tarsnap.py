@@ -26,15 +26,17 @@ Map of this file, bottom up; no section uses a name from a later one:
     formats               rows, pages, lists, records; the signed history
     chunks                where a stream of bytes is cut
     channel               a session with a server: TLS, ssh, or a directory
+    paths                 patterns, and how a path is shown
     history               what the server says happened, checked
     cache directory       what is stored already, and how often it is used
     transaction           puts, checkpoints, the commit and its conflicts
     walk                  a tree in the order of its names
-    create                pages, shared chunks, reuse, the archive
+    create                files into chunks; pages, their reuse, the archive
     fetch                 blocks in order, many in flight
     extract               files made again, never outside the target
-    list                  -t, -r, --list-archives, statistics
-    modes, options, main  the command line
+    list                  -t, -r, --list-archives
+    modes that write      create, delete, fsck, nuke; statistics
+    options, main         the command line
 
 Formats and protocol are written down byte by byte in tarsnap-format(5) and
 tarsnap-protocol(7); what the whole protects from and what not, in README.md.
@@ -1873,6 +1875,7 @@ class Channel:
         self.unread = set()                     # ids no longer listened to
         self.received = 0                       # count in the last RECEIVED
         self.failed = None                      # why the link is gone
+        self.opened = False                     # something answers
         self.closing = False
         self.last = 0                           # last request id
         self.round_trips = 0                    # waits for an answer
@@ -1965,7 +1968,8 @@ class Channel:
         with self.changed:
             self.closing = True
         self.wake()
-        if self.thread is not threading.current_thread():
+        # One that still waits for an answer to its call is not waited for.
+        if self.opened and self.thread is not threading.current_thread():
             self.thread.join(15)
 
     def wake(self):
@@ -1981,6 +1985,7 @@ class Channel:
         failed = ChannelLost('Connection closed')
         try:
             self.link.open()
+            self.opened = True
             if self.link.transport == TRANSPORT_DIR:
                 self.run_local()
             else:
@@ -2122,6 +2127,9 @@ def refusal(body):
     text = ''.join(c if c.isprintable() else '?' for c in text)
     if code == E_FUNDS:
         text = 'Account balance is not positive; add money and try again'
+    if code == E_MISMATCH:
+        text = 'The server holds something else than this commit says (%s); ' \
+            'if the cache directory is damaged, run --fsck' % text
     return Refused(code, text)
 
 
@@ -4084,7 +4092,7 @@ class Transaction(Sink):
         self.spilled = False
         self.part = None
         if state == OPEN:
-            # The counts of the server's RECEIVED start again as well.
+            # The count of RECEIVED goes on: it is since BEGIN, as `first`.
             self.part = (record.archive, record.name)
             self.window.clear()
             self.window_bytes = 0
@@ -5187,17 +5195,17 @@ class Writer:
 
     # The walk.
 
-    def run(self, walk, checkpoint=lambda: None):
-        """Take in a whole walk; checkpoint() is called between pages."""
+    def run(self, walk, due=lambda: False, checkpoint=None):
+        """Take in a whole walk; checkpoint() is called where due() says so,
+        after an entry, which ends its page.
+        """
         source = iter(walk)
         while self.look(source, 1):
-            if self.page is None:
-                if self.reuse(source):
-                    checkpoint()
-                    continue
-                self.page = Page(self.ahead[0][2])
-            self.add(*self.ahead.popleft())
-            if self.page is None:
+            if self.page is not None or not self.reuse(source):
+                self.page = self.page or Page(self.ahead[0][2])
+                self.add(*self.ahead.popleft())
+            if due():
+                self.page_end()
                 checkpoint()
         self.page_end()
         self.finish_pages(True)
@@ -8026,7 +8034,8 @@ class Create:
         while True:
             walk = self.walk(writer)
             try:
-                writer.run(walk, lambda: self.checkpoint(writer, series))
+                writer.run(walk, self.due,
+                           lambda: self.checkpoint(writer, series))
                 if not writer.entries and not self.opt.quiet:
                     warn('Archive contains no files')
                 self.txn.commit(
@@ -8040,13 +8049,15 @@ class Create:
             finally:
                 walk.close()
 
+    def due(self):
+        """True if it is time for a checkpoint."""
+        most, sent = self.opt.checkpoint_bytes, self.txn.sent_bytes
+        return bool(most) and sent > self.last_bytes and (
+            sent - self.last_bytes >= most
+            or time.monotonic() - self.last_time >= CHECKPOINT_SECONDS)
+
     def checkpoint(self, writer, series):
-        """Commit what there is as NAME.part, if it is time to."""
-        most = self.opt.checkpoint_bytes
-        if not most or (self.txn.sent_bytes - self.last_bytes < most
-                        and time.monotonic() - self.last_time
-                        < CHECKPOINT_SECONDS):
-            return
+        """Commit what there is as NAME.part."""
         if self.opt.verbose:
             sys.stderr.write('tarsnap: Creating checkpoint...')
         writer.finish_pages(False)

@@ -29,6 +29,7 @@ import unittest
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
+RUNNING = set()                 # processes of modules, each a group
 
 
 class Result(unittest.TextTestResult):
@@ -101,12 +102,14 @@ def run(module, limit):
                  module], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True)
             note = ''
+            RUNNING.add(process.pid)
             try:
                 process.wait(limit)
             except subprocess.TimeoutExpired:
                 note = 'killed after %d seconds\n' % limit
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            RUNNING.discard(process.pid)
             output.seek(0)
             text = output.read().decode('utf-8', 'replace') + note
         try:
@@ -117,6 +120,13 @@ def run(module, limit):
             text += 'the module did not run to its end (exit status %d)\n' \
                 % process.returncode
     return figures, text, time.monotonic() - begun
+
+
+def stop(number, frame):
+    """A signal to end: the modules end too."""
+    for pid in list(RUNNING):
+        os.killpg(pid, signal.SIGKILL)
+    os._exit(128 + number)
 
 
 def modules(pattern):
@@ -151,6 +161,8 @@ def main():
     if sys.argv[1:2] == ['--child']:
         child(sys.argv[3], sys.argv[2])
         return 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
     parser = argparse.ArgumentParser(description='Runs the tests.')
     parser.add_argument('-j', type=int, default=2, metavar='N',
                         help='modules at once (default 2)')

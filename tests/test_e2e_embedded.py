@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
-"""The whole job with a directory as server: everything comes back as it was."""
+"""The whole job with a directory as server: all comes back as it was."""
 
 import os
 import subprocess

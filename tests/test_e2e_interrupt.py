@@ -106,6 +106,47 @@ class Interrupt(unittest.TestCase):
         # A server that ends in order has kept what it received.
         self.assertEqual(self.front.twice, [])
 
+    def spool_wipe(self):
+        """What a server had not stored for good yet is lost."""
+        spool = os.path.join(self.world.server.path, 'spool')
+        for top, _, files in os.walk(spool):
+            for name in files:
+                os.unlink(os.path.join(top, name))
+
+    def test_server_lost_its_spool(self):
+        # What is not in the client's window any more is read again.
+        self.tree('tree', 24)
+        self.front.hook = trigger = Trigger(PUT, 90, lambda: None)
+        running = self.create('tree', 'tree')
+        self.reached(trigger, running)
+        self.world.server.kill()
+        self.spool_wipe()
+        self.world.server.start()
+        done = running.wait()
+        self.assertEqual((done.code, done.err), (0, ''))
+        self.whole('tree', 'tree')
+        stats = self.world.ok('--print-stats').out
+        self.world.ok('--fsck')
+        self.assertEqual(self.world.ok('--print-stats').out, stats)
+
+    def test_server_lost_the_spool_of_a_dead_run(self):
+        # Its commit is signed, and can never be made any more: another one
+        # takes its number.
+        self.tree('tree', 1)
+        running = None
+        self.front.hook = Trigger(COMMIT, 1, lambda: running.process.kill(),
+                                  DROP)
+        running = self.create('dead', 'tree')
+        self.assertEqual(running.wait().code, -9)
+        self.world.server.kill()
+        self.spool_wipe()
+        self.world.server.start()
+        done = self.create('alive', 'tree').wait()
+        self.assertEqual((done.code, done.err), (0, ''))
+        self.assertEqual(self.world.names(), ['alive'])
+        self.whole('alive', 'tree')
+        self.assertEqual(self.world.ok('--print-head').out.split(':')[0], '2')
+
     def test_server_gone_for_good(self):
         self.tree('tree', 2)
         self.world.ok('-c', '-f', 'before', '-C', self.world.root, 'tree')

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import random
-import struct
 import unittest
 from unittest import mock
 
@@ -443,8 +442,7 @@ class Files(lab.LabTest):
             self.assertEqual(db.execute(
                 "SELECT count(*) FROM blocks WHERE kids IS NULL AND "
                 "cls <> 'c'").fetchone(), (0,))
-        self.assertEqual(struct.unpack('>Q', struct.pack(
-            '>Q', write.meta()[2][8])), (2,))
+        self.assertEqual(write.meta()[2][8], 2)
 
 
 if __name__ == '__main__':
