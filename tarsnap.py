@@ -5778,7 +5778,7 @@ SEAL_COST = 512             # bytes a stored block may have over its plain ones
 INDEX_WINDOW = 2 * MIB      # a dozen pages of usual size
 RECORD_GUESS = 4 * KIB      # bytes of an archive record
 
-GET_WHOLE = U8.pack(3)
+GET_REFS, GET_WHOLE = U8.pack(1), U8.pack(3)
 
 
 class Slot:
@@ -5815,6 +5815,8 @@ class Fetcher:
         self.key = remote.key
         self.opener = Opener(remote.key)
         self.names = Names(remote.key)
+        # A pruning key opens what a block refers to, and nothing else.
+        self.view = GET_WHOLE if self.key.data_priv else GET_REFS
         self.changed = threading.Condition()    # guards all below
         self.channel = None         # where requests go; None while it is lost
         self.unsent = []            # slots not asked for yet
@@ -5939,7 +5941,7 @@ class Fetcher:
         try:
             if self.channel:
                 rid = self.channel.post(
-                    GET, GET_WHOLE, U16.pack(len(slots)),
+                    GET, self.view, U16.pack(len(slots)),
                     *[slot.kid.name for slot in slots])
         except Error:
             self.channel = None
@@ -6070,7 +6072,8 @@ class Fetcher:
         if body[:32] != kid.name:
             raise CorruptError('%s: the server sent another block in its '
                                'place' % what)
-        parts = self.opener.open(kid.cls, kid.name, body[32:])
+        parts = self.opener.open(kid.cls, kid.name, body[32:],
+                                 self.view == GET_REFS)
         if kid.cls == CHUNK:
             found, data = self.names.chunk(parts[0]), parts[0]
             if len(data) != kid.plain:

@@ -236,7 +236,8 @@ class Blocks(Liar):
     def test_nothing_wrong_is_left_in_a_file(self):
         """A damaged chunk: its file is reported, the others are whole."""
         victim = self.of(b'c')[0]
-        args = self.extracting()
+        args = self.extracting('two')
+        model = snapshot(self.lab.tree)
 
         def one(bodies):
             return [body[:-1] + bytes([body[-1] ^ 1])
@@ -246,7 +247,7 @@ class Blocks(Liar):
             result = self.host.run(*args, cache=False)
         self.assertEqual(result.status, 1)
         for path, row in snapshot(args[-1]).items():
-            if 'content' in row and row['content'] != self.model[path][
+            if 'content' in row and row['content'] != model[path][
                     'content']:
                 self.assertIn(os.fsdecode(path), result.err)
 
