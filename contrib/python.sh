@@ -15,8 +15,8 @@ usable() {
 	"$1" -c '
 import sys
 import cryptography
-if sys.version_info < (3, 9) or int(cryptography.__version__.split(".")[0]) < 36:
-    sys.exit(1)
+found = int(cryptography.__version__.split(".")[0])
+sys.exit(sys.version_info < (3, 9) or found < 36)
 ' 2>/dev/null
 }
 

@@ -114,6 +114,8 @@ class Sshd:
 def ssh_needed():
     if not SSHD or not shutil.which('ssh') or not shutil.which('ssh-keygen'):
         raise unittest.SkipTest('openssh-server or openssh-client is missing')
+    if pwd.getpwuid(os.geteuid()).pw_shell.endswith(('nologin', 'false')):
+        raise unittest.SkipTest('this user has no shell to log in to')
 
 
 class Ssh(mainjob.MainJob, unittest.TestCase):
