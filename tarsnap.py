@@ -1664,6 +1664,7 @@ class Cutter:
 ##############################################################################
 
 CONNECT_SECONDS = 30
+SILENCE = 600               # seconds; a server at work says BUSY every 5
 READ_SIZE = 256 * KIB
 
 # Seconds to wait before each try to connect again.
@@ -1710,6 +1711,7 @@ class TlsLink:
                               % (where, e.strerror or e)) from None
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self.sock = context.wrap_socket(raw)
             self.cert_hash = sha256(self.sock.getpeercert(True))
             self.sock.settimeout(0)
@@ -1877,6 +1879,8 @@ class Channel:
         self.failed = None                      # why the link is gone
         self.opened = False                     # something answers
         self.closing = False
+        self.waiting = 0                        # threads waiting for answers
+        self.heard = time.monotonic()           # when something last came
         self.last = 0                           # last request id
         self.round_trips = 0                    # waits for an answer
         self.bytes_in = self.bytes_out = 0
@@ -1917,10 +1921,18 @@ class Channel:
             if not queue:
                 self.round_trips += 1
             while not queue:
-                if self.failed:
-                    raise self.failed
-                self.changed.wait()
+                self.wait()
             return queue.popleft()
+
+    def wait(self):
+        """Until something came, with `changed` held; raises ChannelLost."""
+        if self.failed:
+            raise self.failed
+        if not self.waiting:
+            self.heard = time.monotonic()
+        self.waiting += 1
+        self.changed.wait()
+        self.waiting -= 1
 
     def stream(self, rid):
         """Answers to `rid` up to its OK; a typed error raises Refused."""
@@ -2051,6 +2063,7 @@ class Channel:
                 if data == b'':
                     raise ChannelLost('Connection closed by %s' % self.server)
                 if data:
+                    self.heard = time.monotonic()
                     self.bytes_in += len(data)
                     buf += data
                     self.parse(buf)
@@ -2072,9 +2085,14 @@ class Channel:
 
     def listen(self, selector):
         """Sleep until something can be done."""
-        for key, _ in selector.select():
+        ready = selector.select(SILENCE / 4)
+        for key, _ in ready:
             if key.fd == self.wake_r:
                 os.read(self.wake_r, 4096)
+        if not ready and self.waiting and \
+                time.monotonic() - self.heard > SILENCE:
+            raise ChannelLost('No answer from %s for %d seconds'
+                              % (self.server, SILENCE))
 
     def gather(self):
         """Up to about 1 MiB of queued frames as one view; True to stop."""
@@ -3843,9 +3861,7 @@ class Transaction(Sink):
             with channel.changed:
                 while channel.received <= self.first and \
                         self.window_bytes > most:
-                    if channel.failed:
-                        raise channel.failed
-                    channel.changed.wait()
+                    channel.wait()
                 received = channel.received
             while self.first < received and self.window:
                 self.window_bytes -= len(self.window.popleft()[1])

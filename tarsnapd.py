@@ -4031,8 +4031,9 @@ COMMANDS = {
 ##############################################################################
 
 
-def main(argv):
-    """Run a command; the exit status."""
+def main(argv=None):
+    """Run a command (by default what was typed); the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--version']:
         print('tarsnapd %s' % VERSION)
         return 0

@@ -547,26 +547,30 @@ class BadInput(unittest.TestCase):
                 cache=os.path.join(where, 'cache')), cwd=where)
 
         name = 'nobody%d' % w.clock
-        for archive in (name + '1', name + '2'):
-            done = run('-c', '-f', archive, '-C', where, 'tree')
-            self.assertEqual(done.code, 2, done)
-            self.assertEqual(done.lines, [
-                'tarsnap: tree/d1/f1: Cannot read: Permission denied',
-                'tarsnap: tree/shut: Cannot read directory: Permission '
-                'denied',
-                DELAYED])
+        file = 'tarsnap: tree/d1/f1: Cannot read: Permission denied'
+        directory = ('tarsnap: tree/shut: Cannot read directory: Permission '
+                     'denied')
+        done = run('-c', '-f', name + '1', '-C', where, 'tree')
+        self.assertEqual((done.code, done.lines), (
+            2, [file, directory, DELAYED]))
+        os.chmod(os.path.join(where, 'tree', 'd1', 'f1'), 0o600)
+        done = run('-c', '-f', name + '2', '-C', where, 'tree')
+        self.assertEqual((done.code, done.lines), (2, [directory, DELAYED]))
+        os.chmod(os.path.join(where, 'tree', 'd1', 'f1'), 0)
         os.chmod(os.path.join(where, 'tree', 'shut'), 0o700)
+        done = run('-c', '-f', name + '3', '-C', where, 'tree')
+        self.assertEqual((done.code, done.lines), (2, [file, DELAYED]))
         os.chmod(os.path.join(where, 'tree', 'd1', 'f1'), 0o600)
         source = world.tree_scan(os.path.join(where, 'tree'))
-        copy = os.path.join(w.extract(name + '2', cache=None), 'tree')
+        copy = os.path.join(w.extract(name + '1', cache=None), 'tree')
         os.chmod(os.path.join(copy, 'shut'), 0o700)
         found = world.tree_scan(copy)
         self.assertEqual(set(source) - set(found), {b'd1/f1', b'shut/x'})
         # Now that they can be read, they are, although nothing else changed.
-        done = run('-c', '-f', name + '3', '-C', where, 'tree')
+        done = run('-c', '-f', name + '4', '-C', where, 'tree')
         self.assertEqual((done.code, done.err), (0, ''), done)
         world.tree_equal(self, os.path.join(where, 'tree'), os.path.join(
-            w.extract(name + '3', cache=None), 'tree'))
+            w.extract(name + '4', cache=None), 'tree'))
 
     def test_vanishing_file(self):
         # It goes at the first PUT, when its directory was read; the client
