@@ -45,6 +45,7 @@ tarsnap-protocol(7); what the whole protects from and what not, in README.md.
 import base64
 import collections
 import errno
+import gc
 import hashlib
 import hmac
 import os
@@ -1901,9 +1902,14 @@ class Channel:
             self.last += 1
             rid = self.last
             self.answers[rid] = collections.deque()
-            self.out.append((kind, rid, body))
-        self.wake()
+            self.enqueue(kind, rid, body)
         return rid
+
+    def enqueue(self, kind, rid, body):
+        """Queue a frame; the thread is woken if it may be asleep."""
+        self.out.append((kind, rid, body))
+        if len(self.out) == 1:
+            self.wake()
 
     def push(self, kind, body):
         """Queue a request that has no answer."""
@@ -1911,8 +1917,7 @@ class Channel:
             if self.failed:
                 raise self.failed
             self.last += 1
-            self.out.append((kind, self.last, body))
-        self.wake()
+            self.enqueue(kind, self.last, body)
 
     def next(self, rid):
         """The next answer to `rid` as (type, body)."""
@@ -9202,13 +9207,16 @@ def system_text(error):
 
 
 def limits_set():
-    """No core dumps of keys; threads that hand over quickly."""
+    """No core dumps of keys; threads that hand over quickly; a collector
+    that is not always at it.
+    """
     import resource
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError):
         pass
     sys.setswitchinterval(0.0005)
+    gc.set_threshold(50000)         # few cycles are made; most is refcounted
 
 
 def output_end():
