@@ -3020,6 +3020,7 @@ class Cache:
         """Read the meta row; ValueError and the like if it is damaged."""
         self.meta = dict(self.db.execute('SELECT key, value FROM meta'))
         self.new = not self.meta
+        self.blank = self.empty()   # spares a first run every look-up
         if self.new:
             self.n, self.head = 0, self.key.genesis()
             self.totals = (0,) * 9
@@ -3085,6 +3086,8 @@ class Cache:
 
     def small(self, digest):
         """[(chunk, its length, offset, length)] of a small file, or None."""
+        if self.blank:
+            return None
         with self.lock:
             row = self.db.execute('SELECT extents FROM small '
                                   'WHERE digest = ?', (digest,)).fetchone()
@@ -3134,6 +3137,7 @@ class Cache:
     def absorb(self, change):
         """The blocks and totals of one Change."""
         commit = change.commit
+        self.blank = False
         self.db.executemany(
             'INSERT OR IGNORE INTO blocks VALUES(?, ?, 0, NULL, ?, NULL, '
             'NULL, NULL)', ((name, cls.decode(), stored)
@@ -3300,6 +3304,7 @@ class Cache:
         References by a block that another host stored meanwhile, and that
         are known by now, are counted already.
         """
+        self.blank = False
         self.db.execute("""
             INSERT INTO blocks
             SELECT name, max(cls), sum(d), max(plain), max(stored),
