@@ -1,230 +1,337 @@
 #!/usr/bin/env python3
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
-"""Times the main job beside restic and borg, on one tree, in turns.
+"""Times the main job beside restic and borg, on the same trees, in turns.
 
-usage: bench/compare.py TREE [RUNS]
+Each work is done by every program before the next work begins, all of it RUNS
+times over with new repositories, another program being first each time.  The
+tree is read before each backup, so that the page cache is warm for all, and
+sync(1) runs before each measurement.  All programs encrypt, and run with their
+defaults.
 
-Each work (first backup, unchanged backup, list, restore, delete) is done by
-every program in turn before the next work begins, all of it RUNS times over
-with new repositories.  The tree is read once before, so that the page cache is
-warm for all.  Peers run with their defaults: restic and borg on a local
-repository with encryption; ours on a directory ("embedded") and over TLS on
-loopback ("tls").  Prints medians with the least and the most, CPU seconds of
-the program itself, its peak memory, bytes stored, and the ratio to the faster
-peer.  What is not installed is left out and said.
+On this machine: `embedded`, ours in a directory; `restic` and `borg` on a
+local repository.  Over the loopback, as over a network: `tls`, ours at its
+server; `restic-rest`, restic over TLS at `rclone serve restic`; `borg-serve`,
+borg at `borg serve` over a pipe.  Ratios are to the faster peer of the same
+half.  What is not installed is left out and said.
+
+Works: start (--version), first, unchanged, shifted (of a tree `file`: one
+byte more in front), list, restore, delete (one of two near-equal archives; as
+the programs do it: restic also frees the space, borg leaves that to `borg
+compact`).  CPU and memory are those of the program and its children; a
+server's stand apart, except that borg's is a child.
+
+The floor is what one thread of Python needs to read the tree (first), look at
+its inodes (unchanged), make its files (restore).
 """
 
+import collections
 import os
 import shutil
-import statistics
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-WORKS = ('first', 'unchanged', 'list', 'restore', 'delete')
-DIRS = ('C', 'store', 'restic', 'borg', 'out', 'NC', 'NS', 'cache')
+import common
+import trees
+
+FLOOR = os.path.join(common.HERE, 'bench', 'floor.py')
+WORKS = ('start', 'first', 'unchanged', 'shifted', 'list', 'restore',
+         'delete')
+NEEDS = {'unchanged': ['first'], 'shifted': ['first'], 'list': ['first'],
+         'restore': ['first'], 'delete': ['first', 'unchanged']}
+REPOSITORIES = ('store', 'server', 'restic', 'borg', 'rest', 'borg-served')
+CACHES = ('embedded-cache', 'tls-cache', '.cache', '.config', '.local')
+
+# A program ready to run: a row of `half` of the table; `commands`, work ->
+# command line; `store`, where its bytes are; `server`, a process or None.
+Program = collections.namedtuple('Program', 'half commands store server',
+                                 defaults=('', None))
+
+##############################################################################
+# The programs.  Each function makes a new repository and returns a Program,
+# or None if something is not installed.
+##############################################################################
 
 
-def script(name, *words):
-    return [sys.executable, os.path.join(HERE, name), *words]
+def ours(place, name, tree, shifted):
+    base = place.client(name + '-key', name + '-cache')
+    create = [base + ['-c', '-f', archive, '-C', which, '.']
+              for archive, which in (('a', tree), ('b', tree),
+                                     ('s', shifted))]
+    return dict(
+        start=place.script('tarsnap', '--version'), first=create[0],
+        unchanged=create[1], shifted=create[2],
+        list=base + ['-t', '-f', 'a'],
+        restore=base + ['-x', '-f', 'a', '-C', place.path('out')],
+        delete=base + ['-d', '-f', 'a'])
+
+
+def embedded(place, tree, shifted):
+    place.key('embedded-key', place.path('store'))
+    return Program('local', ours(place, 'embedded', tree, shifted),
+                   place.path('store'))
+
+
+def tls(place, tree, shifted):
+    child, address, pin = place.serve('server')
+    place.key('tls-key', address, pin)
+    return Program('network', ours(place, 'tls', tree, shifted),
+                   place.path('server'), child.pid)
+
+
+def restic_at(place, base, tree, shifted):
+    place.quiet(base + ['init'])
+    return dict(
+        start=['restic', 'version'], first=base + ['backup', tree],
+        unchanged=base + ['backup', tree],
+        shifted=base + ['backup', shifted], list=base + ['ls', 'latest'],
+        restore=base + ['restore', 'latest', '-t', place.path('out')],
+        delete=base + ['forget', 'latest', '--prune'])
+
+
+def restic(place, tree, shifted):
+    if not shutil.which('restic'):
+        return None
+    base = ['restic', '-q', '-r', place.path('restic')]
+    return Program('local', restic_at(place, base, tree, shifted),
+                   place.path('restic'))
+
+
+def restic_rest(place, tree, shifted):
+    if not all(map(shutil.which, ('restic', 'rclone', 'openssl'))):
+        return None
+    key, cert = place.path('rest.key'), place.path('rest.pem')
+    place.quiet(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                 'ec_paramgen_curve:P-256', '-nodes', '-days', '2', '-subj',
+                 '/CN=rest', '-addext', 'subjectAltName=IP:127.0.0.1',
+                 '-keyout', key, '-out', cert])
+    port = common.free_port()
+    os.mkdir(place.path('rest'))
+    child = place.start(
+        ['rclone', 'serve', 'restic', '--addr', '127.0.0.1:%d' % port,
+         '--key', key, '--cert', cert, place.path('rest')],
+        stderr=subprocess.DEVNULL)
+    await_port(port)
+    base = ['restic', '-q', '--cacert', cert, '-r',
+            'rest:https://127.0.0.1:%d/' % port]
+    return Program('network', restic_at(place, base, tree, shifted),
+                   place.path('rest'), child.pid)
+
+
+def await_port(port):
+    """Until somebody listens there."""
+    for _ in range(200):
+        try:
+            return socket.create_connection(('127.0.0.1', port)).close()
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    sys.exit('nothing listens on port %d' % port)
+
+
+def borg_at(place, repository, tree, shifted):
+    place.quiet(['borg', 'init', '-e', 'repokey', repository])
+    create = [['borg', 'create', '%s::%s' % (repository, archive), which]
+              for archive, which in (('a', tree), ('b', tree),
+                                     ('s', shifted))]
+    return dict(
+        start=['borg', '--version'], first=create[0], unchanged=create[1],
+        shifted=create[2], list=['borg', 'list', repository + '::a'],
+        restore=['borg', 'extract', repository + '::a'],
+        delete=['borg', 'delete', repository + '::a'])
+
+
+def borg(place, tree, shifted):
+    if not shutil.which('borg'):
+        return None
+    return Program('local', borg_at(place, place.path('borg'), tree, shifted),
+                   place.path('borg'))
+
+
+def borg_serve(place, tree, shifted):
+    if not shutil.which('borg'):
+        return None
+    # In the place of ssh: forgets the host, runs the rest here.
+    with open(place.path('rsh'), 'w') as file:
+        file.write('#!/bin/sh\nshift\nexec "$@"\n')
+    os.chmod(place.path('rsh'), 0o755)
+    place.env['BORG_RSH'] = place.path('rsh')
+    path = place.path('borg-served')
+    return Program('network', borg_at(place, 'ssh://here' + path, tree,
+                                      shifted), path)
+
+
+def floor(place, tree, _shifted):
+    base = [sys.executable, FLOOR]
+    return Program('local', dict(
+        first=base + ['read', tree], unchanged=base + ['walk', tree],
+        restore=base + ['create', tree, place.path('out')]))
+
+
+PROGRAMS = {'embedded': embedded, 'restic': restic, 'borg': borg,
+            'floor': floor, 'tls': tls, 'restic-rest': restic_rest,
+            'borg-serve': borg_serve}
+OURS = ('embedded', 'tls', 'floor')
+
+##############################################################################
+# Rounds
+##############################################################################
 
 
 class Bench:
-    """One work directory, its repositories and what was measured."""
+    """One tree, the programs and the works."""
 
-    def __init__(self, tree):
+    def __init__(self, place, report, args, name, tree, shifted):
+        self.place = place
+        self.report = report
+        self.name = name
         self.tree = tree
-        self.work = tempfile.mkdtemp(prefix='tarsnap-bench-')
-        self.env = dict(os.environ, RESTIC_PASSWORD='x', BORG_PASSPHRASE='x',
-                        HOME=self.work,
-                        RESTIC_CACHE_DIR=self.path('cache'))
-        self.figures = {}           # (work, program) -> [(wall, cpu, peak)]
-        self.stored = {}            # program -> bytes
-        self.server = None          # Popen of tarsnapd
+        self.shifted = shifted          # the other tree, or None
+        self.programs = args.programs
+        wanted = set(args.works)
+        wanted.update(*(NEEDS.get(work, ()) for work in args.works))
+        if not shifted:
+            wanted.discard('shifted')
+        self.works = [work for work in WORKS if work in wanted]
+        place.env.update(
+            RESTIC_PASSWORD='x', BORG_PASSPHRASE='x',
+            BORG_RELOCATED_REPO_ACCESS_IS_OK='yes',
+            RESTIC_CACHE_DIR=place.path('.cache', 'restic'))
+        self.files, self.bytes = common.warm(tree)
+        print('\n%s: %s, %d files, %d bytes' % (name, tree, self.files,
+                                                self.bytes))
 
-    def path(self, name):
-        return os.path.join(self.work, name)
+    def round(self, number):
+        """All works once, by all programs in turn; each begins in turn."""
+        names = self.programs[number % len(self.programs):] \
+            + self.programs[:number % len(self.programs)]
+        self.place.remove('embedded-key', 'tls-key', 'out', *REPOSITORIES,
+                          *CACHES)
+        programs = {name: PROGRAMS[name](
+            self.place, self.tree, self.shifted or self.tree)
+            for name in names}
+        for work in self.works:
+            for name, program in programs.items():
+                if program and work in program.commands:
+                    self.measure(work, name, program)
+        self.place.stop()
+        if not number:
+            for name in (name for name in programs if not programs[name]):
+                print('%s: not installed, left out' % name)
 
-    def quiet(self, command, **options):
-        """Run something that is not measured; its standard output."""
-        return subprocess.run(command, env=self.env, check=True,
-                              stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, **options).stdout
-
-    def measure(self, work, program, command):
-        """Run and note wall seconds, CPU seconds, peak memory in bytes."""
+    def measure(self, work, name, program):
+        """One work by one program."""
+        self.place.remove('out')
+        os.mkdir(self.place.path('out'))
+        if work in ('first', 'unchanged'):
+            common.warm(self.tree)
+        run = self.place.measure(
+            program.commands[work], server=program.server,
+            cwd=self.place.path('out') if work == 'restore' else None)
+        labels = dict(tree=self.name, half=program.half, program=name)
+        self.report.add(run, work=work, **labels)
         if work == 'restore':
-            shutil.rmtree(self.path('out'), ignore_errors=True)
-            os.mkdir(self.path('out'))
-        os.sync()
-        start = time.monotonic()
-        child = subprocess.Popen(
-            command, env=self.env, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=self.path('out') if work == 'restore' else self.work)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            sys.exit('%s %s: exit %d: %s' % (program, work, child.returncode,
-                                             ' '.join(command)))
-        self.figures.setdefault((work, program), []).append((
-            time.monotonic() - start, usage.ru_utime + usage.ru_stime,
-            usage.ru_maxrss * 1024))
+            found = sum(len(names) for _, _, names
+                        in os.walk(self.place.path('out')))
+            if found < self.files:
+                sys.exit('%s: only %d of %d files were restored' % (
+                    name, found, self.files))
+        if work in ('first', 'shifted') and program.store:
+            self.report.add({'bytes': common.size_of(program.store)},
+                            work='stored after ' + work, **labels)
 
-    def prepare(self):
-        """New repositories, keys and a server; commands by program."""
-        for name in DIRS:
-            shutil.rmtree(self.path(name), ignore_errors=True)
-        for name in ('K', 'NK'):
-            if os.path.exists(self.path(name)):
-                os.unlink(self.path(name))
-        self.quiet(script('keygen.py', '--keyfile', self.path('K'),
-                          '--machine', 'bench', '--server',
-                          self.path('store')))
-        pin = self.quiet(script('tarsnapd.py', 'init', self.path('NS'),
-                                '--listen', '127.0.0.1:0')).decode().strip()
-        self.quiet(script('tarsnapd.py', 'user', self.path('NS'), 'add',
-                          'bench'), input=b'password\n')
-        self.server = subprocess.Popen(
-            script('tarsnapd.py', 'serve', self.path('NS')),
-            stderr=subprocess.PIPE)
-        address = self.server.stderr.readline().decode().split()[-1]
-        self.quiet(script('keygen.py', '--keyfile', self.path('NK'),
-                          '--machine', 'bench', '--server', address,
-                          '--user', 'bench', '--fingerprint', pin),
-                   input=b'password\n')
-        programs = {'embedded': self.ours('K', 'C'),
-                    'tls': self.ours('NK', 'NC')}
-        if shutil.which('restic'):
-            self.quiet(['restic', 'init', '-r', self.path('restic')])
-            programs['restic'] = self.restic()
-        if shutil.which('borg'):
-            self.quiet(['borg', 'init', '-e', 'repokey', self.path('borg')])
-            programs['borg'] = self.borg()
-        return programs
+    def ratios(self):
+        """Set `ratio` of each figure: to the best peer of its half."""
+        for figure in self.report.find(tree=self.name):
+            key = 'bytes' if 'bytes' in figure else 'seconds'
+            best = min((peer[key]['median'] for peer in self.report.find(
+                tree=self.name, half=figure['half'], work=figure['work'])
+                if peer['program'] not in OURS), default=0)
+            figure['ratio'] = figure[key]['median'] / best if best else None
 
-    def ours(self, key, cache):
-        base = script('tarsnap.py', '--no-default-config', '--keyfile',
-                      self.path(key), '--cachedir', self.path(cache))
-        return {'first': base + ['-c', '-f', 'a', '-C', self.tree, '.'],
-                'unchanged': base + ['-c', '-f', 'b', '-C', self.tree, '.'],
-                'list': base + ['-t', '-f', 'a'],
-                'restore': base + ['-x', '-f', 'a', '-C', self.path('out')],
-                'delete': base + ['-d', '-f', 'a']}
-
-    def restic(self):
-        base = ['restic', '-q', '-r', self.path('restic')]
-        return {'first': base + ['backup', self.tree],
-                'unchanged': base + ['backup', self.tree],
-                'list': base + ['ls', 'latest'],
-                'restore': base + ['restore', 'latest', '-t',
-                                   self.path('out')],
-                'delete': base + ['forget', 'latest', '--prune']}
-
-    def borg(self):
-        repository = self.path('borg')
-        return {'first': ['borg', 'create', repository + '::a', self.tree],
-                'unchanged': ['borg', 'create', repository + '::b',
-                              self.tree],
-                'list': ['borg', 'list', repository + '::a'],
-                'restore': ['borg', 'extract', repository + '::a'],
-                'delete': ['borg', 'delete', repository + '::a']}
-
-    def run(self):
-        """All works once, by all programs in turn."""
-        programs = self.prepare()
-        try:
-            for work in WORKS:
-                for program, commands in programs.items():
-                    self.measure(work, program, commands[work])
-                if work == 'first':
-                    self.sizes(programs)
-        finally:
-            self.server.terminate()
-            self.server.communicate()
-
-    def sizes(self, programs):
-        """Bytes in each repository, the sum of st_size."""
-        for program, name in (('embedded', 'store'), ('tls', 'NS'),
-                              ('restic', 'restic'), ('borg', 'borg')):
-            if program in programs:
-                self.stored[program] = sum(
-                    os.lstat(os.path.join(folder, file)).st_size
-                    for folder, _, files in os.walk(self.path(name))
-                    for file in files)
-
-    def report(self):
-        """The table, medians and ratios to the faster peer."""
-        print('%-10s %-9s %22s %8s %8s %8s' % (
-            'work', 'program', 'seconds (least-most)', 'CPU s', 'peak MB',
-            'ratio'))
-        for work in WORKS:
-            rows = {program: values for (found, program), values in
-                    self.figures.items() if found == work}
-            medians = {program: statistics.median(row[0] for row in values)
-                       for program, values in rows.items()}
-            peers = [medians[name] for name in ('restic', 'borg')
-                     if name in medians]
-            for program, values in rows.items():
-                print('%-10s %-9s %9.2f (%.2f-%.2f) %8.2f %8d %8s' % (
-                    work, program, medians[program],
-                    min(row[0] for row in values),
-                    max(row[0] for row in values),
-                    statistics.median(row[1] for row in values),
-                    max(row[2] for row in values) // 10 ** 6,
-                    '%.2f' % (medians[program] / min(peers))
-                    if peers else '-'))
-        for program, size in self.stored.items():
-            print('stored     %-9s %d bytes' % (program, size))
+    def show(self):
+        """Both halves as tables."""
+        self.ratios()
+        for half, title in (('local', 'On this machine'),
+                            ('network', 'Over the loopback')):
+            rows = [row(figure) for work in WORKS + (
+                'stored after first', 'stored after shifted')
+                for figure in self.report.find(tree=self.name, half=half,
+                                               work=work)]
+            if rows:
+                print('\n%s, tree %s' % (title, self.name))
+                common.table([('work', 'program', 'seconds (least-most)',
+                               'CPU s', 'peak MB', 'server CPU s',
+                               'server MB', 'ratio')] + rows)
 
 
-def versions():
-    """What is compared, and on what."""
-    print('%d processors, Python %s' % (os.cpu_count(),
-                                        sys.version.split()[0]))
-    for name in ('restic', 'borg'):
-        if shutil.which(name):
-            word = 'version' if name == 'restic' else '--version'
-            out = subprocess.run([name, word], stdout=subprocess.PIPE)
-            print(out.stdout.decode().strip())
-        else:
-            print('%s: not installed, left out' % name)
+def row(figure):
+    """A figure as a row of the table."""
+    ratio = '%.2f' % figure['ratio'] if figure['ratio'] else '-'
+    name = figure['work'], figure['program']
+    if 'bytes' in figure:
+        return (*name, '%.1f MB' % (figure['bytes']['median'] / 1e6),
+                '', '', '', '', ratio)
+    server = ('', '')
+    if 'server_cpu' in figure:
+        server = ('%.2f' % figure['server_cpu']['median'],
+                  common.megabytes(figure['server_peak']))
+    return (*name, common.spread(figure['seconds']),
+            '%.2f' % figure['cpu']['median'],
+            common.megabytes(figure['peak']), *server, ratio)
 
 
-def warm(path):
-    """Read a file into the page cache; its length.  In small pieces, so
-    that this process stays small: a child's peak memory begins with ours.
-    """
-    size = 0
-    with open(path, 'rb', buffering=0) as file:
-        while True:
-            data = file.read(65536)
-            if not data:
-                return size
-            size += len(data)
+def tree_find(place, name, size):
+    """(tree, its shifted form or None) of a name or a directory."""
+    def make():
+        return place.path('tree-' + name)
+    if name == 'small':
+        return trees.small(make), None
+    if name == 'large':
+        return trees.large(make), None
+    if name == 'file':
+        for kind, front in (('file', b''), ('shifted', b'!')):
+            os.mkdir(place.path('tree-' + kind))
+            trees.apart(trees.noise, place.path('tree-' + kind, 'noise'),
+                        size, front)
+        return place.path('tree-file'), place.path('tree-shifted')
+    return os.path.abspath(name), None
+
+
+def options():
+    parser = common.parser(__doc__, 5)
+    parser.add_argument(
+        '--tree', action='append', dest='trees', metavar='TREE',
+        help='small, large, file or a directory; may be repeated (small)')
+    for name, choices in (('works', WORKS), ('programs', PROGRAMS)):
+        parser.add_argument(
+            '--' + name, type=common.words, default=list(choices),
+            metavar='A,B', help=', '.join(choices))
+    parser.add_argument('--size', type=int, default=10 ** 9, metavar='BYTES',
+                        help='of the tree `file` (1000000000)')
+    args = parser.parse_args()
+    for name, choices in (('works', WORKS), ('programs', PROGRAMS)):
+        unknown = set(getattr(args, name)) - set(choices)
+        if unknown:
+            parser.error('unknown in --%s: %s' % (name, min(unknown)))
+    args.trees = args.trees or ['small']
+    for tree in args.trees:
+        if tree not in ('small', 'large', 'file') and not os.path.isdir(tree):
+            parser.error('no such directory: ' + tree)
+    return args
 
 
 def main():
-    if len(sys.argv) not in (2, 3) or not os.path.isdir(sys.argv[1]):
-        sys.exit(__doc__.split('\n\n')[1])
-    bench = Bench(os.path.abspath(sys.argv[1]))
-    try:
-        versions()
-        files = size = 0
-        for folder, _, names in os.walk(bench.tree):
-            for name in names:
-                path = os.path.join(folder, name)
-                files += 1
-                if os.path.isfile(path) and not os.path.islink(path):
-                    size += warm(path)
-        print('%d files, %d bytes' % (files, size))
-        for _ in range(int(sys.argv[2]) if len(sys.argv) == 3 else 5):
-            bench.run()
-        bench.report()
-    finally:
-        shutil.rmtree(bench.work, ignore_errors=True)
+    args = options()
+    report = common.Report('compare', args, 'borg', 'restic', 'rclone')
+    for name in args.trees:
+        with common.Place(args.dir) as place:
+            bench = Bench(place, report, args, name,
+                          *tree_find(place, name, args.size))
+            for number in range(args.runs):
+                bench.round(number)
+            bench.show()
+            report.write()
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Backs a directory up, restores it and compares, by directory and network.
 
-usage: contrib/demo.py [DIR]
+usage: contrib/demo.py [--s3] [DIR]
 
 DIR is the standard library of the running Python unless given, without the
 packages installed below it.  Each command is printed as a user would type it,
@@ -11,6 +11,9 @@ is removed at the end; the server is ended by its process id.  What is restored
 is compared with DIR by a comparison of its own: kinds, modes, owners (as
 root), times, targets, hard links, extended attributes and content.  Exit
 status 0 if nothing differs.
+
+With --s3 both stores are in a bucket of an S3 server that is started for it:
+OpenStack's Swift, which is first installed into .venv-s3 if need be.
 """
 
 import collections
@@ -60,7 +63,8 @@ def size_of(path, without=()):
 class Demo:
     """Runs commands in a temporary directory and prints what happens."""
 
-    def __init__(self, source, temp, without=()):
+    def __init__(self, source, temp, without=(), bucket=''):
+        self.bucket = bucket        # s3://NAME, or stores are directories
         self.source = source        # what is backed up, absolute
         self.without = without      # names in it that are left out
         self.temp = temp            # everything else
@@ -127,22 +131,37 @@ class Demo:
         if compare.differences:
             raise Failed('what was restored is not what was backed up')
 
+    def init(self, name):
+        """Make a server directory; the server's fingerprint."""
+        options = ('--store', '%s/%s' % (self.bucket, name)
+                   ) if self.bucket else ()
+        return self.run('tarsnapd', 'init', name, *options)[-1].strip()
+
+    def stored(self):
+        """Say how much the first store has."""
+        if self.bucket:
+            self.run('tarsnapd', 'stat', 'store')
+        else:
+            print('  the store has %s bytes' % commas(size_of(
+                os.path.join(self.temp, 'store', 'store'))))
+
     def directory(self):
         """The store is a directory; no server runs."""
         options = ('--keyfile', 'my.key', '--cachedir', 'cache')
-        self.say('One machine, a directory as store')
+        self.say('One machine, a directory as store' + (
+            ', which keeps all in a bucket' if self.bucket else ''))
+        if self.bucket:
+            self.init('store')
         self.run('tarsnap-keygen', '--keyfile', 'my.key', '--machine', 'demo',
                  '--server', './store')
         self.say('The first backup')
         self.backup('first', *options)
-        print('  the store has %s bytes' % commas(size_of(
-            os.path.join(self.temp, 'store', 'store'))))
+        self.stored()
         self.run('tarsnap', *options, '--list-archives', '-v')
         self.run('tarsnap', *options, '-t', '-f', 'first', count='entries')
         self.say('Once more, with nothing changed')
         self.backup('second', *options)
-        print('  the store has %s bytes' % commas(size_of(
-            os.path.join(self.temp, 'store', 'store'))))
+        self.stored()
         self.say('Restore and compare')
         self.restore_and_compare('second', *options)
         self.say('Statistics, and a deletion')
@@ -153,7 +172,7 @@ class Demo:
     def network(self):
         """The same through a server of its own."""
         self.say('A server, and a machine that may only reach it by network')
-        fingerprint = self.run('tarsnapd', 'init', 'server')[-1].strip()
+        fingerprint = self.init('server')
         self.run('tarsnapd', 'user', 'server', 'add', USER, give=PASSWORD)
         with self.server() as port:
             options = ('--keyfile', 'net.key', '--cachedir', 'netcache')
@@ -348,8 +367,28 @@ def remove_tree(path):
     shutil.rmtree(path)
 
 
+@contextlib.contextmanager
+def bucket(wanted):
+    """The URL of a bucket to use if `wanted`, else ''."""
+    if not wanted:
+        yield ''
+        return
+    sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
+    import s3peers
+    import tarsnapd
+    print('Starting OpenStack Swift', flush=True)
+    with s3peers.Swift() as swift:
+        os.environ.update(swift.environment())
+        for name, value in swift.environment().items():
+            print('$ export %s=%s' % (name, value))
+        tarsnapd.Bucket('demo', {}).request('create', '', 'PUT')
+        yield 's3://demo'
+
+
 def main():
     words = sys.argv[1:]
+    s3 = words[:1] == ['--s3']
+    words = words[s3:]
     if len(words) > 1 or words[:1] == ['--help']:
         print(__doc__)
         return 1 if len(words) > 1 else 0
@@ -362,11 +401,12 @@ def main():
     temp = tempfile.mkdtemp(prefix='tarsnap-demo-')
     print('Backing up %s: %s bytes\n$ cd %s' % (
         source, commas(size_of(source, without)), temp))
-    demo = Demo(source, temp, without)
     begun = time.monotonic()
     try:
-        demo.directory()
-        demo.network()
+        with bucket(s3) as url:
+            demo = Demo(source, temp, without, url)
+            demo.directory()
+            demo.network()
     except (Failed, subprocess.TimeoutExpired) as e:
         print('demo: %s' % e)
         return 1
