@@ -13,39 +13,63 @@ FIND = py=$$(sh contrib/python.sh '$(PYTHON)' '$(VENV)')
 # What `make demo` backs up; empty: the standard library of the interpreter.
 DIR =
 
+# `make demo STORE=s3`: in a bucket of an S3 server made for it.
+STORE =
+
 # Arguments for tests/run.py, such as modules, or -p PATTERN.
 TESTS =
 
+# Arguments for the benchmarks, such as --runs 3, --json FILE or --help.
+BENCH =
+
 # What tests run besides Python, as command:package of Debian.
 TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
+	cpio:cpio \
 	sshd:openssh-server
+
+# What the benchmark compares with.
+PEERS = restic:restic borg:borgbackup rclone:rclone openssl:openssl
 
 SOURCES = *.py bench/*.py contrib/*.py tests/*.py
 
 help:
 	@echo 'make demo [DIR=...]    back DIR up, restore it and compare, by'
-	@echo '                       directory and over the network'
+	@echo '                       directory and over the network;'
+	@echo '                       STORE=s3 keeps it all in a bucket'
 	@echo 'make test [TESTS=...]  run the tests'
-	@echo 'make bench [DIR=...]   time it beside restic and borg, if installed'
+	@echo 'make bench [BENCH=...] time it beside restic and borg: a small tree,'
+	@echo '                       a large one, one file of 1 GB; 5 rounds'
+	@echo 'make bench-quick       the small tree, one round'
+	@echo 'make bench-growth      time and memory by files, archives, blocks'
+	@echo 'make bench-network     the main job over a slow link'
+	@echo 'make bench-load        one server under many sessions'
 	@echo 'make lint              check sources and manual pages'
 	@echo 'make clean             remove what these make'
 	@echo 'PYTHON=... chooses the interpreter, VENV=... where one is made.'
 
 demo:
-	@$(FIND) && exec "$$py" contrib/demo.py $(DIR)
+	@$(FIND) && exec "$$py" contrib/demo.py $(STORE:%=--%) $(DIR)
 
 test: tools
 	@$(FIND) && exec "$$py" tests/run.py $(TESTS)
 
-bench:
-	@$(FIND) && exec "$$py" bench/compare.py "$${DIR:-$$("$$py" -c \
-	    'import sysconfig; print(sysconfig.get_path("stdlib"))')}"
+bench: peers
+	@$(FIND) && exec "$$py" bench/compare.py --tree small --tree large \
+	    --tree file $(BENCH)
 
-# As root on Debian what is missing is installed; elsewhere the tests that need
-# it say so.
-tools:
+bench-quick: peers
+	@$(FIND) && exec "$$py" bench/compare.py --runs 1 $(BENCH)
+
+bench-growth bench-network bench-load:
+	@$(FIND) && exec "$$py" bench/$(@:bench-%=%).py $(BENCH)
+
+# As root on Debian what is missing is installed; elsewhere the tests and the
+# benchmark that need it say so.
+tools: WANTED = $(TOOLS)
+peers: WANTED = $(PEERS)
+tools peers:
 	@PATH=$$PATH:/usr/sbin:/sbin; missing=; \
-	for tool in $(TOOLS); do \
+	for tool in $(WANTED); do \
 		command -v $${tool%%:*} >/dev/null || \
 			missing="$$missing $${tool#*:}"; \
 	done; \
@@ -54,7 +78,7 @@ tools:
 		echo "installing$$missing"; \
 		(apt-get -q update && DEBIAN_FRONTEND=noninteractive \
 		    apt-get -q -y --no-install-recommends install $$missing) \
-		    >/dev/null || echo 'that failed; tests will say so'; \
+		    >/dev/null || echo 'that failed; what needs it will say so'; \
 	fi
 
 # ruff, or where there is none a virtual environment with it.
@@ -78,4 +102,5 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test bench tools lint clean
+.PHONY: help demo test bench bench-quick bench-growth bench-network \
+	bench-load tools peers lint clean

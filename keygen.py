@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
-"""tarsnap-keygen and tarsnap-keymgmt: the tools that make key files.
+"""tarsnap-keygen, -keyregen, -keymgmt and -recrypt: the tools for key files.
 
 A key file is all that stands between a backup and the world.  It is born
 here, on the machine it is for, and no server ever sees a secret of it:
@@ -14,13 +14,20 @@ here, on the machine it is for, and no server ever sees a secret of it:
 tarsnap-keymgmt then cuts key files down to what a machine may do: one that
 only writes, one that only prunes, one for the safe.  It needs no server.
 
+Where a key file got into wrong hands, tarsnap-keyregen makes one for a new
+machine that gives equal content equal names, and tarsnap-recrypt moves all
+archives over: sealed anew, read back, and only then deleted behind it.
+
 Map of this file, bottom up:
 
     options             the words of a command line, by a table
+    output              what the tools say
     new key files       there from the start, gone if anything fails
     the server          whom to trust, and how to register
     tarsnap-keygen      a new machine
+    tarsnap-keyregen    a new machine in the place of an old one
     tarsnap-keymgmt     subsets of keys, and what is in one
+    tarsnap-recrypt     archives of the old machine become the new one's
     programs            exit statuses and messages
 
 The bytes of a key file are in tarsnap-format(5), the exchange with the server
@@ -34,9 +41,10 @@ import signal
 import sys
 
 import tarsnap
-from tarsnap import (ROLE_DELETE, ROLE_NAME, ROLE_NUKE, ROLE_READ, ROLE_WRITE,
-                     TRANSPORT_DIR, TRANSPORT_TLS, Error, Reader, RemoteError,
-                     UserError, sha256)
+from tarsnap import (CHUNK, COMPLETE, PARTIAL, RECORD, ROLE_DELETE, ROLE_NAME,
+                     ROLE_NUKE, ROLE_READ, ROLE_WRITE, TRANSPORT_DIR,
+                     TRANSPORT_TLS, CorruptError, Error, Reader, Record,
+                     RemoteError, UserError, sha256)
 
 ##############################################################################
 # Options
@@ -46,7 +54,8 @@ from tarsnap import (ROLE_DELETE, ROLE_NAME, ROLE_NUKE, ROLE_READ, ROLE_WRITE,
 # twice, and a usage error exits 1.  Knows no meanings.
 ##############################################################################
 
-FLAG, ONCE, MANY = 1, 2, 3      # no value; one; a list of values
+# No value, once; no value, again and again; one value; a list of values.
+FLAG, AGAIN, ONCE, MANY = 1, 2, 3, 4
 
 
 class Usage(UserError):
@@ -56,8 +65,8 @@ class Usage(UserError):
 def options_parse(words, table):
     """({option: True, value or list}, operands) of a command line.
 
-    `table` has FLAG, ONCE or MANY for each option, dashes included.  Options
-    end at the first operand or at `--`.
+    `table` has FLAG, AGAIN, ONCE or MANY for each option, dashes included.
+    Options end at the first operand or at `--`.
     """
     found, words = {}, list(words)
     while words and len(words[0]) > 1 and words[0][0] == '-':
@@ -79,7 +88,9 @@ def option_take(found, table, option, value, words):
     kind = table.get(option)
     if kind is None:
         raise Usage('Unknown option: %s' % option)
-    if kind == FLAG:
+    if kind in (FLAG, ONCE) and option in found:
+        raise Usage('%s is given twice' % option)
+    if kind in (FLAG, AGAIN):
         if value is not None:
             raise Usage('%s takes no value' % option)
         found[option] = True
@@ -90,10 +101,20 @@ def option_take(found, table, option, value, words):
         value = words.pop(0)
     if kind == MANY:
         found.setdefault(option, []).append(value)
-    elif option in found:
-        raise Usage('%s is given twice' % option)
     else:
         found[option] = value
+
+
+def options_need(options, operands, needed):
+    """Usage unless all of `needed` are there, and no operand is."""
+    if operands:
+        raise Usage('Not an option: %s' % operands[0])
+    for option in needed:
+        if option not in options:
+            raise Usage('%s is missing' % option)
+
+
+SECONDS_TEXT = re.compile(r'[0-9]*\.?[0-9]+([eE][-+]?[0-9]{1,3})?|[0-9]+\.')
 
 
 def size_parse(text, option):
@@ -106,14 +127,48 @@ def size_parse(text, option):
 
 def seconds_parse(text, option):
     """The seconds of --passphrase-time."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
+    seconds = float(text) if SECONDS_TEXT.fullmatch(text) else 0.0
     if not 0.05 <= seconds <= 86400:
         raise Usage('%s: not a number of seconds from 0.05 to 86400: %s'
                     % (option, text))
     return seconds
+
+
+##############################################################################
+# Output: what the tools say
+#
+# Facts and progress to standard output, everything else to standard error.
+##############################################################################
+
+
+def output(text):
+    """Write `text` to standard output."""
+    try:
+        tarsnap.write_all(1, os.fsencode(text))
+    except OSError as e:
+        raise UserError('Cannot write to standard output: %s'
+                        % e.strerror) from None
+
+
+def inform(program, usage, options):
+    """Do what --version (to stderr, as the original's tools) or --help ask."""
+    if '--version' in options:
+        tarsnap.write_all(2, b'%s %s\n' % (program.encode(),
+                                           tarsnap.VERSION.encode()))
+    elif '--help' in options:
+        output(usage)
+    else:
+        return False
+    return True
+
+
+def complain(program, text, usage=''):
+    """One line on stderr, and perhaps the usage; never fails."""
+    try:
+        sys.stderr.write('%s: %s\n%s' % (program, text, usage))
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        pass
 
 
 ##############################################################################
@@ -124,19 +179,21 @@ def seconds_parse(text, option):
 ##############################################################################
 
 PROTECTION = {'--passphrased': FLAG, '--passphrase-mem': ONCE,
-              '--passphrase-time': ONCE}
+              '--passphrase-time': ONCE, '--new-passphrase': ONCE}
+# How the passphrases of key files that exist are got.
+OPENING = {'--passphrase': ONCE, '--force-resources': FLAG}
+INFORMING = {'--version': FLAG, '--help': FLAG}
+DEFAULT_METHOD = 'dev:tty-stdin'
 CONFIRM = 'Please confirm passphrase for keyfile %s: '
 
 
 class Protection:
-    """What a new key file is encrypted with, as the options say.
+    """What a new key file is encrypted with, as the options say."""
 
-    `source` is the option that names a METHOD:ARG and implies --passphrased.
-    """
-
-    def __init__(self, options, source):
-        self.method = options.get(source, 'dev:tty-stdin')
-        self.wanted = '--passphrased' in options or source in options
+    def __init__(self, options):
+        self.method = options.get('--new-passphrase', DEFAULT_METHOD)
+        self.wanted = bool({'--passphrased', '--new-passphrase'}
+                           & set(options))
         self.memory = None          # bytes at most; None for half of all
         self.seconds = 1.0          # what one guess shall cost
         for option in ('--passphrase-mem', '--passphrase-time'):
@@ -161,10 +218,10 @@ class Protection:
             secret = self.asks(path)
             if not secret:
                 raise UserError('The passphrase is empty')
-            if self.method != 'dev:tty-stdin' or secret == \
+            if self.method != DEFAULT_METHOD or secret == \
                     tarsnap.passphrase_dev('tty-stdin', CONFIRM % path):
                 return secret
-            sys.stderr.write('Passphrases mismatch, please try again\n')
+            tarsnap.write_all(2, b'Passphrases mismatch, please try again\n')
 
 
 class NewKeyFile:
@@ -221,6 +278,9 @@ def pins_parse(words):
 
 def password_read():
     """The account's password: one line of standard input, as bytes."""
+    if sys.stdin is None:
+        raise UserError('No standard input to read the account\'s password '
+                        'from')
     if os.isatty(0):
         return tarsnap.passphrase_tty(os.dup(0), PASSWORD_PROMPT, 2)
     return tarsnap.line_read(0).rstrip(b'\r')
@@ -261,7 +321,7 @@ def fingerprint_ask(server, shown):
                     'Is it the one its operator gave you (yes/no or the '
                     'fingerprint)? ' % (server, shown))
         while True:
-            tarsnap.write_all(fd, question.encode())
+            tarsnap.write_all(fd, os.fsencode(question))
             line = tarsnap.line_read(fd).decode('utf-8', 'replace')
             answer = line.strip().lower()
             if answer in ('yes', shown):
@@ -338,58 +398,6 @@ def store_make(path):
         raise UserError(str(e)) from None
 
 
-##############################################################################
-# tarsnap-keygen
-##############################################################################
-
-KEYGEN_USAGE = """\
-usage: tarsnap-keygen --keyfile FILE --machine NAME --server HOST:PORT
-           --user EMAIL [--fingerprint HEX] [--passphrased]
-           [--passphrase-mem SIZE] [--passphrase-time SECONDS]
-           [--passphrase METHOD:ARG]
-       tarsnap-keygen --keyfile FILE --machine NAME
-           --server DIRECTORY | ssh://HOST/DIRECTORY [...]
-       tarsnap-keygen --version | --help
-"""
-
-KEYGEN_OPTIONS = dict(PROTECTION, **{
-    '--keyfile': ONCE, '--machine': ONCE, '--server': ONCE, '--user': ONCE,
-    '--fingerprint': MANY, '--passphrase': ONCE, '--version': FLAG,
-    '--help': FLAG})
-
-
-def keygen(words):
-    """Make a key file and register its machine."""
-    options, operands = options_parse(words, KEYGEN_OPTIONS)
-    if inform('tarsnap-keygen', KEYGEN_USAGE, options):
-        return
-    if operands:
-        raise Usage('Not an option: %s' % operands[0])
-    for option in ('--keyfile', '--machine', '--server'):
-        if option not in options:
-            raise Usage('%s is missing' % option)
-    server, transport = server_parse(options['--server'])
-    name = name_check('--machine', options['--machine'], True)
-    user = ''
-    if transport == TRANSPORT_TLS:
-        if '--user' not in options:
-            raise Usage('--user is missing')
-        user = name_check('--user', options['--user'], False)
-    pins = pins_parse(options.get('--fingerprint', ()))
-    protection = Protection(options, '--passphrase')
-    key = tarsnap.key_make(server, name)
-    with NewKeyFile(options['--keyfile']) as file:
-        password = password_read() if user else b''
-        if transport == TRANSPORT_DIR:
-            store_make(server)
-        machine_make(key, user, password, pins)
-        file.write(key, protection)
-    if transport != TRANSPORT_TLS:
-        complain('tarsnap-keygen', 'note: keys keep the backups in %s secret '
-                 'and show any change, but whoever can write there can '
-                 'destroy them' % server)
-
-
 def server_parse(server):
     """A server's address as the key file holds it, and its transport."""
     transport = tarsnap.link_make(server).transport
@@ -399,17 +407,22 @@ def server_parse(server):
 
 
 def name_check(option, name, ascii_only):
-    """`name`, if it is one for a machine or a user: 1 to 255 bytes."""
+    """`name`, if it is one for a machine or a user: 1 to 255 bytes, in UTF-8
+    whatever the locale.
+    """
     if not 1 <= len(os.fsencode(name)) <= 255:
         raise Usage('%s: not 1 to 255 bytes long' % option)
+    name = os.fsencode(name).decode('utf-8', 'surrogateescape')
     if not name.isprintable() or ascii_only and not name.isascii():
         raise Usage('%s: only printable %scharacters may stand in it'
                     % (option, 'ASCII ' if ascii_only else ''))
     return name
 
 
-def machine_make(key, user, password, pins):
+def machine_make(key, transport, user, password, pins):
     """Register `key` with its server; number, store and pins are set."""
+    if transport == TRANSPORT_DIR:
+        store_make(key.server)
     channel = tarsnap.Channel(key.server)
     try:
         statement = tarsnap.Statement(channel)
@@ -420,6 +433,129 @@ def machine_make(key, user, password, pins):
                               'than its own' % key.server)
     finally:
         channel.close()
+
+
+def destruction_note(program, server, transport):
+    """What a server that is only a directory cannot protect from."""
+    if transport != TRANSPORT_TLS:
+        complain(program, 'note: keys keep the backups in %s secret and show '
+                 'any change, but whoever can write there can destroy them'
+                 % server)
+
+
+##############################################################################
+# tarsnap-keygen
+##############################################################################
+
+KEYGEN_USAGE = """\
+usage: tarsnap-keygen --keyfile FILE --machine NAME --server HOST:PORT
+           --user EMAIL [--fingerprint HEX] [--passphrased]
+           [--passphrase-mem SIZE] [--passphrase-time SECONDS]
+           [--new-passphrase METHOD:ARG]
+       tarsnap-keygen --keyfile FILE --machine NAME
+           --server DIRECTORY | ssh://HOST/DIRECTORY [...]
+       tarsnap-keygen --version | --help
+"""
+
+MACHINE = dict(PROTECTION, **{
+    '--keyfile': ONCE, '--machine': ONCE, '--server': ONCE, '--user': ONCE,
+    '--fingerprint': MANY})
+KEYGEN_OPTIONS = dict(MACHINE, **{'--passphrase': ONCE}, **INFORMING)
+
+
+def keygen(words):
+    """Make a key file and register its machine."""
+    options, operands = options_parse(words, KEYGEN_OPTIONS)
+    if inform('tarsnap-keygen', KEYGEN_USAGE, options):
+        return
+    options_need(options, operands, ('--keyfile', '--machine', '--server'))
+    server, transport = server_parse(options['--server'])
+    name = name_check('--machine', options['--machine'], True)
+    user = ''
+    if transport == TRANSPORT_TLS:
+        if '--user' not in options:
+            raise Usage('--user is missing')
+        user = name_check('--user', options['--user'], False)
+    pins = pins_parse(options.get('--fingerprint', ()))
+    if '--passphrase' in options:       # there is no other it could be of
+        if '--new-passphrase' in options:
+            raise Usage('--passphrase and --new-passphrase are one here')
+        options['--new-passphrase'] = options['--passphrase']
+    protection = Protection(options)
+    key = tarsnap.key_make(server, name)
+    with NewKeyFile(options['--keyfile']) as file:
+        password = password_read() if user else b''
+        machine_make(key, transport, user, password, pins)
+        file.write(key, protection)
+    destruction_note('tarsnap-keygen', server, transport)
+
+
+##############################################################################
+# tarsnap-keyregen
+#
+# The new machine has secrets of its own but for those that names are made
+# with: so every block keeps its name, and tarsnap-recrypt has to seal anew
+# what is stored and nothing else.  Who has the old key file can therefore
+# still tell whether a piece of content is stored, but can read none of it.
+##############################################################################
+
+KEYREGEN_USAGE = """\
+usage: tarsnap-keyregen --keyfile FILE --oldkey FILE --machine NAME
+           [--user EMAIL] [--server ADDRESS] [--fingerprint HEX]
+           [--passphrased] [--passphrase-mem SIZE]
+           [--passphrase-time SECONDS] [--new-passphrase METHOD:ARG]
+           [--passphrase METHOD:ARG] [--force-resources]
+       tarsnap-keyregen --version | --help
+"""
+
+KEYREGEN_OPTIONS = dict(MACHINE, **{'--oldkey': ONCE}, **OPENING, **INFORMING)
+
+
+def keyregen(words):
+    """Make the key file of a machine that is to take an old one's place."""
+    options, operands = options_parse(words, KEYREGEN_OPTIONS)
+    if inform('tarsnap-keyregen', KEYREGEN_USAGE, options):
+        return
+    options_need(options, operands, ('--keyfile', '--oldkey', '--machine'))
+    server = transport = None           # as the old key says
+    if '--server' in options:
+        server, transport = server_parse(options['--server'])
+    name = name_check('--machine', options['--machine'], True)
+    user = ''
+    if '--user' in options and transport in (None, TRANSPORT_TLS):
+        user = name_check('--user', options['--user'], False)
+    pins = pins_parse(options.get('--fingerprint', ()))
+    protection = Protection(options)
+    ask = tarsnap.ask_passphrase(options.get('--passphrase', DEFAULT_METHOD))
+    with NewKeyFile(options['--keyfile']) as file:
+        password = password_read() if user else b''
+        old = tarsnap.key_load(options['--oldkey'], ask,
+                               '--force-resources' in options)
+        old.need(ROLE_WRITE, 'tarsnap-keyregen')
+        if server is None:
+            server, transport = server_parse(old.server)
+        if transport != TRANSPORT_TLS:
+            user = ''
+        elif not user:
+            raise Usage('--user is missing')
+        if server == old.server:
+            pins = pins or old.pins
+        key = key_regen(old, server, name)
+        machine_make(key, transport, user, password, pins)
+        file.write(key, protection)
+    destruction_note('tarsnap-keyregen', server, transport)
+
+
+NAMING_SECRETS = 'k_data', 'k_refs', 'k_cut'
+
+
+def key_regen(old, server, name):
+    """A new key that names blocks as `old` does and says whose heir it is."""
+    key = tarsnap.key_make(server, name)
+    for field in NAMING_SECRETS:
+        setattr(key, field, getattr(old, field))
+    key.parent = old.public_hash()
+    return key
 
 
 ##############################################################################
@@ -443,11 +579,10 @@ KEYMGMT_ROLES = {'-r': {ROLE_READ}, '-w': {ROLE_WRITE},
                  '--prune': {ROLE_DELETE}, '--nuke': {ROLE_NUKE}}
 
 KEYMGMT_OPTIONS = dict(PROTECTION, **{
-    '--outkeyfile': ONCE, '-r': FLAG, '-w': FLAG, '-d': FLAG, '--prune': FLAG,
-    '--nuke': FLAG, '--new-passphrase': ONCE, '--passphrase': ONCE,
-    '--force-resources': FLAG, '--print-key-id': ONCE,
-    '--print-key-permissions': ONCE, '--print-fingerprint': ONCE,
-    '--version': FLAG, '--help': FLAG})
+    '--outkeyfile': ONCE, '-r': AGAIN, '-w': AGAIN, '-d': AGAIN,
+    '--prune': AGAIN, '--nuke': AGAIN, '--print-key-id': ONCE,
+    '--print-key-permissions': ONCE, '--print-fingerprint': ONCE},
+    **OPENING, **INFORMING)
 
 
 def keymgmt(words):
@@ -455,21 +590,20 @@ def keymgmt(words):
     options, paths = options_parse(words, KEYMGMT_OPTIONS)
     if inform('tarsnap-keymgmt', KEYMGMT_USAGE, options):
         return
-    ask = tarsnap.ask_passphrase(options.get('--passphrase', 'dev:tty-stdin'))
+    ask = tarsnap.ask_passphrase(options.get('--passphrase', DEFAULT_METHOD))
     force = '--force-resources' in options
     for option, about in PRINTERS.items():
         if option in options:
-            if paths or set(options) - {option, '--passphrase',
-                                        '--force-resources'}:
+            if paths or set(options) - {option, *OPENING}:
                 raise Usage('%s stands alone' % option)
             key = tarsnap.key_load(options[option], ask, force)
-            tarsnap.write_all(1, about(key).encode() + b'\n')
+            output(about(key) + '\n')
             return
     if '--outkeyfile' not in options:
         raise Usage('--outkeyfile is missing')
     if not paths:
         raise Usage('No key file to take keys from')
-    protection = Protection(options, '--new-passphrase')
+    protection = Protection(options)
     roles = set().union(*(KEYMGMT_ROLES.get(option, ()) for option in options))
     with NewKeyFile(options['--outkeyfile']) as file:
         key = merge([tarsnap.key_load(path, ask, force) for path in paths],
@@ -525,30 +659,367 @@ PRINTERS = {
 
 
 ##############################################################################
+# tarsnap-recrypt
+#
+# An archive's blocks are fetched from the old machine, compared with their
+# names, sealed for the new one and stored there under the same names, below a
+# record of the new machine's; one archive, one commit.  Then all that the new
+# machine has is read back, and only then the old machine's history gets its
+# last commit, which deletes everything if nobody has added to it meanwhile.
+# Stopped anywhere, it goes on from there when run again.
+##############################################################################
+
+RECRYPT_USAGE = """\
+usage: tarsnap-recrypt --oldkey FILE --oldcachedir DIR --newkey FILE
+           --newcachedir DIR [--passphrase METHOD:ARG]
+           [--new-passphrase METHOD:ARG] [--force-resources]
+       tarsnap-recrypt --version | --help
+"""
+
+RECRYPT_OPTIONS = dict({
+    '--oldkey': ONCE, '--oldcachedir': ONCE, '--newkey': ONCE,
+    '--newcachedir': ONCE, '--new-passphrase': ONCE}, **OPENING, **INFORMING)
+
+
+def recrypt(words):
+    """Move all archives of a machine to the one of a keyregen'ed key."""
+    options, operands = options_parse(words, RECRYPT_OPTIONS)
+    if inform('tarsnap-recrypt', RECRYPT_USAGE, options):
+        return
+    options_need(options, operands, ('--oldkey', '--oldcachedir', '--newkey',
+                                     '--newcachedir'))
+    method = options.get('--passphrase', DEFAULT_METHOD)
+    asks = [tarsnap.ask_passphrase(method), tarsnap.ask_passphrase(
+        options.get('--new-passphrase', method))]
+    force = '--force-resources' in options
+    old = tarsnap.key_load(options['--oldkey'], asks[0], force)
+    new = tarsnap.key_load(options['--newkey'], asks[1], force)
+    recrypt_check(old, new)
+    cachedirs_check(options['--oldcachedir'], options['--newcachedir'])
+    source = Side(old, options['--oldcachedir'])
+    target = Side(new, options['--newcachedir'])
+    try:
+        source.open()
+        target.open()
+        while not move(source, target):
+            step('The old machine has changed meanwhile')
+    finally:
+        target.close()
+        source.close()
+
+
+def recrypt_check(old, new):
+    """UserError unless `new` is heir to `old`, and both may do what it takes.
+
+    Were the keys of two machines that have nothing to do with each other,
+    no block would keep its name.
+    """
+    if new.parent != old.public_hash() or any(
+            getattr(old, field) != getattr(new, field)
+            for field in NAMING_SECRETS
+            if getattr(old, field) and getattr(new, field)):
+        raise UserError('%s was not made from %s by tarsnap-keyregen; nothing '
+                        'was moved' % (new.path, old.path))
+    for key, role in ((old, ROLE_READ), (old, ROLE_NUKE), (new, ROLE_READ),
+                      (new, ROLE_WRITE)):
+        key.need(role, 'tarsnap-recrypt')
+
+
+def cachedirs_check(old, new):
+    """The old cache directory is there, and the new one is another."""
+    if not os.path.isdir(old):
+        raise UserError('There is no cache directory %s; tarsnap --fsck with '
+                        'the old key makes it' % old)
+    if os.path.realpath(old) == os.path.realpath(new):
+        raise UserError('The old key and the new one need a cache directory '
+                        'each, not both %s' % old)
+
+
+def step(text):
+    """Say on standard output what is done next."""
+    output(text + '\n')
+
+
+class Dots:
+    """A sign of life on standard output for each thousand blocks."""
+
+    EACH = 1000
+
+    def __init__(self):
+        self.blocks = 0
+
+    def block(self):
+        self.blocks += 1
+        if not self.blocks % self.EACH:
+            output('.')
+
+    def end(self):
+        if self.blocks >= self.EACH:
+            output('\n')
+
+
+class Side:
+    """One of the two machines, with its cache directory."""
+
+    def __init__(self, key, cachedir):
+        self.opt = tarsnap.Settings()
+        self.opt.key, self.opt.cachedir = key, cachedir
+        self.key = key
+        self.remote = tarsnap.Remote(key, [role for role in ROLE_NAME
+                                           if key.can(role)])
+        self.cache = None
+
+    def open(self):
+        """Lock the cache directory, which is made if it is missing."""
+        tarsnap.cachedir_make(self.opt.cachedir)
+        self.cache = tarsnap.cache_open(self.opt)
+
+    def refresh(self):
+        """Bring the cache up to the head that a new session shows."""
+        self.remote.close()
+        tarsnap.cache_begin(self.opt, self.cache, self.remote)
+        if self.cache.partial:
+            raise tarsnap.inconsistent()
+
+    def base(self):
+        return self.cache.n, self.cache.head
+
+    def archives(self):
+        """{archive id: (Record, state)} of all archives at base(), as the
+        server shows and the history signed them.
+        """
+        def bad(error):
+            raise error
+        live = None
+        while live is None or self.remote.head != self.base():
+            self.refresh()
+            live = tarsnap.history_live(self.remote, self.opt)
+        return {archive: (record, live[archive][2]) for archive, record in
+                tarsnap.archive_records(self.remote, live, bad)}
+
+    def close(self):
+        self.remote.close()
+        if self.cache:
+            self.cache.close()
+
+
+def move(source, target):
+    """Copy, verify, delete; False if the old machine was not left alone."""
+    step('Reading the archives of both machines')
+    wanted = source.archives()
+    base = source.base()
+    if not wanted:
+        step('The old machine has no archives; there is nothing to move')
+        return True
+    have = copies(wanted, target.archives())
+    todo = sorted((wanted[archive] for archive in set(wanted) - have),
+                  key=lambda row: (row[0].created, row[0].title))
+    for number, (record, state) in enumerate(todo, 1):
+        step('Copying archive [%d/%d] %s' % (number, len(todo),
+                                             tarsnap.show(record.title)))
+        archive_copy(source, target, record, state)
+    step('Verifying what the new machine has')
+    verify(target, wanted)
+    memo_copy(source, target)
+    step('Deleting the archives of the old machine')
+    deleted = tarsnap.nuke_commit(source.remote, base)
+    source.refresh()
+    if deleted:
+        step('Moved %s to the new machine' % tarsnap.plural(
+            len(wanted), 'archive'))
+    return deleted
+
+
+def memo_copy(source, target):
+    """Let the next backup with the new key know which files have not changed:
+    their pages are called what they were.
+    """
+    import sqlite3
+    old, new = (tarsnap.Memo(side.opt.cachedir) for side in (source, target))
+    try:
+        old.db.backup(new.db)
+    except sqlite3.Error:
+        pass                    # it is safe to lose
+    finally:
+        old.close()
+        new.close()
+
+
+def facts(record, state):
+    """What an archive and its copy have in common: all but the machine, the
+    signature, and the place in the history.
+    """
+    return (record.archive, record.series, record.complete, record.sorted,
+            record.level, record.entries, record.pages, record.bytes,
+            record.title, record.created, record.argv, record.host,
+            [kid.pack() for kid in record.kids], state == COMPLETE)
+
+
+def copies(wanted, have):
+    """The ids of the archives `have`; UserError if one of them is no copy of
+    one that is `wanted`.
+    """
+    for archive, row in have.items():
+        if archive not in wanted or facts(*row) != facts(*wanted[archive]):
+            raise UserError(
+                'The new machine has an archive that is not a copy of one of '
+                'the old machine\'s: %s; nothing was deleted'
+                % tarsnap.show(row[0].title))
+    return set(have)
+
+
+class Resealer(tarsnap.Fetcher):
+    """Fetches blocks of one machine; a slot gets (content, the block sealed
+    for another machine).
+    """
+
+    def __init__(self, remote, sealer):
+        super().__init__(remote)
+        self.sealer = sealer
+
+    def decode(self, kid, body):
+        """Compare with the name, then seal what is inside as it is framed:
+        it is not deflated again, and has its old length.
+        """
+        content = super().decode(kid, body)
+        return content, self.sealer.encrypt(
+            kid.cls, kid.name, tarsnap.block_decrypt(
+                kid.cls, kid.name, body[32:], self.key.machine,
+                self.opener.secret))
+
+
+def archive_copy(source, target, record, state):
+    """Make the copy of one archive; committed on return."""
+    txn = tarsnap.Transaction(target.remote, target.cache, [record.archive])
+    sealer = tarsnap.Sealer(target.key)
+    try:
+        txn.begin()
+        while True:
+            try:
+                blocks_copy(source, txn, sealer, record)
+                txn.commit(lambda base: record_copy(txn, sealer, record, base),
+                           COMPLETE if state == COMPLETE else PARTIAL)
+                return
+            except tarsnap.Restart:
+                txn.again()
+    finally:
+        txn.pending.close()
+
+
+def blocks_copy(source, txn, sealer, record):
+    """Put all that is below `record` and not stored yet."""
+    fetcher, dots = Resealer(source.remote, sealer), Dots()
+    jobs = ((kid, False, kid) for kid in
+            blocks_missing(source.cache, txn, record.kids))
+    try:
+        for slot, kid in fetcher.ahead(jobs):
+            block_put(txn, kid, *slot.get())
+            dots.block()
+    finally:
+        fetcher.close()
+    dots.end()
+
+
+def blocks_missing(cache, txn, kids):
+    """The Kids at and below `kids` to be copied, each once, and each after
+    those it names.  What is stored, is with everything below it.
+    """
+    seen = set()
+    stack = [(kid, False) for kid in reversed(kids)]
+    while stack:
+        kid, expanded = stack.pop()
+        if expanded:
+            yield kid
+        elif kid.name not in seen:
+            seen.add(kid.name)
+            if txn.cache.find(kid.name):
+                txn.borrow(kid.name)
+                continue
+            stack.append((kid, True))
+            stack += [(below, False) for below in
+                      reversed(cache.kids(kid.name) or ())]
+
+
+def block_put(txn, kid, content, sealed):
+    """Put one block; those it names are put or stored."""
+    if txn.claim(kid.name, kid.cls, kid.plain) is not None:
+        return
+    if kid.cls == CHUNK:
+        txn.put(kid.name, CHUNK, sealed, kid.plain)
+        return
+    if content.kind == tarsnap.PAGE:
+        for small in tarsnap.page_smalls(content):
+            txn.add_small(*small)
+    index_put(txn, kid.name, kid.cls, sealed, kid.plain, content.kids)
+
+
+def index_put(txn, name, cls, sealed, plain, kids):
+    """Put a claimed index block or record, with what is below it summed."""
+    sums = txn.below(kids)
+    txn.put(name, cls, sealed, plain, kids,
+            (plain + sums[0], len(sealed) + sums[1]))
+
+
+def record_copy(txn, sealer, record, base):
+    """Put a record of the new machine that says what `record` says."""
+    copy = Record()
+    for field in ('archive', 'series', 'complete', 'sorted', 'level',
+                  'entries', 'pages', 'bytes', 'kids', 'title', 'created',
+                  'argv', 'host'):
+        setattr(copy, field, getattr(record, field))
+    copy.machine = txn.key.machine
+    copy.lineage, copy.tid, copy.base = txn.lineage, txn.tid, base
+    parts = tarsnap.record_pack(copy, txn.key)
+    copy.name = tarsnap.Names(txn.key).record(parts[0])
+    sealed = sealer.seal(RECORD, copy.name, parts)
+    sealer.check(RECORD, copy.name, parts, sealed)
+    txn.claim(copy.name, RECORD, tarsnap.record_plain(parts))
+    index_put(txn, copy.name, RECORD, sealed, tarsnap.record_plain(parts),
+              copy.kids)
+    return copy
+
+
+def verify(target, wanted):
+    """Read from the server every block that the new machine has, each once.
+
+    Names are keyed hashes of content, so that equal records and readable
+    blocks are equal archives.  Raises an Error if one is missing or differs.
+    """
+    if copies(wanted, target.archives()) != set(wanted):
+        raise CorruptError('The new machine lacks archives that were copied '
+                           'to it; nothing was deleted')
+    seen = set()
+    level = [kid for record, _ in wanted.values() for kid in record.kids]
+    fetcher, dots = tarsnap.Fetcher(target.remote), Dots()
+    try:
+        while level:
+            level = verify_level(fetcher, level, seen, dots)
+    finally:
+        fetcher.close()
+    dots.end()
+
+
+def verify_level(fetcher, kids, seen, dots):
+    """Read the blocks in `kids` that are not in `seen`; those they name."""
+    def jobs():
+        for kid in kids:
+            if kid.name not in seen:
+                seen.add(kid.name)
+                yield kid, False, None
+    below = []
+    for slot, _ in fetcher.ahead(jobs()):
+        content = slot.get()
+        dots.block()
+        if slot.kid.cls != CHUNK:
+            below += content.kids
+    return below
+
+
+##############################################################################
 # Programs
 #
 # 0 done, 1 with one line on standard error, 130 interrupted.
 ##############################################################################
-
-
-def inform(program, usage, options):
-    """Do what --version (to stderr, as the original's tools) or --help ask."""
-    if '--version' in options:
-        sys.stderr.write('%s %s\n' % (program, tarsnap.VERSION))
-    elif '--help' in options:
-        tarsnap.write_all(1, usage.encode())
-    else:
-        return False
-    return True
-
-
-def complain(program, text, usage=''):
-    """One line on stderr, and perhaps the usage; never fails."""
-    try:
-        sys.stderr.write('%s: %s\n%s' % (program, text, usage))
-        sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        pass
 
 
 def run(program, body, usage, words):
@@ -558,6 +1029,9 @@ def run(program, body, usage, words):
             # Ended like ^C, so that a half-made key file is removed.
             signal.signal(number, signal.default_int_handler)
     try:
+        tarsnap.streams_fill()
+        if sys.stderr is sys.__stderr__:
+            sys.stderr.reconfigure(errors='surrogateescape')
         import resource     # keys do not belong in a core file
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         body(sys.argv[1:] if words is None else words)
@@ -572,6 +1046,10 @@ def run(program, body, usage, words):
         complain(program, '%s: %s' % (e.filename or 'system call',
                                       e.strerror or e))
     except Exception as e:
+        if type(e).__module__ == 'sqlite3':     # imported only where needed
+            complain(program, 'Error in a cache directory: %s; if it is '
+                     'damaged, run tarsnap --fsck with its key' % e)
+            return 1
         complain(program, 'internal error: %s: %s' % (type(e).__name__, e))
     return 1
 
@@ -581,15 +1059,26 @@ def keygen_main(argv=None):
     return run('tarsnap-keygen', keygen, KEYGEN_USAGE, argv)
 
 
+def keyregen_main(argv=None):
+    """tarsnap-keyregen; `argv` is without the program's name."""
+    return run('tarsnap-keyregen', keyregen, KEYREGEN_USAGE, argv)
+
+
 def keymgmt_main(argv=None):
     """tarsnap-keymgmt; `argv` is without the program's name."""
     return run('tarsnap-keymgmt', keymgmt, KEYMGMT_USAGE, argv)
 
 
+def recrypt_main(argv=None):
+    """tarsnap-recrypt; `argv` is without the program's name."""
+    return run('tarsnap-recrypt', recrypt, RECRYPT_USAGE, argv)
+
+
 def main():
-    """python3 keygen.py [keygen | keymgmt] ..."""
+    """python3 keygen.py [keygen | keyregen | keymgmt | recrypt] ..."""
     words = sys.argv[1:]
-    tools = {'keygen': keygen_main, 'keymgmt': keymgmt_main}
+    tools = {'keygen': keygen_main, 'keyregen': keyregen_main,
+             'keymgmt': keymgmt_main, 'recrypt': recrypt_main}
     if words and words[0] in tools:
         return tools[words[0]](words[1:])
     return keygen_main(words)

@@ -9,7 +9,7 @@ The way of the data, going out:
 
     walk -> entries -> pages of 512 -> as they were last time? reuse the page
          -> read, cut into chunks   (boundaries from a secret PRF)
-         -> name, look up, deflate, pad, seal            (a pool of threads)
+         -> name, look up, deflate, pad, seal            (in processes)
          -> blocks, pipelined to the server, which sees sizes and nothing else
          -> one signed commit object: the archive exists, or nothing happened
 
@@ -27,15 +27,23 @@ Map of this file, bottom up; no section uses a name from a later one:
     chunks                where a stream of bytes is cut
     channel               a session with a server: TLS, ssh, or a directory
     paths                 patterns, and how a path is shown
+    selection             list files, -s, dates
+    lines                 how an entry is shown; JSON
+    progress              how far a run is, and what signals ask of it
     history               what the server says happened, checked
     cache directory       what is stored already, and how often it is used
     transaction           puts, checkpoints, the commit and its conflicts
     walk                  a tree in the order of its names
+    workers               deflating and sealing, in processes
     create                files into chunks; pages, their reuse, the archive
     fetch                 blocks in order, many in flight
     extract               files made again, never outside the target
     list                  -t, -r, --list-archives
-    modes that write      create, delete, fsck, nuke; statistics
+    diff, verify          what differs; whether all can be read
+    merge                 what -c takes from other archives
+    retention             which archives rules keep
+    modes that write      create, delete, nuke; statistics
+    fsck                  the cache directory made anew; what is damaged
     options, main         the command line
 
 Formats and protocol are written down byte by byte in tarsnap-format(5) and
@@ -48,6 +56,7 @@ import errno
 import gc
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import stat
@@ -84,6 +93,10 @@ class RemoteError(Error):
 
 class CorruptError(Error):
     """Stored data or an answer is not what was stored; never retried."""
+
+
+class Unclear(CorruptError):
+    """A block that cannot be had or judged now; it may be whole."""
 
 
 class Refused(RemoteError):
@@ -171,15 +184,25 @@ def show(path):
     return os.fsdecode(path)
 
 
+class Missing(UserError):
+    """An archive that does not exist."""
+
+    def __init__(self, name):
+        super().__init__('Archive does not exist: %s' % show(name))
+
+
 def warn(text):
     """One line on stderr in the program's name; never fails."""
     try:
-        sys.stderr.write('tarsnap: %s\n' % text)
+        sys.stderr.write('%s: %s\n' % (warn.program, text))
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
     except UnicodeEncodeError:
-        sys.stderr.write('tarsnap: %s\n' % ascii(text)[1:-1])
+        sys.stderr.write('%s: %s\n' % (warn.program, ascii(text)[1:-1]))
+
+
+warn.program = 'tarsnap'            # main() sets what it was started as
 
 
 def plural(count, noun):
@@ -191,6 +214,20 @@ def write_all(fd, data):
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view):]
+
+
+def streams_fill():
+    """Put something where standard streams are closed, or the first file
+    opened would get what is meant for one.  Standard error then goes nowhere;
+    reading or writing the others fails.
+    """
+    for fd, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDWR)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)
+    sys.stdout = sys.stdout or open(1, 'w', closefd=False)
+    sys.stderr = sys.stderr or open(2, 'w', closefd=False)
 
 
 def fsync_dir(path):
@@ -413,13 +450,17 @@ class Sealer:
 
     def seal(self, cls, name, parts, level=None):
         """The sealed block for plain `parts` (bytes each) named `name`."""
+        level = self.level if level is None else level
+        return self.encrypt(cls, name, [frame_plain(data, level, self.pad)
+                                        for data in parts])
+
+    def encrypt(self, cls, name, framed):
+        """The sealed block for parts that are framed already."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         epk, secrets = self.ephemeral()
-        level = self.level if level is None else level
-        out = [BLOCK_HEAD.pack(SUITE, cls, len(parts), epk)]
-        for number, data in enumerate(parts):
+        out = [BLOCK_HEAD.pack(SUITE, cls, len(framed), epk)]
+        for number, plain in enumerate(framed):
             recipient = RECIPIENTS[cls][number]
-            plain = frame_plain(data, level, self.pad)
             nonce = os.urandom(NONCE)
             key = block_key(secrets[recipient], cls, number, name)
             text = AESGCM(key).encrypt(
@@ -497,6 +538,13 @@ def block_open(cls, name, block, machine, secret, refs_only=False):
 
     `secret(epk, recipient, what)` gives the shared secret.
     """
+    what = 'block %s' % name.hex()[:16]
+    return [unframe_plain(plain, CEILING['part'], what) for plain in
+            block_decrypt(cls, name, block, machine, secret, refs_only)]
+
+
+def block_decrypt(cls, name, block, machine, secret, refs_only=False):
+    """The parts of a sealed block as they were framed."""
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     what = 'block %s' % name.hex()[:16]
@@ -518,12 +566,11 @@ def block_open(cls, name, block, machine, secret, refs_only=False):
         nonce, text = reader.take(NONCE), reader.take(length - NONCE)
         key = block_key(secret(epk, recipient, what), cls, number, name)
         try:
-            plain = AESGCM(key).decrypt(nonce, text, block_aad(
-                cls, number, name, machine))
+            out.append(AESGCM(key).decrypt(nonce, text, block_aad(
+                cls, number, name, machine)))
         except InvalidTag:
             raise CorruptError('%s: not what was stored under this name (its '
                                'seal is broken)' % what) from None
-        out.append(unframe_plain(plain, CEILING['part'], what))
     reader.end()
     return out
 
@@ -1029,12 +1076,12 @@ def passphrase_file(path):
     """The only line of file `path`."""
     try:
         with open(path, 'rb') as file:
-            text = file.read(2049)
+            text = file.read(2048 + len('\r\n') + 1)
     except OSError as e:
         raise UserError('Cannot read passphrase file %s: %s'
                         % (path, e.strerror)) from None
-    line, newline, rest = text.partition(b'\n')
-    if rest or len(line) > 2048:
+    line, _, rest = text.partition(b'\n')
+    if rest or len(line.rstrip(b'\r')) > 2048:
         raise UserError('%s: a passphrase file has one line of at most 2048 '
                         'bytes' % path)
     return line.rstrip(b'\r')
@@ -1068,6 +1115,7 @@ ATIME = struct.Struct('>qI')
 DEVICE = struct.Struct('>II')
 EXTENT = struct.Struct('>IIQI')         # kid, offset, length, repeat
 KID = struct.Struct('>c32sII')          # class, name, plain length, times
+KID_NAME = struct.Struct('>x32s8x')     # the name alone
 
 PAGE, PAGE_LIST, EXTENT_LIST = 1, 2, 3  # kinds of index block
 INDEX_HEAD = struct.Struct('>BB32sI')   # kind, level, rows digest, kids
@@ -1123,37 +1171,39 @@ class Entry:
 
 def row_pack(entry):
     """The bytes of one row, with its length in front."""
-    flags = 0
-    tail = [U8.pack(len(entry.uname)), entry.uname,
-            U8.pack(len(entry.gname)), entry.gname]
-    if entry.kind == SYMLINK:
-        tail += (U16.pack(len(entry.target)), entry.target)
-    elif entry.kind in (CHARDEV, BLOCKDEV):
-        tail.append(DEVICE.pack(*entry.device))
+    kind, flags = entry.kind, 0
+    tail = b'%c%b%c%b' % (len(entry.uname), entry.uname,
+                          len(entry.gname), entry.gname)
+    if kind == SYMLINK:
+        tail += U16.pack(len(entry.target)) + entry.target
+    elif kind in (CHARDEV, BLOCKDEV):
+        tail += DEVICE.pack(*entry.device)
     if entry.link:
         flags |= HAS_LINK
-        tail.append(LINK.pack(*entry.link))
+        tail += LINK.pack(*entry.link)
     if entry.atime is not None:
         flags |= HAS_ATIME
-        tail.append(ATIME.pack(*divmod(entry.atime, BILLION)))
+        tail += ATIME.pack(*divmod(entry.atime, BILLION))
     if entry.xattrs:
         flags |= HAS_XATTRS
-        tail.append(xattrs_pack(entry.xattrs))
+        tail += xattrs_pack(entry.xattrs)
     if entry.digest:
         flags |= HAS_DIGEST
-        tail.append(entry.digest)
+        tail += entry.digest
     if entry.lists:
         flags |= IN_LISTS
-        tail.append(struct.pack('>BH%dI' % len(entry.lists), entry.level,
-                                len(entry.lists), *entry.lists))
-    elif entry.kind == FILE:
-        tail.append(U16.pack(len(entry.extents)))
-        tail += [EXTENT.pack(*extent) for extent in entry.extents]
+        tail += struct.pack('>BH%dI' % len(entry.lists), entry.level,
+                            len(entry.lists), *entry.lists)
+    elif kind == FILE:
+        extents = entry.extents
+        tail += U16.pack(len(extents))
+        for extent in extents:
+            tail += EXTENT.pack(*extent)
     seconds, nanos = divmod(entry.mtime, BILLION)
-    row = b''.join((ROW_HEAD.pack(
-        entry.kind, flags, entry.mode, entry.uid, entry.gid, seconds, nanos,
-        entry.size, len(entry.path)), entry.path, *tail))
-    return U32.pack(len(row)) + row
+    path = entry.path
+    return U32.pack(ROW_HEAD.size + len(path) + len(tail)) + ROW_HEAD.pack(
+        kind, flags, entry.mode, entry.uid, entry.gid, seconds, nanos,
+        entry.size, len(path)) + path + tail
 
 
 def xattrs_pack(xattrs):
@@ -1373,7 +1423,7 @@ def record_unpack(parts, name, key):
     record.name = name
     reader = Reader(refs, 'archive record %s' % name.hex()[:16])
     if reader.take(len(RECORD_MAGIC)) != RECORD_MAGIC:
-        raise CorruptError('%s: unknown version' % reader.what)
+        raise Unclear('%s: unknown version' % reader.what)
     if not verify(key.sign_pubs[ROLE_WRITE], refs[-64:], refs[:-64]):
         raise CorruptError('%s: not signed by this machine\'s write key'
                            % reader.what)
@@ -1563,6 +1613,7 @@ CHUNK_MIN = 16 * KIB
 CHUNK_MAX = CEILING['chunk']
 WINDOW = 16
 SCAN = 256 * KIB            # bytes encrypted at once: stays in the L2 cache
+FEED = 128 * KIB            # bytes collected before they are scanned
 WEAK = 16                   # first 16 bits below this: 12 of them are zero
 
 
@@ -1575,7 +1626,7 @@ class Cutter:
     0.3 MB with that rule, 3.3 MB without.)
     """
 
-    __slots__ = ('aes', 'out', 'tail', 'seen', 'hits')
+    __slots__ = ('aes', 'out', 'tail', 'hits', 'fresh', 'waiting')
 
     def __init__(self, key):
         from cryptography.hazmat.primitives.ciphers import Cipher, \
@@ -1583,13 +1634,24 @@ class Cutter:
         self.aes = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
         self.out = bytearray(SCAN + WINDOW)
         self.tail = b''         # bytes of the stream since the last cut
-        self.seen = 0           # of those, how many are scanned
         self.hits = []          # (end, first 16 bits) in tail, rising
+        self.fresh = []         # what came after it, not yet scanned
+        self.waiting = 0        # bytes of that
 
     def feed(self, data):
-        """Take more of the stream; the chunks (bytes) that end in it."""
-        buf = self.tail + data if self.tail else data
-        hits = self.hits + self.scan(buf, max(0, self.seen - WINDOW + 1))
+        """Take more of the stream; chunks (bytes) that ended in it.
+
+        Where it is cut does not depend on the pieces it comes in.
+        """
+        self.fresh.append(data)
+        self.waiting += len(data)
+        return self.cut() if self.waiting >= FEED else []
+
+    def cut(self):
+        """Scan what was collected; the chunks that end in it."""
+        seen = len(self.tail)
+        buf = b''.join([self.tail, *self.fresh])
+        hits = self.hits + self.scan(buf, max(0, seen - WINDOW + 1))
         out, start, first = [], 0, 0
         while True:
             end, first = self.end(hits, first, start, len(buf))
@@ -1598,14 +1660,17 @@ class Cutter:
             out.append(buf[start:end])
             start = end
         self.tail = buf[start:]
-        self.seen = len(self.tail)
         self.hits = [(end - start, value) for end, value in hits[first:]]
+        self.fresh, self.waiting = [], 0
         return out
 
     def finish(self):
-        """End the stream: its last chunk, or b'' if nothing is left."""
-        tail, self.tail, self.seen, self.hits = self.tail, b'', 0, []
-        return tail
+        """End the stream: its last chunks."""
+        out = self.cut()
+        if self.tail:
+            out.append(self.tail)
+        self.tail, self.hits = b'', []
+        return out
 
     def end(self, hits, first, start, length):
         """Where the chunk at `start` ends, or None if it is not known yet.
@@ -1644,14 +1709,13 @@ class Cutter:
             for shift in range(min(WINDOW, len(piece) - WINDOW + 1)):
                 length = (len(piece) - shift) & -WINDOW
                 self.aes.update_into(piece[shift:shift + length], out)
+                end = 0
                 column = bytes(out[0:length:WINDOW])
-                at = column.find(0)
-                while at >= 0:
-                    value = out[WINDOW * at + 1]
+                for part in column.split(b'\0')[:-1]:
+                    end += WINDOW * len(part) + WINDOW
+                    value = out[end - WINDOW + 1]
                     if value < WEAK:
-                        hits.append((base + shift + WINDOW * at + WINDOW,
-                                     value))
-                    at = column.find(0, at + 1)
+                        hits.append((base + shift + end, value))
         hits.sort()
         return hits
 
@@ -1673,8 +1737,45 @@ WAITS = (0, 0, 1, 2, 4, 8, 15, 30, 60, 90, 90)
 FIRST_TRIES = 3             # where nothing was ever reached
 
 
+LIMIT_SECONDS = 0.1         # what a limited connection moves at once, or saves
+FRUITFUL = 64 * KIB         # bytes, or
+FRUITFUL_SECONDS = 60       # after which a lost connection was worth it
+
+
 class ChannelLost(RemoteError):
     """The connection broke; what was in flight may or may not have arrived."""
+
+
+class Limit:
+    """So many bytes a second in one direction, of all connections that share
+    it.
+
+    What has moved is paid for with time; what was not used lasts for
+    LIMIT_SECONDS, which makes up for a sleep that was too long.
+    """
+
+    def __init__(self, rate, clock=time.monotonic, sleep=time.sleep):
+        self.rate = rate                # bytes a second
+        self.step = max(512, int(rate * LIMIT_SECONDS))     # bytes at once
+        self.clock = clock
+        self.sleep = sleep
+        self.lock = threading.Lock()
+        self.paid = clock()             # when all that moved is paid for
+
+    def wait(self):
+        """Seconds until more may move."""
+        return max(0.0, self.paid - self.clock())
+
+    def spend(self, size):
+        """`size` bytes have moved."""
+        with self.lock:
+            self.paid = max(self.paid, self.clock() - LIMIT_SECONDS) \
+                + size / self.rate
+
+    def pass_through(self, size):
+        """Let `size` bytes move, and wait as long as they take."""
+        self.spend(size)
+        self.sleep(self.wait())
 
 
 class TlsLink:
@@ -1682,7 +1783,11 @@ class TlsLink:
 
     transport = TRANSPORT_TLS
 
-    def __init__(self, server):
+    def __init__(self, server, limited):
+        """`limited` (sent, received): the kernel is to hold little of that,
+        or it would move what we have not let pass yet.
+        """
+        self.limited = limited
         host, _, port = server.rpartition(':')
         host = host.strip('[]')
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -1702,14 +1807,7 @@ class TlsLink:
         context.verify_mode = ssl.CERT_NONE
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         where = '%s:%d' % self.address
-        try:
-            raw = socket.create_connection(self.address, CONNECT_SECONDS)
-        except socket.gaierror as e:
-            raise ChannelLost('Error looking up %s: %s'
-                              % (self.address[0], e.strerror)) from None
-        except OSError as e:
-            raise ChannelLost('Cannot connect to %s: %s'
-                              % (where, e.strerror or e)) from None
+        raw = self.connect(where)
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1722,16 +1820,44 @@ class TlsLink:
                               % (where, getattr(e, 'strerror', e) or e)) \
                 from None
 
+    def connect(self, where):
+        """A socket connected to the server; ChannelLost if there is none."""
+        import socket
+        try:
+            found = socket.getaddrinfo(*self.address, 0, socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as e:
+            raise ChannelLost('Error looking up %s: %s' % (
+                self.address[0], getattr(e, 'strerror', e))) from None
+        error = None
+        for family, kind, protocol, _, address in found:
+            raw = socket.socket(family, kind, protocol)
+            try:
+                raw.settimeout(CONNECT_SECONDS)
+                for option, limit in zip((socket.SO_SNDBUF, socket.SO_RCVBUF),
+                                         self.limited):
+                    if limit:       # before connecting, for the window
+                        raw.setsockopt(socket.SOL_SOCKET, option,
+                                       min(max(limit.step, 4096), MIB))
+                raw.connect(address)
+                return raw
+            except OSError as e:
+                raw.close()
+                error = e
+        raise ChannelLost('Cannot connect to %s: %s'
+                          % (where, error.strerror or error)) from None
+
     def fileno(self):
         return self.sock.fileno()
 
     write_fileno = fileno
 
-    def read(self):
-        """What has come: bytes, None for nothing yet, b'' for the end."""
+    def read(self, size):
+        """What has come, up to `size` bytes; None for nothing yet, b'' for
+        the end.
+        """
         import ssl
         try:
-            return self.sock.recv(READ_SIZE)
+            return self.sock.recv(size)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError,
                 BlockingIOError):
             return None
@@ -1798,9 +1924,9 @@ class PipeLink:
     def write_fileno(self):
         return self.child.stdin.fileno()
 
-    def read(self):
+    def read(self, size):
         try:
-            return os.read(self.child.stdout.fileno(), READ_SIZE)
+            return os.read(self.child.stdout.fileno(), size)
         except BlockingIOError:
             return None
 
@@ -1823,6 +1949,20 @@ class PipeLink:
             except Exception:       # subprocess.TimeoutExpired, imported late
                 self.child.kill()
                 self.child.wait()
+
+
+class ChildLink(PipeLink):
+    """Frames to a store directory, served by a process of its own, which
+    goes on seeing it when this one changes its root directory."""
+
+    def __init__(self, server):
+        self.path = os.path.abspath(server)
+        self.child = None
+
+    def command(self):
+        import tarsnapd
+        return [sys.executable, os.path.abspath(tarsnapd.__file__),
+                'session', '--stdio', self.path]
 
 
 class LocalLink:
@@ -1853,13 +1993,15 @@ class LocalLink:
             self.local.close()
 
 
-def link_make(server):
-    """The link for a server's address."""
+def link_make(server, apart=False, limits=(None, None)):
+    """The link for a server's address.  `apart`: never in this process.
+    `limits` as Channel has them.
+    """
     if server.startswith('ssh://'):
         return PipeLink(server)
     if '/' in server or os.path.isdir(server):
-        return LocalLink(server)
-    return TlsLink(server)
+        return ChildLink(server) if apart else LocalLink(server)
+    return TlsLink(server, limits)
 
 
 class Channel:
@@ -1868,9 +2010,13 @@ class Channel:
     Every waiting call raises ChannelLost once the link is gone.
     """
 
-    def __init__(self, server):
+    def __init__(self, server, apart=False, limits=(None, None)):
+        """`limits` are Limits of what is sent and of what is received, or
+        None.
+        """
         self.server = server
-        self.link = link_make(server)
+        self.link = link_make(server, apart, limits)
+        self.up, self.down = limits
         self.changed = threading.Condition()    # guards all below
         self.out = collections.deque()          # frames not yet sent
         self.answers = {}                       # request id -> deque
@@ -2035,62 +2181,85 @@ class Channel:
                 self.out.clear()
                 closing = self.closing
             for kind, rid, body in frames:
-                for answer in local.receive(kind, rid, body):
-                    self.deliver(*answer)
+                if self.up:
+                    self.up.pass_through(FRAME.size + len(body))
+                self.answer(local.receive(kind, rid, body))
             if frames:
                 continue
-            for answer in local.idle():
-                self.deliver(*answer)
+            self.answer(local.idle())
             if closing:
                 return
             select.select([self.wake_r], [], [])
             os.read(self.wake_r, 4096)
 
+    def answer(self, answers):
+        """Deliver what the server in this process answers."""
+        for kind, rid, body in answers:
+            if self.down:
+                self.down.pass_through(FRAME.size + len(body))
+            self.deliver(kind, rid, body)
+
     def run_socket(self):
         """Move bytes both ways until close() and all is sent."""
         import selectors
-        link, buf = self.link, bytearray()
+        link, up, down, buf = self.link, self.up, self.down, bytearray()
         sending, done = memoryview(b''), False
         with selectors.DefaultSelector() as selector:
-            selector.register(link.fileno(), selectors.EVENT_READ)
             selector.register(self.wake_r, selectors.EVENT_READ)
             while True:
                 if not sending:
                     sending, done = self.gather()
                 if done:
                     return
-                if sending:
-                    sending = sending[link.write(sending):]
-                self.watch(selector, bool(sending))
-                if not link.pending():
-                    self.listen(selector)
-                data = link.read()
+                wait_up = up.wait() if up and sending else 0
+                if sending and not wait_up:
+                    sent = link.write(sending[:up.step] if up else sending)
+                    sending = sending[sent:]
+                    if up:
+                        up.spend(sent)
+                        wait_up = up.wait()
+                wait_down = down.wait() if down else 0
+                self.watch(selector, not wait_down,
+                           bool(sending) and not wait_up)
+                if wait_down or not link.pending():
+                    self.listen(selector, [wait_up if sending else 0,
+                                           wait_down])
+                if wait_down:
+                    continue
+                data = link.read(down.step if down else READ_SIZE)
                 if data == b'':
                     raise ChannelLost('Connection closed by %s' % self.server)
                 if data:
+                    if down:
+                        down.spend(len(data))
                     self.heard = time.monotonic()
                     self.bytes_in += len(data)
                     buf += data
                     self.parse(buf)
 
-    def watch(self, selector, writing):
-        """Wait for room to write too, or no longer."""
+    def watch(self, selector, reading, writing):
+        """What to wake up for: data, and room for more."""
         import selectors
-        fd, reader = self.link.write_fileno(), self.link.fileno()
-        read = selectors.EVENT_READ if fd == reader else 0
-        events = read | (selectors.EVENT_WRITE if writing else 0)
-        known = selector.get_map().get(fd)
-        if known is None:
-            if events:
-                selector.register(fd, events)
-        elif not events:
-            selector.unregister(fd)
-        elif known.events != events:
-            selector.modify(fd, events)
+        events = {self.link.fileno(): 0, self.link.write_fileno(): 0}
+        if reading:
+            events[self.link.fileno()] |= selectors.EVENT_READ
+        if writing:
+            events[self.link.write_fileno()] |= selectors.EVENT_WRITE
+        known = selector.get_map()
+        for fd, wanted in events.items():
+            if fd not in known:
+                if wanted:
+                    selector.register(fd, wanted)
+            elif not wanted:
+                selector.unregister(fd)
+            elif known[fd].events != wanted:
+                selector.modify(fd, wanted)
 
-    def listen(self, selector):
-        """Sleep until something can be done."""
-        ready = selector.select(SILENCE / 4)
+    def listen(self, selector, waits=()):
+        """Sleep until something can be done, or one of `waits` seconds that
+        is not 0 is over.
+        """
+        ready = selector.select(min(filter(None, (*waits, SILENCE / 4))))
         for key, _ in ready:
             if key.fd == self.wake_r:
                 os.read(self.wake_r, 4096)
@@ -2224,7 +2393,11 @@ class Remote:
         self.server = server or key.server
         self.forever = forever          # never give up
         self.noisy = noisy              # warn at every hitch
+        self.apart = False              # serve a directory in a child
+        self.limits = (None, None)      # as Channel has them
         self.reached = False            # at least once
+        self.since = 0.0                # when the channel was made
+        self.failures = 0               # since a connection was worth it
         self.channel = None
         self.head = (0, b'')            # (n, H_n), the newest seen
         self.archives = 0               # live ones then
@@ -2237,33 +2410,55 @@ class Remote:
         """
         if self.channel and not self.channel.failed:
             return self.channel
-        attempt, warned = 0, False
+        warned = False
+        if self.channel:
+            if self.fruitful():
+                self.failures = 0
+            warned = self.failed(self.channel.failed, warned)
         while True:
             try:
+                if self.pause():
+                    time.sleep(self.pause())
                 channel = self.connect_once()
             except (ChannelLost, Refused) as e:
                 if isinstance(e, Refused) and e.code != E_BUSY:
                     raise
-                attempt += 1
-                most = len(WAITS) if self.reached else FIRST_TRIES
-                if attempt >= most and not self.forever:
-                    raise RemoteError('Too many network failures: %s'
-                                      % e) from None
-                wait = WAITS[min(attempt, len(WAITS) - 1)]
-                if self.noisy or (wait >= 30 and not warned):
-                    warn('%s; trying again' % e)
-                    warned = True
-                time.sleep(wait)
+                warned = self.failed(e, warned)
                 continue
             if warned:
                 warn('Connection to %s is back' % self.server)
             self.reached = True
             return channel
 
+    def fruitful(self):
+        """True if the lost connection was worth it: one that breaks again
+        and again, and does nothing, counts like one that cannot be made.
+        """
+        channel = self.channel
+        return channel.bytes_in + channel.bytes_out > FRUITFUL or \
+            time.monotonic() - self.since > FRUITFUL_SECONDS
+
+    def failed(self, error, warned):
+        """Count a failure; RemoteError if these were enough.  True if it, or
+        one before it, was said.
+        """
+        self.failures += 1
+        most = len(WAITS) if self.reached else FIRST_TRIES
+        if self.failures >= most and not self.forever:
+            raise RemoteError('Too many network failures: %s' % error)
+        if self.noisy or (self.pause() >= 30 and not warned):
+            warn('%s; trying again' % error)
+            return True
+        return warned
+
+    def pause(self):
+        """Seconds to wait before the next try."""
+        return WAITS[min(self.failures, len(WAITS) - 1)]
+
     def connect_once(self):
         """One try: who the server is, then who we are; RemoteError."""
         self.close()
-        channel = Channel(self.server)
+        channel = Channel(self.server, self.apart, self.limits)
         try:
             statement = channel_check(channel, self.key)
             for role in self.roles:
@@ -2272,7 +2467,7 @@ class Remote:
         except BaseException:
             channel.close()
             raise
-        self.channel = channel
+        self.channel, self.since = channel, time.monotonic()
         return channel
 
     def saw(self, n, head):
@@ -2315,10 +2510,12 @@ class Patterns:
 
     `any` is False where there is no pattern at all: callers in a hurry look
     at it once and call nothing.  Exclusion wins over everything; inclusion
-    needs one match if there is any include or operand.
+    needs one match if there is any include or operand.  With `first` an
+    operand with wildcards picks the first path it matches, and all below it,
+    but no other.
     """
 
-    def __init__(self, exclude=(), include=(), operands=()):
+    def __init__(self, exclude=(), include=(), operands=(), first=False):
         self.any = bool(exclude or include or operands)
         self.excludes = bool(exclude)
         self.includes = bool(include or operands)
@@ -2327,6 +2524,7 @@ class Patterns:
         self.plain = {}         # literal path -> numbers of its patterns
         self.wild = []          # (expression, number), those with wildcards
         self.missed = set(range(len(operands)))     # operands not matched
+        self.first = {} if first else None  # number -> path met, and '/'
         for number, pattern in enumerate(list(operands) + list(include)):
             literal = pattern_literal(pattern)
             if literal is None:
@@ -2355,8 +2553,12 @@ class Patterns:
         for expression, number in self.wild:
             if hit and number not in self.missed:
                 continue
-            if expression.match(path):
+            if self.first is not None and number in self.first:
+                hit = hit or path.startswith(self.first[number])
+            elif expression.match(path):
                 hit = True
+                if self.first is not None and number in self.missed:
+                    self.first[number] = path + b'/'
                 self.missed.discard(number)
         return hit
 
@@ -2517,6 +2719,7 @@ def glob_member(pattern, pos):
 # shown raw too, but for control characters.
 UNSAFE = re.compile(rb'[^ -\[\]-~]')
 CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\\\\\ud800-\udfff]')
+CONTROLS = re.compile(rb'[\0-\x1f\x7f]')
 ESCAPES = {'\a': '\\a', '\b': '\\b', '\f': '\\f', '\n': '\\n', '\r': '\\r',
            '\t': '\\t', '\v': '\\v', '\\': '\\\\'}
 
@@ -2527,6 +2730,11 @@ def path_escape(path):
         return path
     text = path.decode('utf-8', 'surrogateescape')
     return CONTROL.sub(escape_one, text).encode('utf-8')
+
+
+def controls_escape(text):
+    """`text` (bytes) with its control characters escaped, nothing else."""
+    return CONTROLS.sub(lambda match: b'\\%03o' % ord(match.group()), text)
 
 
 def escape_one(match):
@@ -2549,6 +2757,935 @@ def say(line, end=b'\n'):
             raw.flush()
     except (OSError, ValueError, AttributeError):
         pass
+
+
+def ask(verb, path):
+    """True if whoever sits at descriptor 2 says yes to the question."""
+    say(b"%b '%b'? " % (verb, path_escape(path)), b'')
+    answer = b''
+    while not answer.endswith(b'\n'):
+        try:
+            byte = os.read(2, 1)
+        except OSError as e:
+            raise UserError('No answer can be read from standard error: %s'
+                            % e.strerror) from None
+        if not byte:
+            raise UserError('No more answers')
+        answer += byte
+    return answer[:1] in (b'y', b'Y')
+
+
+##############################################################################
+# Selection: list files, -s, and dates
+#
+# Lists of names from files, new names by the rules of -s, and what --newer
+# lets through.  Compiled once, before any entry is met; knows names and times,
+# and reads no file but the lists.
+##############################################################################
+
+
+def list_read(path):
+    """The bytes of a list file; `-` is standard input."""
+    try:
+        if path == '-':
+            if sys.stdin is None:
+                raise UserError('Cannot read the list of names: standard '
+                                'input is closed')
+            return sys.stdin.buffer.read()
+        with open(path, 'rb') as file:
+            return file.read()
+    except OSError as e:
+        raise UserError('Cannot read list %s: %s'
+                        % (path, e.strerror)) from None
+
+
+def list_names(data, null):
+    """The names in a list, one by one: ended by NUL if `null`, else by \\n,
+    \\r or both.  Empty ones are no names.
+    """
+    ends = rb'[^\0]+' if null else rb'[^\r\n]+'
+    return (found.group() for found in re.finditer(ends, data))
+
+
+def list_items(data, null):
+    """('path', name) and ('cd', directory) of a list for -c: a line `-C` says
+    that the next one is a directory to change to.
+    """
+    names = list_names(data, null)
+    for name in names:
+        if name != b'-C' or null:
+            yield 'path', name
+            continue
+        directory = next(names, None)
+        if directory is None:
+            raise UserError('A list of names ends after -C')
+        yield 'cd', directory
+
+
+# -s: a POSIX basic regular expression becomes one of Python's.  Both work on
+# text in which each byte that is not UTF-8 stands for itself, so that `.` is
+# a character and what comes back is the same bytes.
+
+BASIC_CLASSES = {
+    'alpha': 'a-zA-Z', 'digit': '0-9', 'alnum': 'a-zA-Z0-9',
+    'upper': 'A-Z', 'lower': 'a-z', 'space': r' \t\n\r\f\v',
+    'blank': r' \t', 'punct': r'!-/:-@\[-`{-~', 'print': ' -~',
+    'graph': '!-~', 'cntrl': r'\x00-\x1f\x7f', 'xdigit': '0-9A-Fa-f'}
+BASIC_COUNT = re.compile(r'([0-9]{1,4})(,?)([0-9]{0,4})\\}')
+RENAME_FLAGS = 'gpsrh'
+
+
+def path_text(path):
+    """A path as text, of any bytes; path_bytes() is its inverse."""
+    return path.decode('utf-8', 'surrogateescape')
+
+
+def path_bytes(text):
+    return text.encode('utf-8', 'surrogateescape')
+
+
+def basic_class(text, pos):
+    """(source, position after it) of the [...] whose inside is at `pos`."""
+    out, start = ['['], pos
+    if text[pos:pos + 1] == '^':
+        out.append('^')
+        pos += 1
+    first = pos
+    while pos < len(text) and (text[pos] != ']' or pos == first):
+        named = re.compile(r'\[:([a-z]+):\]').match(text, pos)
+        if named:
+            if named[1] not in BASIC_CLASSES:
+                raise UserError('no such class: [:%s:]' % named[1])
+            out.append(BASIC_CLASSES[named[1]])
+            pos = named.end()
+            continue
+        # A '-' between two members is a range; nothing else is special.
+        plain = text[pos] == '-' and pos > first \
+            and text[pos + 1:pos + 2] != ']'
+        out.append('-' if plain else re.escape(text[pos]))
+        pos += 1
+    if pos >= len(text):
+        raise UserError('[ without its ]: %s' % text[start - 1:])
+    return ''.join(out) + ']', pos + 1
+
+
+def basic_count(text, pos, counted):
+    """(source, position after it) of the count after the \\{ at `pos`."""
+    found = BASIC_COUNT.match(text, pos)
+    if not found or not counted:
+        raise UserError('\\{ is no count: %s' % text[pos - 2:])
+    return '{%s%s%s}' % found.groups(), found.end()
+
+
+def basic_compile(text):
+    """A basic regular expression, compiled; UserError if it is none.
+
+    `*` is itself where there is nothing to repeat, `^` and `$` where they
+    are not at an end; \\+ \\? \\| are what GNU made of them.
+    """
+    out, pos, fresh = [], 0, True       # fresh: nothing here to repeat yet
+    while pos < len(text):
+        char, pos = text[pos], pos + 1
+        begins, fresh = fresh, False
+        if char == '\\' and pos < len(text):
+            char, pos = text[pos], pos + 1
+            if char in '()|':
+                out.append(char)
+                fresh = char != ')'
+            elif char == '{':
+                source, pos = basic_count(text, pos, not begins)
+                out.append(source)
+            elif char in '+?' and not begins:
+                out.append(char)
+            elif char in '123456789':
+                out.append('(?:\\%s)' % char)
+            else:
+                out.append(re.escape(char))
+        elif char == '[':
+            source, pos = basic_class(text, pos)
+            out.append(source)
+        elif char == '*' and not begins:
+            # A second one changes nothing, and Python refuses it.
+            out.append('' if out[-1] == '*' else '*')
+        elif char == '^' and begins:
+            out.append('^')
+            fresh = True
+        elif char == '$' and text[pos:pos + 2] in ('', r'\)', r'\|'):
+            out.append(r'\Z')
+        else:
+            out.append('.' if char == '.' else re.escape(char))
+    try:
+        return re.compile('(?s)' + ''.join(out))
+    except (re.error, OverflowError, RecursionError) as e:
+        raise UserError(str(e)) from None
+
+
+class Rule:
+    """One -s /old/new/flags."""
+
+    __slots__ = ('text', 'old', 'new', 'flags')
+
+    def __init__(self, text):
+        """`text` as it was given, with any character for '/'."""
+        self.text = text
+        slash = text[:1]
+        part = r'((?:[^\\%s]|\\.)*)' % re.escape(slash)
+        found = slash not in ('', '\\') and re.fullmatch(
+            '%s%s%s%s%s(.*)' % (re.escape(slash), part, re.escape(slash),
+                                part, re.escape(slash)), text, re.S)
+        if not found:
+            raise UserError('Not /old/new/flags: %s' % text)
+        old, new, self.flags = found.groups()
+        if self.flags.strip(RENAME_FLAGS):
+            raise UserError('%s: flags are %s' % (
+                text, ', '.join(RENAME_FLAGS)))
+        try:
+            self.old = basic_compile(old.replace('\\' + slash, slash))
+            self.new = self.replacement(new)
+        except UserError as e:
+            raise UserError('%s: %s' % (text, e)) from None
+
+    def replacement(self, text):
+        """Pieces of the new text: a string, or the number of a group."""
+        pieces = []
+        for found in re.finditer(r'\\([1-9])|\\(.)|(~)|([^\\~]+)|\\', text,
+                                 re.S):
+            if found[1] and int(found[1]) > self.old.groups:
+                raise UserError('no group \\%s' % found[1])
+            pieces.append(int(found[1]) if found[1] else 0 if found[3]
+                          else found[2] or found[4] or '\\')
+        return pieces
+
+    def apply(self, text):
+        """(text, True if the rule matched it)."""
+        def fill(found):
+            return ''.join([piece if isinstance(piece, str)
+                            else found[piece] or '' for piece in self.new])
+
+        text, count = self.old.subn(fill, text, 0 if 'g' in self.flags else 1)
+        return text, bool(count)
+
+
+class Rename:
+    """What all -s together make of a name."""
+
+    def __init__(self, rules):
+        self.rules = rules
+        self.links = [rule for rule in rules if 's' in rule.flags]
+        self.digest = self.links and sha256(b'\0'.join(
+            path_bytes(rule.text) for rule in self.links))
+
+    def __call__(self, path):
+        """The new name, b'' if nothing is left of it."""
+        return self.apply(path, self.rules)
+
+    def target(self, path):
+        """What a symbolic link to `path` shall point at."""
+        return self.apply(path, self.links) or path
+
+    @staticmethod
+    def apply(path, rules):
+        """Rules in their order, up to the first that matches without g."""
+        text = path_text(path)
+        for rule in rules:
+            fresh, matched = rule.apply(text)
+            if not matched:
+                continue
+            if 'p' in rule.flags:
+                say(path_escape(path_bytes(text)) + b' >> '
+                    + path_escape(path_bytes(fresh)))
+            text = fresh
+            if 'g' not in rule.flags:
+                break
+        return path_bytes(text)
+
+
+def target_edit(entry, opt):
+    """What -s makes of the target of a symbolic link."""
+    if opt.rename and entry.kind == SYMLINK:
+        entry.target = opt.rename.target(entry.target)
+
+
+# Dates as people write them to tar and date(1).
+
+DATE_MONTHS = ('jan feb mar apr may jun jul aug sep oct nov dec').split()
+DATE_DAYS = ('mon tue wed thu fri sat sun').split()
+DATE_ZONES = {'utc': 0, 'gmt': 0, 'ut': 0, 'z': 0, 'wet': 0, 'west': 1,
+              'bst': 1, 'cet': 1, 'cest': 2, 'eet': 2, 'eest': 3, 'msk': 3,
+              'jst': 9, 'est': -5, 'edt': -4, 'cst': -6, 'cdt': -5,
+              'mst': -7, 'mdt': -6, 'pst': -8, 'pdt': -7}
+DATE_UNITS = {'sec': (0, 0, 1), 'min': (0, 0, 60), 'hour': (0, 0, 3600),
+              'day': (0, 1, 0), 'week': (0, 7, 0), 'fortnight': (0, 14, 0),
+              'month': (1, 0, 0), 'year': (12, 0, 0)}
+DATE_COUNTS = {'a': 1, 'an': 1, 'this': 0, 'last': -1, 'next': 1}
+DATE_WORDS = {'now': {}, 'today': {}, 'yesterday': {'days': -1},
+              'tomorrow': {'days': 1},
+              'midnight': {'time': (0, 0, 0)}, 'noon': {'time': (12, 0, 0)}}
+MONTH = r'(?P<month>jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)' \
+    r'(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?(?![a-z])'
+DATE_TOKENS = (     # what a piece is, its expression
+    ('epoch', r'@(-?\d{1,18})(?:\.(\d{1,9})\d*)?(?!\d)'),
+    ('date', r'(?P<y>\d{4})-(?P<m>\d\d?)-(?P<d>\d\d?)(?:T(?=\d)|(?!\d))'),
+    ('date', r'(?P<y>\d{4})(?P<m>\d\d)(?P<d>\d\d)(?:T(?=\d)|(?![\d:]))'),
+    ('date', r'(?P<y>\d{4})/(?P<m>\d\d?)/(?P<d>\d\d?)(?!\d)'),
+    ('date', r'(?P<m>\d\d?)/(?P<d>\d\d?)(?:/(?P<y>\d{4}|\d\d))?(?!\d)'),
+    ('date', r'(?P<d>\d\d?)[- ]?' + MONTH
+     + r'(?:[-, ]\s*(?P<y>\d{4})(?!\d|:))?'),
+    ('date', MONTH + r'[- ]?(?P<d>\d\d?)(?:st|nd|rd|th)?(?![\d:])'
+     r'(?:[-, ]\s*(?P<y>\d{4})(?!\d|:))?'),
+    ('time', r'(\d\d?):(\d\d)(?::(\d\d)(?:[.,](\d{1,9})\d*)?)?(?!\d)'
+     r'\s*(?:([ap])\.?m\.?(?![a-z]))?'),
+    ('time', r'(?<=T)(\d\d)(\d\d)(\d\d)?()()(?!\d)'),
+    ('time', r'(\d\d?)()()()\s*([ap])\.?m\.?(?![a-z])'),
+    ('relative', r'([+-]?)\s*(?:(\d{1,9})|(an?|last|next|this)(?![a-z]))?\s*'
+     r'(sec|min|hour|day|week|fortnight|month|year)'
+     r'(?:ond|ute)?s?(?![a-z])(\s+ago(?![a-z]))?'),
+    ('weekday', r'(?:(last|next|this)\s+)?(mon|tue|wed|thu|fri|sat|sun)'
+     r'(?:day|sday|nesday|rsday|urday)?\.?(?![a-z])'),
+    ('offset', r'(?:utc|gmt)?([+-])(\d\d):?(\d\d)?(?!\d)'),
+    ('zone', r'(%s)(?![a-z])' % '|'.join(sorted(DATE_ZONES, reverse=True))),
+    ('word', r'(%s)(?![a-z])' % '|'.join(DATE_WORDS)),
+)
+
+
+class DateText:
+    """A date in words, taken apart piece by piece."""
+
+    def __init__(self, text, now):
+        """`now` in ns since 1970.  UserError if the text is no date."""
+        self.now = now
+        self.epoch = self.date = self.time = self.zone = self.weekday = None
+        self.nanos = None
+        self.months = self.days = self.seconds = 0
+        pos, text = 0, text.strip()
+        while pos < len(text):
+            pos = self.token(text, pos)
+        if not text:
+            raise ValueError
+
+    def token(self, text, pos):
+        """Take one piece; the position after it and blanks or commas."""
+        for name, source in DATE_TOKENS:
+            found = re.compile(source, re.I | re.A).match(text, pos)
+            if found:
+                getattr(self, 'take_' + name)(found)
+                return re.compile(r'[\s,]*').match(text, found.end()).end()
+        raise ValueError
+
+    def once(self, field, value):
+        """Set what may be said only once."""
+        if getattr(self, field) is not None:
+            raise ValueError
+        setattr(self, field, value)
+
+    def take_epoch(self, found):
+        nanos = int((found[2] or '').ljust(9, '0'))
+        self.once('epoch', int(found[1]) * BILLION
+                  + (-nanos if found[1].startswith('-') else nanos))
+
+    def take_date(self, found):
+        parts = found.groupdict()
+        month = DATE_MONTHS.index(parts['month'].lower()) + 1 \
+            if parts.get('month') else int(parts['m'])
+        year = parts['y'] and int(parts['y'])
+        if year is not None and len(parts['y']) == 2:
+            year += 1900 if year > 68 else 2000
+        self.once('date', (year, month, int(parts['d'])))
+
+    def take_time(self, found):
+        hour, minute, second = (int(found[at] or 0) for at in (1, 2, 3))
+        half = (found[5] or '').lower()
+        if half:
+            if not 1 <= hour <= 12:
+                raise ValueError
+            hour = hour % 12 + (12 if half == 'p' else 0)
+        if hour > 23 or minute > 59 or second > 60:
+            raise ValueError
+        self.once('time', (hour, minute, second))
+        self.nanos = int((found[4] or '').ljust(9, '0'))
+
+    def take_relative(self, found):
+        count = int(found[2]) if found[2] else DATE_COUNTS[
+            (found[3] or 'a').lower()]
+        if (found[1] == '-') != bool(found[5]):
+            count = -count
+        months, days, seconds = DATE_UNITS[found[4].lower()]
+        self.months += count * months
+        self.days += count * days
+        self.seconds += count * seconds
+
+    def take_weekday(self, found):
+        count = DATE_COUNTS[(found[1] or 'this').lower()]
+        self.once('weekday', (count, DATE_DAYS.index(found[2].lower())))
+
+    def take_offset(self, found):
+        if self.time is None:
+            raise ValueError
+        seconds = int(found[2]) * 3600 + int(found[3] or 0) * 60
+        self.once('zone', -seconds if found[1] == '-' else seconds)
+
+    def take_zone(self, found):
+        self.once('zone', DATE_ZONES[found[1].lower()] * 3600)
+
+    def take_word(self, found):
+        word = DATE_WORDS[found[1].lower()]
+        self.days += word.get('days', 0)
+        if 'time' in word:
+            self.once('time', word['time'])
+
+    def value(self):
+        """ns since 1970; ValueError or OverflowError if there is no such
+        day.
+        """
+        if self.epoch is not None:
+            if self.date or self.time or self.weekday or self.zone:
+                raise ValueError
+            self.now = self.epoch
+        import calendar
+        now, nanos = divmod(self.now, BILLION)
+        today = time.localtime(now) if self.zone is None \
+            else time.gmtime(now + self.zone)
+        year, month, day = self.date or today[:3]
+        year = today[0] if year is None else year
+        if not 1 <= month <= 12 \
+                or not 1 <= day <= calendar.monthrange(year, month)[1]:
+            raise ValueError
+        if self.weekday:
+            count, wanted = self.weekday
+            ahead = (wanted - calendar.weekday(year, month, day)) % 7
+            day += ahead + 7 * (count - (count > 0 and ahead > 0))
+        clock = self.time
+        if clock is not None:
+            nanos = self.nanos or 0
+        elif self.date or self.weekday:
+            clock, nanos = (0, 0, 0), 0
+        else:
+            clock = today[3:6]
+        year, month = divmod(year * 12 + month - 1 + self.months, 12)
+        parts = (year, month + 1, day + self.days, *clock, 0, 0, -1)
+        seconds = int(time.mktime(parts)) if self.zone is None \
+            else calendar.timegm(parts) - self.zone
+        return (seconds + self.seconds) * BILLION + nanos
+
+
+def date_parse(text, now=None):
+    """ns since 1970 of a date as tar takes it: `2026-11-23 04:05`, `@UNIX`,
+    `yesterday`, `now - 1 week`, `3 days ago`, `23 Nov 2026`, `last monday`.
+    """
+    try:
+        return DateText(text, time.time_ns() if now is None else now).value()
+    except (ValueError, OverflowError, OSError):
+        raise UserError('Not a date: "%s"' % text) from None
+
+
+class Newer:
+    """What --newer and its like let through: strictly later, in ns."""
+
+    def __init__(self, limits):
+        """`limits` are ('ctime' | 'mtime', ns); all must be passed."""
+        self.ctime = max((at for kind, at in limits if kind == 'ctime'),
+                         default=None)
+        self.mtime = max((at for kind, at in limits if kind == 'mtime'),
+                         default=None)
+        self.entry = max(at for _, at in limits)
+
+    def __call__(self, entry):
+        """True for a stored entry, of which only the mtime is known."""
+        return entry.mtime > self.entry
+
+    def status(self, st):
+        """True for what lstat gave."""
+        return (self.ctime is None or st.st_ctime_ns > self.ctime) \
+            and (self.mtime is None or st.st_mtime_ns > self.mtime)
+
+
+##############################################################################
+# Lines: how an entry is shown
+#
+# What other programs parse, to the byte: the long line of -tv, dates, records
+# ended by newline or NUL, and JSON.  Knows entries, not where they are from.
+##############################################################################
+
+ACLS = (b'system.posix_acl_access', b'system.posix_acl_default')
+HALF_YEAR = 365 * 86400 // 2    # seconds; older dates show their year
+MONTHS = ('Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec').split()
+FLUSH_SECONDS = 1.0
+FLUSH_BYTES = 64 * KIB
+
+
+class Output:
+    """Records to a descriptor.
+
+    Flushed one by one on a terminal, else at the latest after a second:
+    100 000 flushes would take longer than the work.
+    """
+
+    def __init__(self, fd, end=b'\n'):
+        self.fd = fd
+        self.end = end
+        self.tty = os.isatty(fd)
+        self.lines = []
+        self.size = 0
+        self.flushed = time.monotonic()
+
+    def put(self, line):
+        """One record, without its end."""
+        self.lines.append(line)
+        self.size += len(line)
+        if self.tty or self.size >= FLUSH_BYTES:
+            self.flush()
+
+    def tick(self):
+        """Called now and then, so that what is ready is seen."""
+        if time.monotonic() - self.flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self):
+        data = b''.join([line + self.end for line in self.lines])
+        self.lines, self.size = [], 0
+        self.flushed = time.monotonic()
+        try:
+            write_all(self.fd, data)
+        except OSError as e:
+            raise UserError('Cannot write to standard output: %s'
+                            % e.strerror) from None
+
+
+# JSON: one object a line, all of it ASCII, so that no locale and no terminal
+# can spoil it.
+
+
+def json_line(fields):
+    """A dict as a line of JSON (bytes), without its end.
+
+    Names are given as bytes, or as lists of bytes.  One that is not UTF-8
+    has its bad bytes replaced by U+FFFD, and stands under its key and
+    `_b64` in base64 too.
+    """
+    import json
+    return json.dumps(json_plain(fields)).encode()
+
+
+def json_plain(fields):
+    """`fields` with its names as text."""
+    out = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            out[key] = json_plain(value)
+        elif isinstance(value, bytes):
+            out[key], exact = json_name(value)
+            if exact:
+                out[key + '_b64'] = exact
+        elif isinstance(value, list) and value \
+                and isinstance(value[0], bytes):
+            pairs = [json_name(name) for name in value]
+            out[key] = [text for text, _ in pairs]
+            if any(exact for _, exact in pairs):
+                out[key + '_b64'] = [base64.b64encode(name).decode()
+                                     for name in value]
+        else:
+            out[key] = value
+    return out
+
+
+def json_name(name):
+    """(text, base64 of what it could not hold exactly or '')."""
+    try:
+        return name.decode(), ''
+    except UnicodeDecodeError:
+        return (name.decode('utf-8', 'replace'),
+                base64.b64encode(name).decode())
+
+
+def json_time(nanos):
+    """RFC 3339 in UTC with nanoseconds; '@SECONDS.NANOS' where years end."""
+    seconds, nanos = divmod(nanos, BILLION)
+    try:
+        when = time.gmtime(seconds)
+    except (OverflowError, ValueError, OSError):
+        when = (0,)
+    if not 0 < when[0] < 10000:
+        return '@%d.%09d' % (seconds, nanos)
+    return '%04d-%02d-%02dT%02d:%02d:%02d' % when[:6] + '.%09dZ' % nanos
+
+
+KIND_WORDS = {FILE: 'file', DIRECTORY: 'directory', SYMLINK: 'symlink',
+              FIFO: 'fifo', CHARDEV: 'chardev', BLOCKDEV: 'blockdev'}
+
+
+def json_entry(entry, path, first=None):
+    """What JSON says of an entry, as json_line wants it."""
+    fields = {
+        'type': 'entry', 'path': path, 'kind': KIND_WORDS[entry.kind],
+        'mode': '%04o' % entry.mode, 'uid': entry.uid, 'gid': entry.gid,
+        'user': entry.uname, 'group': entry.gname, 'size': entry.size,
+        'mtime': json_time(entry.mtime)}
+    if entry.atime is not None:
+        fields['atime'] = json_time(entry.atime)
+    if entry.kind == SYMLINK:
+        fields['target'] = entry.target
+    elif entry.kind in (CHARDEV, BLOCKDEV):
+        fields['device'] = list(entry.device)
+    if first:
+        fields['link'] = first
+    if entry.xattrs:
+        fields['xattrs'] = [name for name, _ in entry.xattrs]
+    return fields
+
+
+class JsonErrors:
+    """Takes the place of sys.stderr: each line becomes a JSON object."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.text = ''              # of a line that has not ended
+
+    def write(self, text):
+        *lines, self.text = (self.text + text).split('\n')
+        for line in lines:
+            if line.startswith(warn.program + ': '):
+                line = line[len(warn.program + ': '):]
+            self.put({'type': 'message', 'message': os.fsencode(line)})
+
+    def put(self, fields):
+        """Write an object of more than words."""
+        self.stream.write(json_line(fields).decode() + '\n')
+
+    def flush(self):
+        self.stream.flush()
+
+
+# The long line.
+
+
+def date_text(seconds):
+    """YYYY-MM-DD HH:MM:SS in this process's time zone."""
+    try:
+        when = time.localtime(seconds)
+    except (OverflowError, ValueError, OSError):
+        return b'%d' % seconds
+    return ('%04d-%02d-%02d %02d:%02d:%02d' % when[:6]).encode()
+
+
+MODE_TEXTS = {}             # (letter, mode) -> the ten characters
+
+
+def mode_text(entry, first):
+    """Ten characters of type and permissions, and one for an ACL."""
+    key = (ord('h') if first else entry.kind, entry.mode)
+    text = MODE_TEXTS.get(key)
+    if text is None:
+        text = MODE_TEXTS[key] = chr(key[0]).encode() + stat.filemode(
+            stat.S_IFREG | entry.mode)[1:].encode()
+    acl = entry.xattrs and any(name in ACLS for name, _ in entry.xattrs)
+    return text + (b'+' if acl else b' ')
+
+
+def say_json(fields):
+    """An object to stderr, where --json made that take some."""
+    put = getattr(sys.stderr, 'put', None)
+    if put:
+        put(fields)
+
+
+class LongLines:
+    """The lines of -tv; columns grow and stay grown."""
+
+    def __init__(self, opt):
+        self.opt = opt
+        self.escape = (lambda path: path) if opt.null_output else path_escape
+        self.user_width = 6     # of the user column; only ever grows
+        self.rest_width = 13    # of group and size together, likewise
+        self.now = time.time()
+        self.dates = {}         # minute or second -> text
+
+    def line(self, entry, path, first=None):
+        """One long line.  `first`: the name this one is a hard link to."""
+        numeric = self.opt.numeric_owner
+        user = self.escape(entry.uname) if entry.uname and not numeric \
+            else b'%d' % entry.uid
+        group = self.escape(entry.gname) if entry.gname and not numeric \
+            else b'%d' % entry.gid
+        if entry.kind in (CHARDEV, BLOCKDEV):
+            size = b'%d,%d' % entry.device
+        else:
+            size = b'%d' % (0 if first else entry.size)
+        name = self.escape(path)
+        if entry.kind == DIRECTORY:
+            name += b'/'
+        if first:
+            name += b' link to ' + self.escape(first)
+        elif entry.kind == SYMLINK:
+            name += b' -> ' + self.escape(entry.target)
+        mode = mode_text(entry, first)
+        date = self.date(entry.mtime // BILLION)
+        if self.opt.null_output:
+            return b'\0\0'.join((mode.rstrip(), b'0', user, group, size, date,
+                                 name))
+        self.user_width = max(self.user_width, len(user))
+        self.rest_width = max(self.rest_width, len(group) + 1 + len(size))
+        return b'%b 0 %b %b%b %b %b' % (
+            mode, user.ljust(self.user_width), group,
+            size.rjust(self.rest_width - len(group)), date, name)
+
+    def date(self, seconds):
+        """The date column; files of one minute share it."""
+        key = seconds if self.opt.iso_dates else seconds // 60
+        text = self.dates.get(key)
+        if text is None:
+            if len(self.dates) > 10000:
+                self.dates.clear()
+            text = self.dates[key] = self.date_make(seconds)
+        return text
+
+    def date_make(self, seconds):
+        if self.opt.iso_dates:
+            return date_text(seconds)
+        try:
+            when = time.localtime(seconds)
+        except (OverflowError, ValueError, OSError):
+            return b'%d' % seconds
+        head = '%s %2d' % (MONTHS[when.tm_mon - 1], when.tm_mday)
+        if abs(self.now - seconds) > HALF_YEAR:
+            return ('%s  %d' % (head, when.tm_year)).encode()
+        return ('%s %02d:%02d' % (head, when.tm_hour, when.tm_min)).encode()
+
+
+##############################################################################
+# Progress: how far a run is, and what signals ask of it
+#
+# Counts for --progress-bytes, --progress, --totals and SIGUSR1, and keeps what
+# other signals asked for until the run comes to a place where it can be done.
+# Writes standard error only.
+##############################################################################
+
+ENTRY_SIZE = 512            # bytes an entry counts besides its content
+BAR_SECONDS = 0.2           # between two states of the bar
+BAR_RATE = 10               # seconds over which its rate is an average
+ASKED = {'SIGUSR1': 'report_asked', 'SIGINFO': 'report_asked',
+         'SIGUSR2': 'checkpoint_asked', 'SIGQUIT': 'stop_asked'}
+
+
+def humanize(number):
+    """`number` bytes as the original shows them: truncated, SI units."""
+    if number < 1000:
+        return '%d B' % number
+    for letter in 'kMGTPE':
+        if number < 10000:
+            return '%d.%d %sB' % (number // 1000, number // 100 % 10, letter)
+        if number < 1000000 or letter == 'E':
+            return '%d %sB' % (number // 1000, letter)
+        number //= 1000
+    raise AssertionError
+
+
+class Bar:
+    """--progress: the last line of a terminal.  Stands before standard error,
+    so that other lines do not run into it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.drawn = False
+        self.next = 0.0             # not drawn again before
+        self.past = collections.deque()     # (time, bytes), BAR_RATE long
+
+    def write(self, text):
+        self.clear()
+        return self.stream.write(text)
+
+    def clear(self):
+        if self.drawn:
+            self.stream.write('\r\x1b[K')
+            self.drawn = False
+
+    @property
+    def buffer(self):
+        self.clear()
+        self.stream.flush()
+        return self.stream.buffer
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def draw(self, now, entries, done, whole):
+        """`done` bytes of `whole`, which is 0 where nobody knows."""
+        self.next = now + BAR_SECONDS
+        self.past.append((now, done))
+        while self.past[0][0] < now - BAR_RATE:
+            self.past.popleft()
+        seconds, size = now - self.past[0][0], done - self.past[0][1]
+        rate = size / seconds if seconds else 0
+        words = ['%d entries' % entries, humanize(done)]
+        if done < whole:
+            words[1:] = ['%s of %s' % (humanize(done), humanize(whole)),
+                         '%d %%' % (100 * done // whole)]
+        if rate:
+            words.append('%s/s' % humanize(int(rate)))
+        if rate and done < whole:
+            left = int((whole - done) / rate)
+            words.append('%d:%02d:%02d left' % (left // 3600, left // 60 % 60,
+                                                left % 60))
+        columns = os.get_terminal_size(self.stream.fileno()).columns or 80
+        line = ', '.join(words)[:columns - 1]
+        self.stream.write('\r%s\x1b[K' % line)
+        self.stream.flush()
+        self.drawn = True
+
+
+class Progress:
+    """What a run of -c or -x has done, and what it was asked to do."""
+
+    def __init__(self, opt, verb):
+        self.opt = opt
+        self.verb = verb                # what it does with an entry
+        self.report_asked = False
+        self.checkpoint_asked = False
+        self.stop_asked = False
+        self.whole = 0                  # bytes to come to, 0: not known
+        self.bar = None
+        self.reset()
+
+    def reset(self):
+        """Nothing is done."""
+        self.entries = 0                # done
+        self.bytes = 0                  # ENTRY_SIZE for each, and content
+        self.reported = 0               # bytes at the last report
+        self.path = None                # of the open entry, bytes
+        self.doing = self.verb
+        self.size = self.at = 0         # its bytes, and those done
+
+    def start(self, whole=0):
+        """Listen to signals; draw the bar if there is a place for it."""
+        import signal
+        self.whole = whole
+        for name, field in ASKED.items():
+            # What only -c can do is ignored elsewhere, as in every mode.
+            if hasattr(signal, name) and (field == 'report_asked'
+                                          or self.opt.letter == 'c'):
+                signal.signal(getattr(signal, name),
+                              lambda *_, field=field: setattr(self, field,
+                                                              True))
+        if self.opt.progress and not self.opt.json and sys.stderr and \
+                sys.stderr.isatty() and \
+                os.environ.get('TERM', 'dumb') != 'dumb':
+            self.bar = sys.stderr = Bar(sys.stderr)
+
+    def begin(self, path, size=0, doing=''):
+        """Entry `path` of `size` bytes is taken up."""
+        self.path, self.size, self.at = path, size, 0
+        self.doing = doing or self.verb
+        every = self.opt.progress_bytes
+        if every and self.bytes - self.reported > every:
+            self.report()
+        self.step(0)
+
+    def step(self, count):
+        """So many more bytes of the open entry are done."""
+        self.at += count
+        if self.report_asked:
+            self.report()
+        if self.bar:
+            now = time.monotonic()
+            if now >= self.bar.next:
+                self.bar.draw(now, self.entries, self.bytes + self.at,
+                              self.whole)
+
+    def end(self, size=None):
+        """The open entry is done, and had `size` bytes if not as said."""
+        self.add(1, self.size if size is None else size)
+        self.path, self.at = None, 0
+
+    def add(self, entries, size):
+        """So many entries, of `size` bytes, are done at once."""
+        self.entries += entries
+        self.bytes += size + ENTRY_SIZE * entries
+
+    def number(self, size):
+        return humanize(size) if self.opt.humanize_numbers else '%d' % size
+
+    def report(self):
+        """The lines that SIGUSR1 asks for."""
+        self.report_asked = False
+        if self.bytes + self.at:
+            self.processed(self.bytes + self.at)
+        if self.path is not None and not self.opt.json:
+            of = ' (%s / %s bytes)' % (self.number(self.at), self.number(
+                self.size)) if self.size else ''
+            sys.stderr.write('%s %s%s\n' % (self.doing, show(self.path), of))
+            sys.stderr.flush()
+
+    def processed(self, size):
+        self.reported = size
+        if self.opt.json:
+            fields = {'type': 'progress', 'entries': self.entries,
+                      'bytes': size}
+            if self.path is not None:
+                fields.update(path=self.path, done=self.at, size=self.size)
+            say_json(fields)
+            return
+        sys.stderr.write('Processed %d entries, %s%s\n' % (
+            self.entries, self.number(size),
+            '' if self.opt.humanize_numbers else ' bytes'))
+
+    def finish(self):
+        """The last line of --progress-bytes."""
+        self.close()
+        if self.opt.progress_bytes:
+            self.processed(self.bytes)
+
+    def close(self):
+        """The bar goes."""
+        if self.bar:
+            self.bar.clear()
+            sys.stderr = self.bar.stream
+            self.bar = None
+
+
+class QuitKey:
+    """Has Ctrl-Q send SIGQUIT while this run has the terminal."""
+
+    def __init__(self):
+        self.fd = self.saved = None
+
+    def take(self):
+        """Change the terminal, if there is one and we are in front."""
+        import signal
+        import termios
+        try:
+            self.fd = os.open('/dev/tty', os.O_RDWR | os.O_CLOEXEC)
+            if os.tcgetpgrp(self.fd) != os.getpgrp():
+                return              # changing it would stop us
+            modes = termios.tcgetattr(self.fd)
+            modes[0] &= ~termios.IXON       # or Ctrl-Q would mean "go on"
+            modes[6][termios.VQUIT] = b'\x11'
+            self.saved = termios.tcgetattr(self.fd)
+            termios.tcsetattr(self.fd, termios.TCSANOW, modes)
+        except (OSError, termios.error):
+            return
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, self.die)
+
+    def close(self):
+        """Leave the terminal as it was, unless it is another's by now."""
+        import termios
+        if self.fd is None:
+            return
+        try:
+            if self.saved and os.tcgetpgrp(self.fd) == os.getpgrp():
+                termios.tcsetattr(self.fd, termios.TCSANOW, self.saved)
+        except (OSError, termios.error):
+            pass
+        os.close(self.fd)
+        self.fd = None
+
+    def die(self, number, _):
+        """As the signal does by itself, but with the terminal restored."""
+        import signal
+        self.close()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 ##############################################################################
@@ -2819,6 +3956,7 @@ CREATE TABLE IF NOT EXISTS blocks(
 CREATE INDEX IF NOT EXISTS unused ON blocks(name) WHERE count = 0;
 CREATE INDEX IF NOT EXISTS unread ON blocks(name)
     WHERE kids IS NULL AND cls <> 'c';
+CREATE INDEX IF NOT EXISTS parents ON blocks(name) WHERE kids IS NOT NULL;
 CREATE TABLE IF NOT EXISTS archives(
     id BLOB PRIMARY KEY, record BLOB, lineage BLOB, state INTEGER,
     time INTEGER) WITHOUT ROWID;
@@ -2861,10 +3999,17 @@ CREATE INDEX IF NOT EXISTS uses_memo ON uses(memo);
 CREATE TABLE IF NOT EXISTS repack(chunk BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 
+DATABASE_CACHE = 8 * MIB    # of each database in memory
 CANDIDATES = 4              # memo pages kept for one first member
 PROFILE_RUNS = 20           # runs after which a profile not used is dropped
+LOCK_POLL = 0.2             # s between two looks at a lock that is held
 SMALL_EXTENT = struct.Struct('>32sIII')     # chunk, its length, offset, length
 USE = struct.Struct('>32sI')                # chunk, live bytes
+
+
+def database_limit(db, most):
+    """Keep so many bytes of a database in memory."""
+    db.execute('PRAGMA cache_size=-%d' % (most // KIB))
 
 
 def database(path, script, synchronous):
@@ -2878,7 +4023,7 @@ def database(path, script, synchronous):
                          check_same_thread=False)
     db.execute('PRAGMA synchronous=%s' % synchronous)
     os.chmod(path, 0o600)
-    db.execute('PRAGMA cache_size=-8192')
+    database_limit(db, DATABASE_CACHE)
     db.executescript(script)
     return db
 
@@ -2906,8 +4051,9 @@ def cachedir_make(path):
             pass
 
 
-def cachedir_lock(path):
-    """An exclusive lock on the cache directory, held while it is open.
+def cachedir_lock(path, wait=0):
+    """An exclusive lock on the cache directory, held while it is open; asked
+    for again until `wait` seconds are over.
 
     lockf, never flock: an outer flock on this file must not stop us.  The
     descriptor is opened once, as closing any other would drop the lock.
@@ -2919,13 +4065,22 @@ def cachedir_lock(path):
     except OSError as e:
         raise UserError('Error reading cache directory %s: %s'
                         % (path, e.strerror)) from None
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise UserError('Transaction already in progress (cache directory %s '
-                        'is locked)' % path) from None
-    return fd
+    end = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError as e:
+            left = end - time.monotonic()
+            if e.errno in (errno.EAGAIN, errno.EACCES) and left > 0:
+                time.sleep(min(left, LOCK_POLL))
+                continue
+            os.close(fd)
+            if e.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError('Transaction already in progress (cache '
+                                'directory %s is locked)' % path) from None
+            raise UserError('Cannot lock cache directory %s: %s'
+                            % (path, e.strerror)) from None
 
 
 def small_pack(digest, extents):
@@ -2961,13 +4116,22 @@ def cache_damaged(path, error):
 
 def cache_seen(path, key):
     """The head (n, H_n) a cache directory remembers, or None.  No lock."""
+    meta = cache_meta(path)
+    if meta.get('machine') != U64.pack(key.machine) or 'head' not in meta:
+        return None
+    return U64.unpack(meta['n'])[0], meta['head']
+
+
+def cache_meta(path):
+    """What a cache directory's meta table holds, {} if there is none."""
     import sqlite3
     where = os.path.join(path, 'directory')
     if not os.path.isfile(where):
-        return None
+        return {}
     try:
-        db = sqlite3.connect('file:%s?mode=ro' % os.path.abspath(where),
-                             uri=True, timeout=300)
+        db = sqlite3.connect('file:%s?mode=ro' % ''.join(
+            '%%%02x' % byte for byte in os.fsencode(os.path.abspath(where))),
+            uri=True, timeout=300)
         try:
             meta = dict(db.execute('SELECT key, value FROM meta'))
         finally:
@@ -2976,9 +4140,7 @@ def cache_seen(path, key):
             raise ValueError('checksum differs')
     except (sqlite3.Error, ValueError, TypeError, AttributeError) as e:
         raise cache_damaged(path, e) from None
-    if meta.get('machine') != U64.pack(key.machine) or 'head' not in meta:
-        return None
-    return U64.unpack(meta['n'])[0], meta['head']
+    return meta
 
 
 def inconsistent():
@@ -2993,15 +4155,15 @@ class Cache:
     Transaction.  `lock` guards the database between threads.
     """
 
-    def __init__(self, path, key, lock=True):
+    def __init__(self, path, key, lock=True, wait=0):
         """Open `path` for the machine of `key`; UserError if it is another's
-        or cannot be read.
+        or cannot be read, or stays locked for `wait` seconds.
         """
         import sqlite3
         self.path = path
         self.key = key
         self.lock = threading.RLock()
-        self.lockf = cachedir_lock(path) if lock else None
+        self.lockf = cachedir_lock(path, wait) if lock else None
         self.db = None
         try:
             # EXTRA: also the end of the journal is on disk, without which
@@ -3024,7 +4186,7 @@ class Cache:
         if self.new:
             self.n, self.head = 0, self.key.genesis()
             self.totals = (0,) * 9
-            self.partial = False
+            self.partial = self.damaged = False
             return
         if meta_check(self.meta) != self.meta.get('check'):
             raise ValueError('checksum differs')
@@ -3035,12 +4197,14 @@ class Cache:
         self.head = self.meta['head']
         self.totals = TOTALS.unpack(self.meta['totals'])
         self.partial = bool(self.meta.get('partial'))
+        self.damaged = bool(self.meta.get('damaged'))   # says --fsck
 
     def save(self):
         """Write the meta row, inside the caller's SQLite transaction."""
         rows = {'machine': U64.pack(self.key.machine), 'n': U64.pack(self.n),
                 'head': self.head, 'totals': TOTALS.pack(*self.totals),
                 'partial': b'1' if self.partial else b'',
+                'damaged': b'1' if self.damaged else b'',
                 'lineage': self.meta.get('lineage', b'')}
         rows['check'] = meta_check(rows)
         self.db.executemany('INSERT OR REPLACE INTO meta VALUES(?, ?)',
@@ -3070,6 +4234,8 @@ class Cache:
 
     def find(self, name):
         """(cls, count, plain, stored, tplain, tstored) of a block, or None."""
+        if self.blank:
+            return None
         with self.lock:
             return self.db.execute(
                 'SELECT cls, count, plain, stored, tplain, tstored '
@@ -3239,13 +4405,16 @@ class Cache:
     def totals_make(self):
         """Sum up All archives and (unique data) anew; of a whole cache."""
         whole = [self.total(row[0]) for row in self.archives().values()]
+        self.totals = (sum(row[0] for row in whole),
+                       sum(row[1] for row in whole), *self.unique(),
+                       *self.totals[4:8], len(whole))
+
+    def unique(self):
+        """(plain, stored) bytes of all blocks."""
         with self.lock:
-            unique = self.db.execute(
+            return self.db.execute(
                 'SELECT coalesce(sum(plain), 0), coalesce(sum(stored), 0) '
                 'FROM blocks').fetchone()
-        self.totals = (sum(row[0] for row in whole),
-                       sum(row[1] for row in whole), *unique,
-                       *self.totals[4:8], len(whole))
 
     # Committing what a transaction of ours did.
 
@@ -3259,7 +4428,7 @@ class Cache:
             return
         db = self.db
         with self.lock:
-            db.execute('ATTACH ? AS p', (pending,))
+            db.execute('ATTACH ? AS p', (os.fsencode(pending),))
             try:
                 db.execute('BEGIN IMMEDIATE')
                 try:
@@ -3373,6 +4542,16 @@ class Memo:
         kinds = [bytes, int, int, int, bytes]       # unless it is damaged
         return [row for row in rows if list(map(type, row[2:])) == kinds]
 
+    def expected(self, profile):
+        """(entries, bytes) this profile had when it was last stored."""
+        import sqlite3
+        try:
+            return self.db.execute(
+                'SELECT coalesce(sum(entries), 0), coalesce(sum(bytes), 0) '
+                'FROM memo WHERE profile = ?', (profile,)).fetchone()
+        except sqlite3.Error:
+            return 0, 0
+
     def stale(self, memo):
         """True if a page uses a chunk that is to be packed anew."""
         if not self.repack:
@@ -3389,7 +4568,7 @@ class Memo:
         """
         import sqlite3
         try:
-            self.db.execute('ATTACH ? AS p', (pending,))
+            self.db.execute('ATTACH ? AS p', (os.fsencode(pending),))
             try:
                 self.db.execute('BEGIN IMMEDIATE')
                 touched = self.take_over(profile)
@@ -3413,7 +4592,7 @@ class Memo:
         db, touched = self.db, set()
         rows = db.execute('SELECT first, profile, digest, name, entries, '
                           'bytes, final, body, uses, id FROM p.memo')
-        for row in rows.fetchall():
+        for row in rows:
             if row[9] is not None:          # reused as it is
                 db.execute('UPDATE memo SET run = ? WHERE id = ?',
                            (self.run, row[9]))
@@ -3489,7 +4668,15 @@ class Memo:
 PUT_WINDOW = 8 * MIB        # bytes sent and not yet in the server's spool
 CHECKPOINT_BYTES = 10 * 10 ** 9
 CHECKPOINT_SECONDS = 3600
-SMALLS = 60000              # small files' places kept in memory
+SMALLS = 30000              # small files' places kept in memory
+SPILLED = 1 << 24           # bits that say which of them are in `pending`
+MEMORY = {
+    # bytes sent and not yet in the server's spool, small files' places kept,
+    # bytes kept of each database
+    None: (PUT_WINDOW, SMALLS, DATABASE_CACHE),
+    'normalmem': (PUT_WINDOW, SMALLS, DATABASE_CACHE),
+    'lowmem': (2 * MIB, 10000, 2 * MIB),
+    'verylowmem': (MIB, 1000, 512 * KIB)}
 PACE_SECONDS = 2            # over which waiting for the network is judged
 
 
@@ -3602,12 +4789,12 @@ class Own:
 
     __slots__ = ('cls', 'plain', 'stored', 'tplain', 'tstored', 'used')
 
-    def __init__(self, cls, stored=0, used=True):
+    def __init__(self, cls, plain=0, stored=0, used=True):
         self.cls = cls
-        self.plain = 0          # bytes of its own
+        self.plain = plain      # bytes of its own
         self.stored = stored    # bytes; 0 while it is being made
         self.tplain = 0         # with everything below
-        self.tstored = 0
+        self.tstored = 0        # 0 while it is not known
         self.used = used        # by the walk under way
 
 
@@ -3632,6 +4819,9 @@ class Sink:
     def borrow(self, name):
         """A block stored before is used by this run."""
 
+    def meet(self, kid, below):
+        """Another archive has this block, with `below` bytes under it."""
+
     def check(self):
         """Restart in every thread, once one of them met it: what this run
         put may be neither in `own` nor in the cache then.
@@ -3639,7 +4829,7 @@ class Sink:
         if self.over:
             raise Restart
 
-    def claim(self, name, cls):
+    def claim(self, name, cls, plain):
         """None if the caller must make and put this block; else its Own or
         its row in the cache, which is then borrowed.
         """
@@ -3649,13 +4839,13 @@ class Sink:
             if own is not None and own.used:
                 return own
             if own is not None:         # put before a restart, noted anew
-                own.used = True
+                own.used, own.plain = True, plain
                 return None
             row = self.cache and self.cache.find(name)
             if row is not None:
                 self.borrow(name)
                 return row
-            self.own[name] = Own(cls)
+            self.own[name] = Own(cls, plain)
             return None
 
     def plain(self, name):
@@ -3665,7 +4855,7 @@ class Sink:
         with self.lock:
             own = self.own.get(name)
             if own is not None:
-                return own.plain if own.used and own.stored else None
+                return own.plain if own.used else None
             row = self.cache and self.cache.find(name)
             plain = row and (row[2] or self.plains.get(name))
             if plain is not None:
@@ -3681,7 +4871,7 @@ class Sink:
             self.check()
             own = self.own.get(name)
             if own is not None:
-                return (own.tplain, own.tstored) if own.stored else None
+                return (own.tplain, own.tstored) if own.tstored else None
             if name in self.sums:
                 return self.sums[name]
         return self.cache.total(name)
@@ -3746,11 +4936,12 @@ class Transaction(Sink):
         self.first = 0                  # number of window[0] in this BEGIN
         self.run_new = [0, 0]           # New data of the run
         self.part = None                # (archive id, record) of checkpoint
-        self.spilled = False            # smalls of this run are in pending
+        self.spilled = bytearray()      # see spill(); empty: none are there
         self.pace = [time.monotonic(), 0.0]     # since when, waited so long
         self.changed = False            # the server's state, by us
         self.channel = None
         self.refused = None             # why it cannot be resumed
+        self.memory = MEMORY[None]      # limit_memory() sets another
         self.pending = Pending(cache.path)
         self.tid = self.pending.meta.get('tid') or os.urandom(16)
         self.lineage = os.urandom(16)
@@ -3758,6 +4949,12 @@ class Transaction(Sink):
         self.pending.remove()
         self.pending = Pending(cache.path)
         self.pending.set(tid=self.tid)
+
+    def limit_memory(self, name, *databases):
+        """--lowmem and its like, also for `databases`."""
+        self.memory = MEMORY[name]
+        for db in (self.pending.db, self.cache.db, *databases):
+            database_limit(db, self.memory[2])
 
     @property
     def base(self):
@@ -3834,7 +5031,7 @@ class Transaction(Sink):
         self.order.clear()
         self.gone.clear()
         for name, cls, stored in held:
-            self.own[name] = Own(cls, stored, False)
+            self.own[name] = Own(cls, 0, stored, False)
             self.order += name
 
     def enqueue(self, kind, body):
@@ -3849,7 +5046,7 @@ class Transaction(Sink):
         try:
             self.enqueue(kind, body)
             start = time.monotonic()
-            self.drain(PUT_WINDOW)
+            self.drain(self.memory[0])
             self.pace_note(start, time.monotonic())
         except ChannelLost:
             self.resume()
@@ -3932,13 +5129,29 @@ class Transaction(Sink):
         """Remember where a small file's content is."""
         self.smalls[digest] = extents
         self.pending.add('small', (digest, extents))
-        if len(self.smalls) > SMALLS:
-            self.pending.flush()
-            self.smalls.clear()
-            self.spilled = True
+        if len(self.smalls) > self.memory[1]:
+            self.spill()
+
+    def spill(self):
+        """Leave the places of small files to `pending`.
+
+        A bit stands for all digests with the same beginning: a file that was
+        never seen, as most are, is seldom looked for there.
+        """
+        self.pending.flush()
+        self.spilled = self.spilled or bytearray(SPILLED // 8)
+        for digest in self.smalls:
+            at = int.from_bytes(digest[:4], 'big') % SPILLED
+            self.spilled[at >> 3] |= 1 << (at & 7)
+        self.smalls.clear()
+
+    def may_be_spilled(self, digest):
+        """False if `pending` has no such small file."""
+        at = int.from_bytes(digest[:4], 'big') % SPILLED
+        return bool(self.spilled) and self.spilled[at >> 3] >> (at & 7) & 1
 
     def small(self, digest):
-        if self.spilled and digest not in self.smalls:
+        if digest not in self.smalls and self.may_be_spilled(digest):
             packed = self.pending.small(digest)
             if packed:
                 return small_unpack(digest, packed)
@@ -3954,7 +5167,7 @@ class Transaction(Sink):
             self.pending.reset()
             self.sums.clear()
             self.smalls.clear()
-            self.spilled = False
+            self.spilled = bytearray()
             self.new = [0, 0]
             for own in self.own.values():
                 own.used = False
@@ -4115,7 +5328,7 @@ class Transaction(Sink):
         self.gone.clear()
         self.sums.clear()
         self.smalls.clear()
-        self.spilled = False
+        self.spilled = bytearray()
         self.part = None
         if state == OPEN:
             # The count of RECEIVED goes on: it is since BEGIN, as `first`.
@@ -4123,6 +5336,7 @@ class Transaction(Sink):
             self.window.clear()
             self.window_bytes = 0
             self.pending.__init__(self.cache.path)
+            database_limit(self.pending.db, self.memory[2])
             self.pending.reset()
         else:
             self.pending.remove()
@@ -4401,19 +5615,39 @@ SYNTHETIC = frozenset((
     'selinuxfs', 'devfs', 'fdescfs', 'linprocfs', 'procfs'))
 
 
+NOATIME = getattr(os, 'O_NOATIME', 0)
+CACHE_TAG = b'CACHEDIR.TAG'
+CACHE_SIGNATURE = b'Signature: 8a477f597d28d172789f06886806bc55'
+NODUMP = 0x40               # FS_NODUMP_FL of <linux/fs.h>
+# FS_IOC_GETFLAGS there: _IOR('f', 1, long).
+GET_FLAGS = struct.calcsize('l') << 16 | 0x6601 | (
+    0x40000000 if os.uname().machine.startswith(
+        ('alpha', 'mips', 'parisc', 'ppc', 'sparc')) else 0x80000000)
+
+
+def open_at(name, flags, dir_fd):
+    """os.open(); without O_NOATIME where only the owner may ask for that."""
+    try:
+        return os.open(name, flags, dir_fd=dir_fd)
+    except PermissionError:
+        if not flags & NOATIME:
+            raise
+    return os.open(name, flags & ~NOATIME, dir_fd=dir_fd)
+
+
 class Folder:
     """A directory being walked, or met on the way; its descriptor is opened
     again, and known again, after it had to be closed.
     """
 
-    __slots__ = ('above', 'name', 'fd', 'identity', 'follow', 'open_set')
+    __slots__ = ('above', 'name', 'fd', 'identity', 'flags', 'open_set')
 
-    def __init__(self, above, name, open_set, follow=False):
+    def __init__(self, above, name, open_set, flags):
         self.above = above          # Folder, or None for a top one
         self.name = name            # bytes, below `above`
         self.fd = -1
         self.identity = None        # (st_dev, st_ino) when first opened
-        self.follow = follow        # may be a symbolic link
+        self.flags = flags          # of open(2), besides the usual ones
         self.open_set = open_set    # OrderedDict of Folders with descriptors
 
     def get(self):
@@ -4432,11 +5666,9 @@ class Folder:
         """Open below `above`, whose descriptor is open; the oldest of many
         descriptors is closed for it.
         """
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK
-        if not self.follow:
-            flags |= os.O_NOFOLLOW
-        fd = os.open(self.name, flags,
-                     dir_fd=self.above.fd if self.above else None)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | self.flags
+        fd = open_at(self.name, flags,
+                     self.above.fd if self.above else None)
         st = os.fstat(fd)
         if self.identity not in (None, (st.st_dev, st.st_ino)):
             os.close(fd)
@@ -4466,9 +5698,10 @@ class Walk:
     """
 
     def __init__(self, items, opt, report, skip=()):
-        """`items` are ('cd', directory) and ('path', operand) in order.
+        """`items` are ('cd', directory), ('path', operand), others: in order.
 
-        `report(text)` counts an error; `skip` has (st_dev, st_ino) of
+        What others name is not walked: it comes out as (folder, name, kind,
+        None).  `report(text)` counts an error; `skip` has (st_dev, st_ino) of
         directories never entered.
         """
         self.items = items
@@ -4477,20 +5710,56 @@ class Walk:
         self.skip = set(skip)
         self.open_set = collections.OrderedDict()
         self.slashed = False            # the leading-slash warning was given
+        self.slash = b''                # taken off the operand at hand
         self.types = None               # st_dev -> file system type
+        # Entries that these leave out are still descended into.
+        self.picks = bool(opt.newer or opt.rename)
+        self.looks = bool(opt.nodump or opt.interactive)
+        self.tags = bool(opt.exclude_caches or opt.exclude_if_present)
+        self.flagless = set()           # st_dev of what has no file flags
 
     def __iter__(self):
-        base = Folder(None, b'.', self.open_set, True)
-        for kind, value in self.items:
+        entries = self.entries()
+        if self.opt.check_links:
+            entries = links_checked(entries)
+        if self.opt.disk_pause:
+            entries = paced(entries, self.opt.disk_pause / 1000)
+        return entries
+
+    def folder(self, above, name, follow):
+        """A Folder; its name may be a symbolic link if `follow`."""
+        flags = NOATIME if self.opt.noatime else 0
+        return Folder(above, name, self.open_set,
+                      flags if follow else flags | os.O_NOFOLLOW)
+
+    def entries(self):
+        top = base = self.folder(None, b'.', True)
+        for kind, value in self.expand():
             if kind == 'cd':
-                base = Folder(base, value, self.open_set, True)
-                try:
-                    base.get()
-                except OSError as e:
-                    raise UserError('Cannot change to directory %s: %s' % (
-                        show(value), e.strerror)) from None
+                base = self.folder(base, value, True)
+            elif kind != 'path':
+                yield base, value, kind, None
+            elif value.startswith(b'/'):    # whatever -C says
+                yield from self.operand(top, value)
             else:
-                yield from self.operand(base, value)
+                yield from self.operand(self.enter(base), value)
+
+    def expand(self):
+        """The items, with what stands in list files in its place."""
+        for kind, value in self.items:
+            if kind == 'list':
+                yield from list_items(value, self.opt.null_input)
+            else:
+                yield kind, value
+
+    def enter(self, base):
+        """The directory that -C chose, once an operand needs it."""
+        try:
+            base.get()
+        except OSError as e:
+            raise UserError('Cannot change to directory %s: %s' % (
+                show(base.name), e.strerror)) from None
+        return base
 
     def close(self):
         """Close every directory still open."""
@@ -4499,19 +5768,23 @@ class Walk:
 
     def operand(self, base, path):
         """Everything below one operand."""
-        member = self.member(path)
+        member = path.rstrip(b'/') or b'/'
+        if not self.opt.rename:         # which sees names as they were given
+            self.slash, member = self.strip(member)
         follow = self.opt.follow_operands or self.opt.follow_all
         try:
             st = self.stat(path, base, follow)
         except OSError as e:
             self.report('%s: Cannot stat: %s' % (show(path), e.strerror))
             return
-        if self.unwanted(member, st):
+        if self.unwanted(base, path, member, st):
             return
-        yield base, path, member, st
+        stored = self.picked(member, st) if self.picks else member
+        if stored:
+            yield base, path, stored, st
         if stat.S_ISDIR(st.st_mode) and self.opt.recurse:
-            yield from self.descend(Folder(base, path, self.open_set, follow),
-                                    member, st)
+            yield from self.descend(self.folder(base, path, follow), member,
+                                    st)
 
     def stat(self, name, folder, follow):
         """What `name` in `folder` is; a link of -L that leads nowhere is
@@ -4525,37 +5798,53 @@ class Walk:
                 raise
         return os.stat(name, dir_fd=folder.get(), follow_symlinks=False)
 
-    def member(self, path):
-        """The name an operand gets in the archive."""
-        member = path.rstrip(b'/') or b'/'
-        if self.opt.absolute or not member.startswith(b'/'):
-            return member
+    def strip(self, path):
+        """(leading slashes that have to go, what is left of a path)."""
+        if self.opt.absolute or not path.startswith(b'/'):
+            return b'', path
         if not self.slashed and not self.opt.quiet:
             warn('Removing leading \'/\' from member names')
         self.slashed = True
-        return member.lstrip(b'/') or b'.'
+        member = path.lstrip(b'/')
+        return path[:len(path) - len(member)], member or b'.'
+
+    def picked(self, member, st):
+        """What an entry is stored as; None if it is not, though what is
+        below it may be.
+        """
+        if self.opt.newer and not self.opt.newer.status(st):
+            return None
+        if not self.opt.rename:
+            return member
+        member = self.opt.rename(member)
+        if not member:
+            return None
+        return self.strip(member.rstrip(b'/') or b'/')[1]
 
     def descend(self, top, member, st):
         """Below a directory, its own entry left out."""
         device = st.st_dev
         stack = []
         self.push(stack, top, member, st, None, device)
-        follow = self.opt.follow_all
+        follow, picks = self.opt.follow_all, self.picks
         while stack:
             folder, names, prefix, held = stack[-1]
             for name in names:
                 child = prefix + name
                 try:
-                    st = self.stat(name, folder, follow)
+                    st = self.stat(name, folder, True) if follow else os.stat(
+                        name, dir_fd=folder.get(), follow_symlinks=False)
                 except OSError as e:
                     self.report('%s: Cannot stat: %s'
                                 % (show(child), e.strerror))
                     continue
-                if self.unwanted(child, st):
+                if self.unwanted(folder, name, child, st):
                     continue
-                yield folder, name, child, st
+                stored = self.picked(child, st) if picks else child
+                if stored:
+                    yield folder, name, stored, st
                 if stat.S_ISDIR(st.st_mode):
-                    below = Folder(folder, name, self.open_set, follow)
+                    below = self.folder(folder, name, follow)
                     self.push(stack, below, child, st, held, device)
                     break
             else:
@@ -4581,17 +5870,17 @@ class Walk:
                         % (show(member), e.strerror))
             return
         names = [os.fsencode(name) for name in names]
+        if self.tags:
+            names = list(self.tagged(folder, names)) or names
         names.sort()
         above = parents[0] | {here} if parents and self.opt.follow_all \
             else frozenset((here,))
         stack.append((folder, iter(names), member.rstrip(b'/') + b'/',
                       (above, st.st_dev)))
 
-    def unwanted(self, member, st):
-        """True for what never goes into an archive."""
-        patterns = self.opt.patterns
-        if patterns and (patterns.excluded(member)
-                         or not patterns.included(member)):
+    def unwanted(self, folder, name, member, st):
+        """True for what does not go into the archive, nor what is below."""
+        if self.opt.patterns and not self.selected(member):
             return True
         if stat.S_ISSOCK(st.st_mode):
             return True
@@ -4600,7 +5889,68 @@ class Walk:
                 warn('Not adding cache directory to archive: %s'
                      % show(member))
             return True
-        return False
+        return self.looks and self.refused(folder, name, member, st)
+
+    def refused(self, folder, name, member, st):
+        """True for what its flags, or the user, say no to."""
+        if self.opt.nodump and self.flagged(folder, name, st):
+            return True
+        return self.opt.interactive and not ask(b'add', member)
+
+    def flagged(self, folder, name, st):
+        """True for a file or directory with the flag nodump."""
+        if hasattr(st, 'st_flags'):         # macOS, the BSDs
+            return bool(st.st_flags & stat.UF_NODUMP)
+        if not (stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode)) \
+                or st.st_dev in self.flagless:
+            return False
+        import fcntl
+        fd = -1
+        try:
+            fd = open_at(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+                         | (NOATIME if self.opt.noatime else 0),
+                         folder.get())
+            flags = fcntl.ioctl(fd, GET_FLAGS, bytes(8))
+        except OSError as e:                # who reads it says what is wrong
+            if e.errno in (errno.ENOTTY, errno.EOPNOTSUPP):
+                self.flagless.add(st.st_dev)
+            return False
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return bool(int.from_bytes(flags[:4], sys.byteorder) & NODUMP)
+
+    def tagged(self, folder, names):
+        """The names that mark a directory as not to be stored; then they are
+        all that is stored of it.
+        """
+        tags = [name for name in self.opt.exclude_if_present if name in names]
+        if self.opt.exclude_caches and CACHE_TAG in names:
+            try:
+                fd = os.open(CACHE_TAG, os.O_RDONLY | os.O_NONBLOCK
+                             | os.O_NOFOLLOW, dir_fd=folder.get())
+                try:
+                    head = os.read(fd, len(CACHE_SIGNATURE))
+                finally:
+                    os.close(fd)
+            except OSError:
+                head = b''
+            if head == CACHE_SIGNATURE:
+                tags.append(CACHE_TAG)
+        return set(tags)
+
+    def selected(self, member):
+        """What the patterns say: to --exclude a path is what was given, to
+        --include that or what it is called in the archive.
+        """
+        patterns, path = self.opt.patterns, member
+        if self.slash:
+            path = self.slash + member
+            if member.startswith(b'./'):        # the operand was '/'
+                path = self.slash + member[2:]
+        return not patterns.excluded(path) and (
+            patterns.included(path)
+            or path is not member and patterns.included(member))
 
     def synthetic(self, member, st):
         """True, with a warning, for a mounted file system made of air."""
@@ -4613,6 +5963,44 @@ class Walk:
             warn('Not descending into filesystem of type %s: %s'
                  % (kind, show(member)))
         return True
+
+
+def links_checked(entries):
+    """The entries; at their end it is said which files have names that were
+    not among them.
+    """
+    links = {}                  # (st_dev, st_ino) -> [names not met, all, one]
+    for entry in entries:
+        st = entry[3]
+        if st is not None and st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+            row = links.setdefault((st.st_dev, st.st_ino), [
+                st.st_nlink, st.st_nlink, entry[2]])
+            row[0] -= 1
+        yield entry
+    for left, count, member in links.values():
+        if left > 0:
+            warn('%s: %d of its %d names are missing in the archive'
+                 % (show(member), left, count))
+
+
+def paced(entries, seconds):
+    """The entries, with a pause before each."""
+    for entry in entries:
+        time.sleep(seconds)
+        yield entry
+
+
+def directories_skipped(opt):
+    """(st_dev, st_ino) of directories that never go into an archive."""
+    out = set()
+    for path in (opt.cachedir, opt.key and opt.key.server):
+        try:
+            st = os.stat(path)
+            if stat.S_ISDIR(st.st_mode):
+                out.add((st.st_dev, st.st_ino))
+        except (OSError, TypeError, ValueError):
+            pass
+    return out
 
 
 def mount_types():
@@ -4630,32 +6018,281 @@ def mount_types():
 
 
 ##############################################################################
+# Workers: deflating and sealing in processes of their own
+#
+# Deflate and encryption are most of a first backup.  In threads they would
+# wait for the interpreter with all else (1.55 of 2 processors were busy), so
+# they run in processes, forked before this one has a thread.  Blocks go over
+# and come back in shared memory; two pipes say which slot is whose turn.
+# Everything else, naming and looking up too, stays in the process that forks,
+# in one thread.  Knows blocks; nothing of files or the server.
+##############################################################################
+
+JOB = 512 * KIB             # plain bytes handed over at once, about
+JOB_BLOCKS = 256            # blocks in a job at most
+SLOT = MIB                  # room for a job, plain or sealed
+SLOTS = 8                   # for each worker: what is easy to deflate and
+                            # what is not take turns (3: 8 % slower)
+WORKERS_MOST = 4            # reading and cutting keep no more of them busy
+WORKERS_NICE = 5            # who feeds them goes first: 4 % less, all in all
+SAMPLE = 32                 # one chunk in so many is opened again and compared
+SAMPLE_FIRST = 100          # and these of each worker
+
+JOB_MESSAGE = struct.Struct('>IIb')     # slot, blocks, level or -1
+JOB_RESULT = struct.Struct('>II')       # slot, blocks; NO_BLOCKS: a text
+JOB_BLOCK = struct.Struct('>32scB')     # name, class, parts
+NO_BLOCKS = 0xffffffff
+
+
+def processors():
+    """How many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+class Worker:
+    """What runs in a worker: jobs from a pipe, until it is closed."""
+
+    def __init__(self, sealer, slots, jobs, results, check_all):
+        self.sealer = sealer
+        self.slots = slots              # shared memory
+        self.jobs = jobs                # descriptor to read from
+        self.results = results          # descriptor to write to
+        self.check_all = check_all      # open every block again
+        self.made = 0                   # blocks, for the sample
+
+    def run(self):
+        while True:
+            message = os.read(self.jobs, JOB_MESSAGE.size)
+            if not message:
+                return
+            slot, count, level = JOB_MESSAGE.unpack(message)
+            try:
+                self.job(slot * SLOT, count, None if level < 0 else level)
+            except (RuntimeError, MemoryError) as e:
+                text = str(e).encode('utf-8', 'replace')[:KIB]
+                U32.pack_into(self.slots, slot * SLOT, len(text))
+                pos = slot * SLOT + U32.size
+                self.slots[pos:pos + len(text)] = text
+                count = NO_BLOCKS
+            os.write(self.results, JOB_RESULT.pack(slot, count))
+
+    def job(self, pos, count, level):
+        """Seal the blocks of the slot at `pos`, in place."""
+        out, at = [], pos
+        with memoryview(self.slots) as view:
+            for _ in range(count):
+                name, cls, parts = JOB_BLOCK.unpack_from(view, at)
+                at += JOB_BLOCK.size
+                lengths = struct.unpack_from('>%dI' % parts, view, at)
+                at += U32.size * parts
+                datas = []
+                for length in lengths:
+                    datas.append(view[at:at + length])
+                    at += length
+                out.append(self.seal(cls, name, datas, level))
+            for sealed in out:
+                U32.pack_into(view, pos, len(sealed))
+                pos += U32.size
+                view[pos:pos + len(sealed)] = sealed
+                pos += len(sealed)
+
+    def seal(self, cls, name, parts, level):
+        """The sealed block; opened again and compared, all or a sample."""
+        sealed = self.sealer.seal(cls, name, parts, level)
+        self.made += 1
+        if cls != CHUNK or self.check_all or self.made <= SAMPLE_FIRST \
+                or not self.made % SAMPLE:
+            self.sealer.check(cls, name, parts, sealed)
+        return sealed
+
+
+class Crew:
+    """The workers of a run, seen from the process that forked them.
+
+    Make it before any thread.  What add() takes comes back, in whatever
+    order, through `put(sealed, *rest)` in a later call of add(), wait() or
+    finish(), in the caller's thread.
+    """
+
+    def __init__(self, key, pad=True, check_all=False, most=WORKERS_MOST):
+        import mmap
+        import select
+        count = min(most, processors())
+        self.put = None                 # set by who uses it
+        self.level = lambda: None       # of deflate; None: the usual one
+        slots = SLOTS * count
+        self.slots = mmap.mmap(-1, slots * SLOT)
+        self.free = list(range(slots))
+        self.jobs = {}                  # slot -> [rest of add(), one a block]
+        self.sizes = {}                 # slot -> bytes in it
+        self.bytes = 0                  # added and not put yet
+        self.slot = None                # being filled
+        self.pos = 0                    # in it
+        self.batch = []                 # rest of what is in it
+        self.workers = set()            # process ids
+        jobs, self.give = os.pipe()
+        self.take, results = os.pipe()
+        self.poll = select.poll()
+        self.poll.register(self.take, select.POLLIN)
+        sealer = Sealer(key, pad=pad)
+        for _ in range(count):
+            pid = os.fork()
+            if not pid:
+                self.work(Worker(sealer, self.slots, jobs, results,
+                                 check_all))
+            self.workers.add(pid)
+        os.close(jobs)
+        os.close(results)
+
+    def work(self, worker):
+        """In the child.  The terminal's signals are for the parent, whose
+        end closes the pipe; nothing of the parent's is to be cleaned up here.
+        """
+        import signal
+        status = 1
+        try:
+            for name in ('SIGINT', 'SIGQUIT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+            gc.disable()
+            os.nice(WORKERS_NICE)
+            os.close(self.give)
+            os.close(self.take)
+            worker.run()
+            status = 0
+        except OSError:
+            pass                        # the parent is gone
+        finally:
+            os._exit(status)
+
+    def add(self, cls, name, parts, *rest):
+        """Have a block sealed; `parts` are bytes, copied before return."""
+        size = JOB_BLOCK.size + sum(map(len, parts)) + U32.size * len(parts)
+        if self.batch and (self.pos + size > JOB
+                           or len(self.batch) >= JOB_BLOCKS):
+            self.flush()
+        if self.slot is None:
+            while not self.free:
+                self.collect()
+            self.slot = self.free.pop()
+        slots, at = self.slots, self.slot * SLOT + self.pos
+        JOB_BLOCK.pack_into(slots, at, name, cls, len(parts))
+        at += JOB_BLOCK.size
+        struct.pack_into('>%dI' % len(parts), slots, at, *map(len, parts))
+        at += U32.size * len(parts)
+        for part in parts:
+            slots[at:at + len(part)] = part
+            at += len(part)
+        self.pos += size
+        self.bytes += size
+        self.batch.append(rest)
+
+    def flush(self):
+        """Hand over the open slot, and take what is ready."""
+        if self.batch:
+            self.jobs[self.slot], self.sizes[self.slot] = self.batch, self.pos
+            level = self.level()
+            try:
+                os.write(self.give, JOB_MESSAGE.pack(
+                    self.slot, len(self.batch),
+                    -1 if level is None else level))
+            except BrokenPipeError:
+                self.check(0)
+            self.slot, self.pos, self.batch = None, 0, []
+        while self.jobs and self.ready(0):
+            self.collect()
+
+    def ready(self, seconds):
+        """True if a result can be read, waited for that long."""
+        return bool(self.poll.poll(1000 * seconds))
+
+    def collect(self):
+        """Wait for one job; its blocks are put."""
+        for rest, sealed in self.result():
+            self.put(sealed, *rest)
+
+    def result(self):
+        """[(rest, sealed)] of the next job that is done."""
+        while not self.ready(1):
+            self.check(os.WNOHANG)
+        message = os.read(self.take, JOB_RESULT.size)
+        if not message:
+            self.check(0)
+        slot, count = JOB_RESULT.unpack(message)
+        batch, pos = self.jobs.pop(slot), slot * SLOT
+        blocks = []
+        for _ in range(1 if count == NO_BLOCKS else count):
+            length, = U32.unpack_from(self.slots, pos)
+            pos += U32.size
+            blocks.append(self.slots[pos:pos + length])
+            pos += length
+        self.free.append(slot)
+        self.bytes -= self.sizes.pop(slot, 0)
+        if count == NO_BLOCKS:
+            raise Error('a worker process failed: %s' % show(blocks[0]))
+        return zip(batch, blocks)
+
+    def check(self, flags):
+        """Error if a worker has ended: its job would never come back."""
+        for pid in self.workers:
+            ended, status = os.waitpid(pid, flags)
+            if ended:
+                self.workers.discard(pid)
+                raise Error('a worker process ended by itself (status %d; '
+                            'out of memory?)'
+                            % os.waitstatus_to_exitcode(status))
+
+    def wait(self):
+        """Have more put; False if nothing was left to put."""
+        left = bool(self.batch or self.jobs)
+        self.flush()
+        if self.jobs:
+            self.collect()
+        return left
+
+    def finish(self):
+        """Have everything put that was added."""
+        while self.wait():
+            pass
+
+    def drop(self):
+        """Forget everything that was added and not put."""
+        self.batch, self.bytes, self.pos = [], self.bytes - self.pos, 0
+        while self.jobs:
+            self.result()
+
+    def close(self):
+        """Let the workers end, and wait for that."""
+        os.close(self.give)
+        for pid in self.workers:
+            os.waitpid(pid, 0)
+        os.close(self.take)
+        self.slots.close()
+
+
+##############################################################################
 # Create: reading files
 #
 # What is in a file, as chunks of its own or a share of chunks with its
-# neighbours.  Chunks are named, looked up, deflated and sealed by a pool of
-# threads, in jobs of about 1 MiB; AES calls hold the interpreter's lock,
-# deflate and HMAC do not.  Knows files and chunks, not pages.
+# neighbours.  Knows files and chunks, not pages.
 ##############################################################################
 
 SHARED_BELOW = 32 * KIB     # shorter files share chunks
 READ = MIB                  # of a large file, at once
-JOB = MIB                   # plain bytes in one job of the pool
+PAUSED = 64 * KIB           # bytes between two pauses of --disk-pause
 LINKS = 100000              # inodes remembered until all names are seen
-SAMPLE = 32                 # one chunk in so many is opened again and compared
-SAMPLE_FIRST = 100          # and these of each run
 
 
 class Ref:
-    """A chunk on its way: its name is known when its job is done."""
+    """A chunk, by its name."""
 
-    __slots__ = ('data', 'name', 'plain', 'job')
+    __slots__ = ('name', 'plain')
 
-    def __init__(self, data, name=None):
-        self.data = data            # bytes, until the job has taken them
+    def __init__(self, name, plain):
         self.name = name
-        self.plain = len(data) if data is not None else 0
-        self.job = None             # Future, None once done
+        self.plain = plain          # bytes
 
 
 class Content:
@@ -4672,71 +6309,6 @@ class Content:
         self.shared = False     # its chunks are shared with neighbours
 
 
-class Pool:
-    """Jobs of about 1 MiB, a few of them under way at a time."""
-
-    def __init__(self, job):
-        from concurrent.futures import ThreadPoolExecutor
-        workers = max(2, os.cpu_count() or 1)
-        self.executor = ThreadPoolExecutor(workers)
-        self.most = 2 * workers + 2
-        self.job = job                      # function of a list of Refs
-        self.batch = []
-        self.bytes = 0
-        self.under_way = collections.deque()
-
-    def add(self, ref):
-        """Hand in a chunk."""
-        self.batch.append(ref)
-        self.bytes += ref.plain
-        if self.bytes >= JOB:
-            self.flush()
-
-    def flush(self):
-        """Start the job collected so far."""
-        if not self.batch:
-            return
-        future = self.submit(self.job, self.batch)
-        for ref in self.batch:
-            ref.job = future
-        self.batch, self.bytes = [], 0
-
-    def submit(self, function, *args):
-        """Run a function in the pool; waits while too much is under way."""
-        while len(self.under_way) >= self.most:
-            self.under_way.popleft().result()
-        future = self.executor.submit(function, *args)
-        self.under_way.append(future)
-        return future
-
-    def name(self, ref):
-        """The name of a chunk, waiting for it."""
-        if ref.name is None:
-            if ref.job is None:
-                self.flush()
-            ref.job.result()
-        return ref.name
-
-    def finish(self):
-        """Wait for everything; raises what a job raised."""
-        self.flush()
-        while self.under_way:
-            self.under_way.popleft().result()
-
-    def drop(self):
-        """Wait for everything and forget it, after a Restart."""
-        self.batch, self.bytes = [], 0
-        while self.under_way:
-            try:
-                self.under_way.popleft().result()
-            except (Error, Restart):
-                pass
-
-    def close(self):
-        """Stop; what has not begun never will."""
-        self.executor.shutdown(wait=False, cancel_futures=True)
-
-
 class SharedStream:
     """Small files' contents, concatenated in walk order and cut as one.
 
@@ -4744,9 +6316,9 @@ class SharedStream:
     deflated together with another's.
     """
 
-    def __init__(self, cut_key, pool):
+    def __init__(self, cut_key, store):
         self.cutter = Cutter(cut_key)
-        self.pool = pool
+        self.store = store          # Writer.chunk
         self.owner = None
         self.waiting = collections.deque()      # (Content, start), in order
         self.start = 0                          # of the open chunk
@@ -4766,13 +6338,12 @@ class SharedStream:
 
     def flush(self):
         """End the stream; every content handed in is complete then."""
-        chunk = self.cutter.finish()
-        if chunk:
+        for chunk in self.cutter.finish():
             self.cut(chunk)
 
     def cut(self, chunk):
         """Give a finished chunk to the files whose bytes are in it."""
-        ref = Ref(chunk)
+        ref = self.store(chunk)
         begin, end = self.start, self.start + len(chunk)
         while self.waiting:
             content, start = self.waiting[0]
@@ -4786,7 +6357,6 @@ class SharedStream:
                 break
             self.waiting.popleft()
         self.start = end
-        self.pool.add(ref)
 
 
 class ExtentTree:
@@ -4797,24 +6367,17 @@ class ExtentTree:
     """
 
     def __init__(self, writer):
-        self.writer = writer            # has put_index() and pool
-        self.waiting = collections.deque()
+        self.writer = writer            # has put_index()
         self.last = None                # (Ref, offset, length, repeat)
         self.extents, self.kids, self.numbers = [], [], {}
         self.bytes = 0
         self.lists = []                 # (Kid, bytes) of level 1
 
     def add(self, extent):
-        self.waiting.append(extent)
-        if len(self.waiting) > 256:
-            self.take(self.waiting.popleft())
-
-    def take(self, extent):
         """Enter the next extent; one like the last only repeats it."""
         last = self.last
         if last and last[0] and extent[0] and last[1:3] == extent[1:3] and \
-                self.writer.pool.name(last[0]) == \
-                self.writer.pool.name(extent[0]):
+                last[0].name == extent[0].name:
             self.last = (*last[:3], last[3] + 1)
             return
         self.last = extent
@@ -4822,10 +6385,10 @@ class ExtentTree:
             self.write(*last)
 
     def write(self, ref, offset, length, repeat):
-        """Append one extent; its chunk's name is waited for."""
+        """Append one extent."""
         ends, number = False, HOLE
         if ref is not None:
-            name = self.writer.pool.name(ref)
+            name = ref.name
             number = self.numbers.setdefault(name, len(self.kids))
             if number == len(self.kids):
                 self.kids.append(Kid(CHUNK, name, ref.plain, 0))
@@ -4845,11 +6408,10 @@ class ExtentTree:
         self.bytes = 0
 
     def finish(self):
-        """(level, Kids) of the top lists, at most MOST_EXTENTS of them."""
-        while self.waiting:
-            self.take(self.waiting.popleft())
+        """(level, Kids) of the top lists so far, at most MOST_EXTENTS."""
         if self.last:
             self.write(*self.last)
+        self.last = None
         self.end()
         return tree_raise(self.writer, EXTENT_LIST, 1, self.lists,
                           lambda notes: b''.join(map(U64.pack, notes)), sum)
@@ -4886,10 +6448,12 @@ class FileReader:
 
     def __init__(self, writer, cut_key):
         self.writer = writer
-        self.pool = writer.pool
         self.cut_key = cut_key
         self.cutter = Cutter(cut_key)
-        self.shared = SharedStream(cut_key, self.pool)
+        self.shared = SharedStream(cut_key, writer.chunk)
+        pause = writer.opt.disk_pause
+        self.pread = pread_paced(pause / 1000) if pause else pread_exactly
+        self.open = None            # Content of the file being read
         self.changed = False        # the last file changed under us
         self.grown = False          # and is longer than it was
 
@@ -4898,25 +6462,52 @@ class FileReader:
 
         The length stored is the length read, at most the length it had.
         """
-        content = Content()
+        content = self.open = Content()
         if st.st_size < SHARED_BELOW:
             content = self.read_small(fd, st, content)
         elif st.st_blocks * 512 < st.st_size and self.sparse(fd, st):
             self.read_sparse(fd, st, content)
         else:
-            self.read_range(fd, 0, st.st_size, content)
+            self.read_range(self.from_file(fd), 0, st.st_size, content)
         if content.tree:
             content.tree = content.tree.finish()
         after = os.fstat(fd)
         self.grown = after.st_size > st.st_size
+        self.open = None
         self.changed = content.size != st.st_size or (
             after.st_mtime_ns, after.st_ctime_ns, after.st_size) != (
             st.st_mtime_ns, st.st_ctime_ns, st.st_size)
         return content
 
+    def from_file(self, fd):
+        """read(size, pos) of a file."""
+        return lambda size, pos: self.pread(fd, size, pos)
+
+    def read_input(self, read, size, regions, owner):
+        """The Content of a file of `size` bytes that is in another archive,
+        of user `owner`.  read(size, pos) gives all that is asked for; only
+        `regions`, (pos, size) in order, are no holes.
+        """
+        content, at = Content(), 0
+        if size < SHARED_BELOW:
+            return self.small(read(size, 0), owner, content)
+        self.open = content
+        for start, length in (*regions, (size, 0)):
+            if start < at or start + length > size:
+                raise CorruptError('a map of holes that makes no sense')
+            if start > at:
+                self.extent(content, None, 0, start - at)
+            at = start + self.read_range(read, start, start + length, content)
+        if content.tree:
+            content.tree = content.tree.finish()
+        self.open = None
+        return content
+
     def read_small(self, fd, st, content):
         """A file for the shared stream, or the Content of an equal one."""
-        data = read_exactly(fd, st.st_size)
+        return self.small(read_exactly(fd, st.st_size), st.st_uid, content)
+
+    def small(self, data, owner, content):
         content.size = len(data)
         if data:
             content.digest = self.writer.names.content(data)
@@ -4924,7 +6515,31 @@ class FileReader:
             if known:
                 return known
             self.writer.small_note(content)
-            self.shared.add(content, data, st.st_uid)
+            self.shared.add(content, data, owner)
+        return content
+
+    def read_stream(self, fd):
+        """The Content of all that comes out of a pipe, cut as a file of the
+        same bytes is.
+        """
+        content = self.open = Content()
+        data = read_exactly(fd, CHUNK_MAX + 1)
+        if len(data) < SHARED_BELOW:
+            content = self.small(data, os.geteuid(), content)
+        elif len(data) <= CHUNK_MAX:
+            self.chunk(content, data)
+        else:
+            self.cutter.finish()
+            while data:
+                for chunk in self.cutter.feed(data):
+                    self.chunk(content, chunk)
+                self.writer.step(len(data))
+                data = os.read(fd, READ)
+            for chunk in self.cutter.finish():
+                self.chunk(content, chunk)
+        if content.tree:
+            content.tree = content.tree.finish()
+        self.open = None
         return content
 
     def sparse(self, fd, st):
@@ -4949,38 +6564,38 @@ class FileReader:
             if data >= st.st_size:
                 break
             pos = min(os.lseek(fd, data, os.SEEK_HOLE), st.st_size)
-            if self.read_range(fd, data, pos, content) < pos - data:
+            if self.read_range(self.from_file(fd), data, pos,
+                               content) < pos - data:
                 break                       # it was cut short meanwhile
 
-    def read_range(self, fd, start, end, content):
-        """Cut bytes `start` to `end`; how many there were.
+    def read_range(self, read, start, end, content):
+        """Cut bytes `start` to `end` of what read(size, pos) reads; how many
+        there were.
 
         What is no longer than the longest chunk is one chunk, uncut.
         """
         left = end - start
         if left <= CHUNK_MAX:
-            data = pread_exactly(fd, left, start)
+            data = read(left, start)
             if data:
                 self.chunk(content, data)
             return len(data)
         pos = start
         self.cutter.finish()        # what a file that failed may have left
         while pos < end:
-            data = os.pread(fd, min(READ, end - pos), pos)
+            data = read(min(READ, end - pos), pos)
             if not data:
                 break
             pos += len(data)
             for chunk in self.cutter.feed(data):
                 self.chunk(content, chunk)
-        chunk = self.cutter.finish()
-        if chunk:
+            self.writer.step(len(data))
+        for chunk in self.cutter.finish():
             self.chunk(content, chunk)
         return pos - start
 
     def chunk(self, content, data):
-        ref = Ref(data)
-        self.pool.add(ref)
-        self.extent(content, ref, 0, len(data))
+        self.extent(content, self.writer.chunk(data), 0, len(data))
 
     def extent(self, content, ref, offset, length):
         """Append an extent, to the row's own or to lists when many."""
@@ -4994,6 +6609,59 @@ class FileReader:
                 content.extents = []
         else:
             content.tree.add((ref, offset, length, 1))
+
+
+# Started as a group with a guard in it, that ends when we do, however that
+# happens, and takes the group along: the guard reads from a pipe to us.
+GUARDED = """\
+exec 3<&0 </dev/null
+{ read x; kill -9 0; } <&3 3<&- >/dev/null 2>&1 &
+exec 3<&-
+exec /bin/sh -c "$1"
+"""
+
+
+class Command:
+    """A command whose output is read; nothing of it outlives close()."""
+
+    def __init__(self, text):
+        """`text` (bytes) is for the shell."""
+        import subprocess
+        self.text = text
+        guard, self.leash = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                ['/bin/sh', '-c', GUARDED, 'sh', text], stdin=guard,
+                stdout=subprocess.PIPE, start_new_session=True)
+        except BaseException as e:
+            os.close(self.leash)
+            if isinstance(e, (OSError, ValueError)):
+                raise UserError('Cannot run command "%s": %s'
+                                % (show(path_escape(text)), e)) from None
+            raise
+        finally:
+            os.close(guard)
+        self.fd = self.process.stdout.fileno()
+
+    def check(self):
+        """Wait for its end; UserError unless that is a good one."""
+        status = self.process.wait()
+        if status:
+            raise UserError('Command "%s" failed: %s' % (
+                show(path_escape(self.text)),
+                'exit status %d' % status if status > 0
+                else 'killed by signal %d' % -status))
+
+    def close(self):
+        """End it, and whatever it has started in its group."""
+        import signal
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self.process.stdout.close()
+        self.process.wait()
+        os.close(self.leash)
 
 
 def read_exactly(fd, size):
@@ -5017,6 +6685,23 @@ def pread_exactly(fd, size, pos):
     return data
 
 
+def pread_paced(seconds):
+    """pread_exactly() with a pause after each PAUSED bytes."""
+    def pread(fd, size, pos):
+        parts = []
+        while size:
+            data = os.pread(fd, min(size, PAUSED), pos)
+            if not data:
+                break
+            parts.append(data)
+            pos += len(data)
+            size -= len(data)
+            time.sleep(seconds)
+        return b''.join(parts)
+
+    return pread
+
+
 ##############################################################################
 # Create: pages and the archive
 #
@@ -5038,6 +6723,7 @@ XATTRS_MOST = MIB           # the same, with those that are chunks
 XATTRS_CHUNKS = 1024        # of one entry, so that it fits a page
 NO_XATTRS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA)
 LEVEL_SLOW = 6              # of deflate, while the network is what limits
+METADATA = 'dry-run-metadata'   # the value of opt.dry_run
 FORMAT = b'1'               # part of every profile: rows of another format
 
 STAT_KEY = struct.Struct('>IQqqQQI')
@@ -5057,6 +6743,24 @@ class Page:
         self.kids = 0           # at most so many
         self.bytes = 0          # of files in it
         self.whole = True       # False: next time look at each entry
+
+
+class KidTable:
+    """What a page refers to, each block once."""
+
+    __slots__ = ('kids', 'numbers')
+
+    def __init__(self):
+        self.kids = []          # Kid, by number
+        self.numbers = {}       # name -> number
+
+    def number(self, name, plain, cls=CHUNK):
+        """The number of a kid, which is new with `times` 0."""
+        at = self.numbers.get(name)
+        if at is None:
+            at = self.numbers[name] = len(self.kids)
+            self.kids.append(Kid(cls, name, plain, 0))
+        return at
 
 
 class Seen:
@@ -5090,7 +6794,7 @@ class Seen:
 class Writer:
     """Turns a walk into an archive."""
 
-    def __init__(self, opt, key, sink, cache=None, memo=None):
+    def __init__(self, opt, key, crew, sink, cache=None, memo=None):
         """`sink` is a Transaction, or a DryRun that only counts."""
         self.opt = opt
         self.key = key
@@ -5098,24 +6802,30 @@ class Writer:
         self.cache = cache
         self.memo = memo
         self.names = Names(key)
-        self.sealer = Sealer(key, pad=opt.pad)
+        self.crew = crew                # Crew, closed by who made it
+        crew.put, crew.level = self.put, self.level
         self.page_key = hmac.digest(key.k_cut, b'page', 'sha256')
         self.cut_key = hmac.digest(key.k_cut, b'cut', 'sha256')[:16]
-        self.pool = Pool(self.chunks_make)
         self.errors = 0                 # entries that could not be stored
-        self.chunks = 0                 # made in this run, for the sample
-        self.owners = {}                # (uid, gid) -> packed, with names
+        self.owners = {}                # (uid, gid) -> owner()
+        self.keyed = bool(opt.store_atime or opt.rename)
         self.profile = b''
+        self.progress = Progress(opt, 'adding')
+        self.lines = LongLines(opt)
+        self.due = self.checkpoint = None   # see run()
         self.start_over()
 
     def start_over(self):
         """State of one walk; called again after a Restart."""
         self.errors = 0
+        self.linked = {}                    # Entry.link -> name, for -vv
+        self.progress.reset()
         self.reader = FileReader(self, self.cut_key)
         self.ahead = collections.deque()    # entries of the walk looked at
         self.page = None
         self.waiting = collections.deque()  # full pages, in order
         self.pages = []                     # (Kid, (first, entries, bytes))
+        self.kept = False                   # the last is of keep_open()
         self.entries = self.bytes = 0
         self.links = {}                     # (dev, ino) -> [Content, left]
         self.systems = {}                   # st_dev -> ordinal in this run
@@ -5124,46 +6834,42 @@ class Writer:
         self.previous = None                # components of the last member
         self.sorted = True
         self.now = time.time_ns()
+        # Of what changed after that, another change could go unseen.
+        self.fresh = min(self.now, self.opt.snaptime or self.now) - RACY
 
-    # Chunks and index blocks, in the pool.
+    # Chunks and index blocks.
 
-    def chunks_make(self, refs):
-        """A job: name chunks, and store those that are new."""
-        for ref in refs:
-            data, ref.data = ref.data, None
-            name = self.names.chunk(data)
-            found = self.sink.claim(name, CHUNK)
-            if found is None:
-                sealed = self.seal(CHUNK, name, [data])
-                self.sink.put(name, CHUNK, sealed, len(data))
-            elif isinstance(found, tuple) and found[2] is None:
-                self.sink.plains[name] = len(data)
-            ref.name = name
+    def chunk(self, data):
+        """Name a chunk, and have it stored if it is new; its Ref."""
+        name, plain = self.names.chunk(data), len(data)
+        found = self.sink.claim(name, CHUNK, plain)
+        if found is None:
+            self.crew.add(CHUNK, name, (data,), name, CHUNK, plain)
+        elif isinstance(found, tuple) and found[2] is None:
+            self.sink.plains[name] = plain
+        return Ref(name, plain)
 
-    def seal(self, cls, name, parts):
-        """The sealed block; opened again and compared, all or a sample."""
-        level = LEVEL_SLOW if self.sink.slow else None
-        sealed = self.sealer.seal(cls, name, parts, level)
-        self.chunks += 1
-        if cls != CHUNK or self.opt.verify_encode or \
-                self.chunks <= SAMPLE_FIRST or not self.chunks % SAMPLE:
-            self.sealer.check(cls, name, parts, sealed)
-        return sealed
+    def put(self, sealed, name, cls, plain, kids=(), sums=None):
+        """A block comes back from the crew, sealed."""
+        totals = sums and (plain + sums[0], len(sealed) + sums[1])
+        self.sink.put(name, cls, sealed, plain, kids, totals)
+
+    def level(self):
+        """Of deflate: as asked, or high while time for that is free."""
+        if self.opt.compression is None and self.sink.slow:
+            return LEVEL_SLOW
+        return self.opt.compression
 
     def put_index(self, kind, level, kids, rows):
-        """Store a page or list unless it is stored; its Kid.
-
-        Sealing is done by the pool; only what names other index blocks has
-        to wait for them, to know their sizes.
-        """
+        """Store a page or list unless it is stored; its Kid."""
         digest = self.names.rows(rows)
         refs = index_refs(kind, level, digest, kids)
         name = self.names.index(refs)
         plain = len(refs) + len(rows)
-        found = self.sink.claim(name, INDEX)
+        found = self.sink.claim(name, INDEX, plain)
         if found is None:
-            self.pool.submit(self.index_make, name, INDEX, [refs, rows],
-                             plain, kids, self.below(kids))
+            self.crew.add(INDEX, name, (refs, rows), name, INDEX, plain,
+                          kids, self.below(kids))
         elif isinstance(found, tuple) and found[4] is None:
             self.sink.known(name, found, plain, kids, self.below(kids))
         return Kid(INDEX, name, plain)
@@ -5171,16 +6877,11 @@ class Writer:
     def below(self, kids):
         """(plain, stored) of all that `kids` name, waited for."""
         sums = self.sink.below(kids)
-        if sums is None:
-            self.pool.finish()
+        while sums is None:
+            if not self.crew.wait():
+                raise inconsistent()
             sums = self.sink.below(kids)
         return sums
-
-    def index_make(self, name, cls, parts, plain, kids, sums):
-        """A job: seal and store an index block or a record."""
-        sealed = self.seal(cls, name, parts)
-        self.sink.put(name, cls, sealed, plain, kids,
-                      (plain + sums[0], len(sealed) + sums[1]))
 
     # Small files seen before.
 
@@ -5197,9 +6898,7 @@ class Writer:
         for name, plain, offset, length in extents:
             if self.usable(name) != plain:
                 return None
-            ref = Ref(None, name)
-            ref.plain = plain
-            content.extents.append((ref, offset, length, 1))
+            content.extents.append((Ref(name, plain), offset, length, 1))
             content.size += length
         return content
 
@@ -5216,31 +6915,59 @@ class Writer:
         """Move a finished small file from memory into `pending`."""
         if self.small.pop(content.digest, None) is not None:
             self.sink.add_small(content.digest, small_pack(content.digest, [
-                (self.pool.name(ref), ref.plain, offset, length)
+                (ref.name, ref.plain, offset, length)
                 for ref, offset, length, _ in content.extents]))
 
     # The walk.
 
-    def run(self, walk, due=lambda: False, checkpoint=None):
-        """Take in a whole walk; checkpoint() is called where due() says so,
-        after an entry, which ends its page.
+    def run(self, walk, due, checkpoint=None, merge=None):
+        """Take in a whole walk.
+
+        Where due() says so, after an entry or within a large file,
+        checkpoint() is called, and what it raises ends the run.
+        merge(kind, folder, name) takes in what is no file to be walked, and
+        yields where that may be asked.
         """
+        self.due, self.checkpoint = due, checkpoint
         source = iter(walk)
         while self.look(source, 1):
-            if self.page is not None or not self.reuse(source):
+            steps = (None,)
+            if self.ahead[0][3] is None:
+                folder, name, kind, _, _ = self.ahead.popleft()
+                self.page_end()
+                steps = merge(kind, folder, name)
+            elif self.page is not None or not self.reuse(source):
                 self.page = self.page or Page(self.ahead[0][2])
                 self.add(*self.ahead.popleft())
-            if due():
-                self.page_end()
-                checkpoint()
+            for _ in steps:
+                if due():
+                    self.page_end()
+                    checkpoint()
         self.page_end()
         self.finish_pages(True)
+
+    def step(self, count):
+        """So many bytes more of a large file were read: it may be time for
+        a checkpoint, which the page before the file ends.
+        """
+        self.progress.step(count)
+        if self.due():
+            self.page_end()
+            self.checkpoint()
+            self.page = Page(self.progress.path)
+
+    def cut(self):
+        """End here; an entry that was not finished is left out."""
+        self.page_end()
+        self.finish_pages(False)
+        self.keep_open()
+        self.progress.path = None
 
     def finish_pages(self, final):
         """Have every page stored that was ended; `final` at the end."""
         self.reader.shared.flush()
         self.settle(0, final)
-        self.pool.finish()
+        self.crew.finish()
 
     def checkpointed(self):
         """After a checkpoint what was put before it counts as borrowed."""
@@ -5248,6 +6975,25 @@ class Writer:
         self.small.clear()
         for kid, _ in self.pages:
             self.sink.borrow(kid.name)
+        if self.kept:
+            self.pages.pop()
+            self.kept = False
+
+    def keep_open(self):
+        """A page without rows names what was sent of the file being read, so
+        that it is kept, and known to the next try.
+        """
+        content, kids = self.reader.open, {}
+        if content is None or not content.size:
+            return
+        if content.tree:
+            kids = {kid.name: kid for kid in content.tree.finish()[1]}
+        for ref, _, _, _ in content.extents:
+            if ref:
+                kids[ref.name] = Kid(CHUNK, ref.name, ref.plain)
+        self.pages.append((self.put_index(PAGE, 0, list(kids.values()), b''),
+                           (self.progress.path, 0, 0)))
+        self.kept = True
 
     def look(self, source, count):
         """Have up to `count` entries in `ahead`; how many there are."""
@@ -5256,7 +7002,7 @@ class Writer:
             entry = next(source, None)
             if entry is None:
                 break
-            ahead.append((*entry, self.stat_key(entry[2], entry[3])))
+            ahead.append((*entry, entry[3] and self.stat_key(*entry[2:])))
         return len(ahead)
 
     def stat_key(self, member, st):
@@ -5269,31 +7015,42 @@ class Writer:
         and access time of directories; xattrs, ACLs and link targets are
         covered by ctime.
         """
-        fresh = self.now - RACY
-        mtime, ctime = st.st_mtime_ns, st.st_ctime_ns
-        if mtime > fresh or ctime > fresh or min(mtime, ctime) < FIRST_TIME \
-                or len(member) > LONGEST_KEY:
+        mtime, ctime, mode = st.st_mtime_ns, st.st_ctime_ns, st.st_mode
+        fresh = self.fresh
+        if mtime > fresh or ctime > fresh or mtime < FIRST_TIME \
+                or ctime < FIRST_TIME or len(member) > LONGEST_KEY:
             return b''
-        owner = self.owner(st)
-        if stat.S_ISDIR(st.st_mode):
-            key = STAT_KEY.pack(st.st_mode, 0, mtime, ctime, st.st_ino, 0, 0)
+        if stat.S_ISDIR(mode):
+            key = STAT_KEY.pack(mode, 0, mtime, ctime, st.st_ino, 0, 0)
         else:
-            key = STAT_KEY.pack(st.st_mode, st.st_size, mtime, ctime,
+            key = STAT_KEY.pack(mode, st.st_size, mtime, ctime,
                                 st.st_ino, st.st_rdev, st.st_nlink)
             if st.st_nlink > 1:
                 key += U32.pack(self.system(st.st_dev))
+        if self.keyed:
+            key += self.stat_more(st)
+        return key + self.owner(st)[0] + member
+
+    def stat_more(self, st):
+        """What options add to a key: what they make of an entry beyond its
+        name.
+        """
+        more = b''
         if self.opt.store_atime:
-            key += b'atime' if stat.S_ISDIR(st.st_mode) else ATIME.pack(
+            more = b'atime' if stat.S_ISDIR(st.st_mode) else ATIME.pack(
                 *divmod(st.st_atime_ns, BILLION))
-        return b'%b%b%b' % (key, owner, member)
+        if stat.S_ISLNK(st.st_mode) and self.opt.rename \
+                and self.opt.rename.links:
+            more += self.opt.rename.digest
+        return more
 
     def owner(self, st):
-        """(uid, gid) with their names, packed; looked up once."""
+        """(packed, user name, group name), looked up once."""
         found = self.owners.get((st.st_uid, st.st_gid))
         if found is None:
-            uname, gname = owner_names(st.st_uid, st.st_gid)
-            found = struct.pack('>II', st.st_uid, st.st_gid) + \
-                uname + b'\0' + gname + b'\0'
+            names = owner_names(st.st_uid, st.st_gid)
+            found = (struct.pack('>II', st.st_uid, st.st_gid) +
+                     b'%b\0%b\0' % names, *names)
             self.owners[st.st_uid, st.st_gid] = found
         return found
 
@@ -5332,18 +7089,26 @@ class Writer:
         if claimed is None:
             return False
         first = self.ahead[0][2]
+        each = self.opt.verbose or self.opt.progress_bytes
         for _ in range(entries):
             entry = self.ahead.popleft()
             self.order(entry[2])
-            if self.opt.verbose:
-                self.say(entry[2])
-        self.entries += entries
-        self.bytes += size
-        self.waiting.append((Kid(INDEX, name, claimed),
-                             (first, entries, size)))
+            if each:
+                self.begin(*entry[:4])
+                self.progress.end()
+        if not each:
+            self.progress.begin(first)
+            self.progress.add(entries, size)
+        self.page_refer(Kid(INDEX, name, claimed), (first, entries, size))
         self.sink.add_memo((memo_first(first), self.profile, None, name,
                             entries, size, 0, b'', b'', memo))
         return True
+
+    def page_refer(self, kid, note):
+        """Enter a page that is stored: (first member, entries, bytes)."""
+        self.entries += note[1]
+        self.bytes += note[2]
+        self.waiting.append((kid, note))
 
     def remember(self, body):
         """Keep an earlier page's entries at hand, one by one."""
@@ -5361,9 +7126,54 @@ class Writer:
                 self.sorted = False
             self.previous = parts
 
-    def say(self, member):
-        """The line of -v."""
-        sys.stderr.write('a %s\n' % show(member))
+    def begin(self, folder, name, member, st):
+        """An entry is taken up: -v and progress."""
+        if self.opt.verbose > 1:
+            self.say(member, self.outline(folder, name, st))
+        elif self.opt.verbose:
+            self.say(member)
+        self.progress.begin(member, st.st_size if stat.S_ISREG(st.st_mode)
+                            else 0)
+
+    def say(self, member, entry=None, ours=True):
+        """The line of -v; that of -vv has the `entry`.  If that is not `ours`,
+        its link is a number of another archive's.
+        """
+        line = path_escape(member)
+        if entry and self.opt.verbose > 1:
+            first = ours and entry.link \
+                and self.linked.setdefault(entry.link, member)
+            line = self.lines.line(entry, member,
+                                   first if first != member else None)
+        sys.stderr.write('a %s\n' % show(line))
+
+    def outline(self, folder, name, st):
+        """What -vv says of an entry, before it is read."""
+        entry = Entry()
+        self.fill(entry, st)
+        if entry.kind == FILE:
+            entry.size = st.st_size
+        try:
+            if entry.kind == SYMLINK:
+                entry.target = os.readlink(name, dir_fd=folder.get())
+                target_edit(entry, self.opt)
+            entry.xattrs = tuple((os.fsencode(name), b'') for name in
+                                 os.listxattr(
+                self.path(folder, name), follow_symlinks=self.follows(entry)))
+        except (AttributeError, OSError):
+            pass                # none on this system; or reading says it
+        return entry
+
+    def follows(self, entry):
+        """True if its name may be a symbolic link, though it is none: one
+        that leads nowhere is stored as a link even with -L.
+        """
+        return entry.kind != SYMLINK and (self.opt.follow_all
+                                          or self.opt.follow_operands)
+
+    def path(self, folder, name):
+        """A name of what is in an open folder, for calls without dir_fd."""
+        return os.path.join(b'/proc/self/fd/%d' % folder.get(), name)
 
     # Entries.
 
@@ -5374,20 +7184,31 @@ class Writer:
             self.page.whole = False
             return
         self.order(member)
+        self.begin(folder, name, member, st)
+        if self.opt.dry_run == METADATA:
+            self.count(st)
+            return
         old = self.unchanged(member, key)
-        if old:
-            self.page_add(*old, key)
-        else:
-            try:
+        try:
+            if old:
+                self.page_add(*old, key)
+            else:
                 self.read(folder, name, member, st, key)
-            except OSError as e:
-                self.report('%s: Cannot read: %s' % (show(member),
-                                                     e.strerror or e))
-                self.page.whole = False
-        if self.opt.verbose:
-            self.say(member)
+            self.progress.end()
+        except OSError as e:
+            self.report('%s: Cannot read: %s' % (show(member),
+                                                 e.strerror or e))
+            self.page.whole = False
+            self.reader.open = None
         if self.page and self.page_ends(member):
             self.page_end()
+
+    def count(self, st):
+        """All that is done with an entry by --dry-run-metadata."""
+        self.entries += 1
+        if stat.S_ISREG(st.st_mode):
+            self.bytes += st.st_size
+        self.progress.end()
 
     def report(self, text):
         """An entry that could not be stored as it should."""
@@ -5405,15 +7226,20 @@ class Writer:
     def recall(self, seen, row):
         """An earlier row with Refs for its kids; None if one is gone."""
         entry = row_unpack(Reader(row, 'memo'), len(seen.kids))
+        return self.referred(entry, seen.kids, self.usable)
+
+    def referred(self, entry, kids, usable):
+        """(Entry, Content, xattr Refs) of a stored entry whose page has
+        `kids`; None if usable() does not know one of them any more.
+        """
         refs = {}
 
         def ref(number):
-            kid = seen.kids[number]
+            kid = kids[number]
             if number not in refs:
-                if self.usable(kid.name) != kid.plain:
+                if usable(kid.name) != kid.plain:
                     raise KeyError
-                refs[number] = Ref(None, kid.name)
-                refs[number].plain = kid.plain
+                refs[number] = Ref(kid.name, kid.plain)
             return refs[number]
 
         try:
@@ -5428,13 +7254,22 @@ class Writer:
                     (None if kid == HOLE else ref(kid), offset, length, n)
                     for kid, offset, length, n in entry.extents]
                 if entry.lists:
-                    kids = [seen.kids[number] for number in entry.lists]
-                    for kid in kids:
-                        ref(entry.lists[kids.index(kid)])
-                    content.tree = (entry.level, kids)
+                    for number in entry.lists:
+                        ref(number)
+                    content.tree = (entry.level, [kids[number] for number
+                                                  in entry.lists])
         except KeyError:
             return None
         return entry, content, xattrs
+
+    def enter(self, entry, content, xattrs):
+        """Append an entry that does not come from the walk."""
+        if self.page is None:
+            self.page = Page(entry.path)
+        self.order(entry.path)
+        self.page_add(entry, content, xattrs, b'')
+        if self.page_ends(entry.path):
+            self.page_end()
 
     def read(self, folder, name, member, st, key):
         """Open, stat and read one entry; OSError if that fails."""
@@ -5442,49 +7277,92 @@ class Writer:
         entry.path = member
         content, xattrs = None, []
         if stat.S_ISREG(st.st_mode):
-            fd = os.open(name, self.open_flags(), dir_fd=folder.get())
+            fd = open_at(name, self.open_flags(), folder.get())
             try:
-                st = os.fstat(fd)
+                seen, st = st, os.fstat(fd)
                 if not stat.S_ISREG(st.st_mode):
                     raise OSError(errno.ESTALE, 'Changed into something else')
+                if key and (seen.st_ctime_ns != st.st_ctime_ns
+                            or seen.st_ino != st.st_ino):
+                    key = self.stat_key(member, st)
                 self.fill(entry, st)
-                entry.xattrs, xattrs = self.attributes(fd)
+                # Last, as a checkpoint may come between parts of a file.
                 content = self.content(fd, st)
+                entry.xattrs, xattrs = self.attributes(fd)
             finally:
                 os.close(fd)
             entry.size = content.size
-            key = self.read_outcome(member, st, key)
+            key = self.read_outcome(member, key)
         else:
             self.fill(entry, st)
             if entry.kind == SYMLINK:
                 entry.target = os.readlink(name, dir_fd=folder.get())
+                target_edit(entry, self.opt)
             entry.xattrs, xattrs = self.attributes(
-                os.path.join(b'/proc/self/fd/%d' % folder.get(), name),
-                following=self.opt.follow_all)
+                self.path(folder, name), following=self.follows(entry))
         self.page_add(entry, content, xattrs, key)
+
+    def command(self, text):
+        """Store the output of a command, `PATH=COMMAND`, as a file.
+
+        A page of its own, so that those around it are as they were without.
+        Yields once it is whole.
+        """
+        member, _, text = text.partition(b'=')
+        if not self.opt.absolute:
+            member = member.lstrip(b'/')
+        self.order(member)
+        self.progress.begin(member)
+        if self.opt.verbose == 1:
+            self.say(member)
+        if self.opt.dry_run != METADATA:
+            self.command_read(member, text)
+        else:
+            self.entries += 1
+            self.progress.end()
+        yield
+
+    def command_read(self, member, text):
+        """Run a command; its output becomes a page."""
+        command = Command(text)
+        try:
+            entry = Entry()
+            entry.path = member
+            self.fill(entry, os.fstat(command.fd))
+            entry.kind, entry.mode, entry.mtime = FILE, 0o600, time.time_ns()
+            content = self.reader.read_stream(command.fd)
+            command.check()
+        finally:
+            command.close()
+        entry.size = content.size
+        if self.opt.verbose > 1:            # its size is known only now
+            self.say(member, entry)
+        self.progress.end(content.size)
+        self.page = Page(member)
+        self.page_add(entry, content, (), b'')
+        self.page_end()
 
     def open_flags(self):
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
         if not (self.opt.follow_all or self.opt.follow_operands):
             flags |= os.O_NOFOLLOW
+        if self.opt.noatime:
+            flags |= NOATIME
         return flags
 
-    def read_outcome(self, member, st, key):
+    def read_outcome(self, member, key):
         """The key of a file just read: none if it changed meanwhile."""
         if self.reader.grown and not self.opt.quiet:
             warn('%s: file may have grown while being archived'
                  % show(member))
-        if self.reader.changed:
-            return b''
-        return key and self.stat_key(member, st)
+        return b'' if self.reader.changed else key
 
     def fill(self, entry, st):
         """The fields that come from stat."""
         entry.kind = KIND_OF_MODE[stat.S_IFMT(st.st_mode)]
         entry.mode = stat.S_IMODE(st.st_mode)
         entry.uid, entry.gid = st.st_uid, st.st_gid
-        names = self.owner(st)[8:].split(b'\0')
-        entry.uname, entry.gname = names[0], names[1]
+        _, entry.uname, entry.gname = self.owner(st)
         entry.mtime = st.st_mtime_ns
         if self.opt.store_atime:
             entry.atime = st.st_atime_ns
@@ -5498,7 +7376,6 @@ class Writer:
 
         OSError for any that is there and cannot be read.
         """
-        xattrs, refs, size = [], [], 0
         options = {} if isinstance(where, int) else {
             'follow_symlinks': following}
         try:
@@ -5510,20 +7387,28 @@ class Writer:
                     isinstance(where, int) or os.path.isdir('/proc/self/fd')):
                 raise
             return (), []
+        return self.attributes_keep(self.values(where, names, options)) \
+            if names else ((), [])
+
+    def values(self, where, names, options):
+        """(name, value) of the attributes that are still there."""
         for name in sorted(map(os.fsencode, names)):
             try:
-                value = os.getxattr(where, name, **options)
+                yield name, os.getxattr(where, name, **options)
             except OSError as e:
                 if e.errno not in NO_XATTRS:
                     raise
-                continue            # gone meanwhile
+
+    def attributes_keep(self, pairs):
+        """(xattrs for a row, Refs of long values) of (name, value) pairs."""
+        xattrs, refs, size = [], [], 0
+        for name, value in pairs:
             size += len(name) + len(value)
-            if size > XATTRS_MOST or len(refs) >= XATTRS_CHUNKS:
+            if size > XATTRS_MOST or len(refs) >= XATTRS_CHUNKS \
+                    or len(name) > 255:
                 raise OSError(errno.E2BIG, 'Too many extended attributes')
             if len(value) > INLINE_XATTR or size > XATTRS_INLINE:
-                ref = Ref(value)
-                self.pool.add(ref)
-                refs.append(ref)
+                refs.append(self.chunk(value))
                 value = len(refs) - 1
             xattrs.append((name, value))
         return tuple(xattrs), refs
@@ -5552,9 +7437,10 @@ class Writer:
         """Append an entry; a page too full for it is ended first."""
         page = self.page
         rows = ROW_HEAD.size + 50 + len(entry.path) + len(entry.target) + \
-            len(entry.uname) + len(entry.gname) + sum(
-                len(name) + (len(value) if isinstance(value, bytes) else 4)
-                + 6 for name, value in entry.xattrs)
+            len(entry.uname) + len(entry.gname)
+        for name, value in entry.xattrs:
+            rows += len(name) + 6 + (
+                len(value) if isinstance(value, bytes) else 4)
         kids = len(xattrs)
         if content is not None:
             # Of a small file it is one or two, and never more than three.
@@ -5611,20 +7497,16 @@ class Writer:
 
     def page_make(self, page, final):
         """Rows and references of a page; stored, and noted for the memo."""
-        kids, numbers, uses = [], {}, {}
-
-        def number(name, plain, times, cls=CHUNK):
-            at = numbers.setdefault(name, len(kids))
-            if at == len(kids):
-                kids.append(Kid(cls, name, plain, 0))
-            return at, times
-
-        rows = []
+        table, links, rows = KidTable(), set(), []
+        kids = table.kids
         for entry, content, xattrs in page.entries:
-            first = not entry.link or entry.link not in uses
-            self.page_entry(entry, content, xattrs, number, kids, first)
+            if xattrs:
+                self.page_xattrs(entry, xattrs, table)
+            if content is not None:
+                self.page_content(entry, content, table,
+                                  entry.link not in links)
             if entry.link:
-                uses[entry.link] = True
+                links.add(entry.link)
             rows.append(row_pack(entry))
         rows = b''.join(rows)
         kid = self.put_index(PAGE, 0, kids, rows)
@@ -5637,42 +7519,43 @@ class Writer:
             memo_body(page.keys, kids, rows), self.page_uses(page), None))
         return kid, (page.first, len(page.entries), page.bytes)
 
-    def page_entry(self, entry, content, xattrs, number, kids, first):
-        """Give an entry's Refs their kid numbers."""
-        def count(at, times):
-            kids[at].times += times
-            return at
+    def page_xattrs(self, entry, xattrs, table):
+        """Give the Refs of long attributes their kid numbers."""
+        refs = iter(xattrs)
+        values = []
+        for name, value in entry.xattrs:
+            if isinstance(value, int):
+                ref = next(refs)
+                value = table.number(ref.name, ref.plain)
+                table.kids[value].times += 1
+            values.append((name, value))
+        entry.xattrs = tuple(values)
 
-        if xattrs:
-            places = [count(*number(self.pool.name(ref), ref.plain, 1))
-                      for ref in xattrs]
-            refs = iter(places)
-            entry.xattrs = tuple(
-                (name, next(refs) if isinstance(value, int) else value)
-                for name, value in entry.xattrs)
-        if content is None:
-            return
-        entry.digest = content.digest
+    def page_content(self, entry, content, table, first):
+        """Give the Refs of a file's content their kid numbers; `first` of
+        the names of its inode in the page, which is the one that counts.
+        """
+        kids, entry.digest = table.kids, content.digest
+        entry.lists = entry.extents = ()
         if content.tree:
             entry.level, lists = content.tree
-            entry.extents = ()
-            entry.lists = tuple(
-                count(*number(kid.name, kid.plain, first, INDEX))
-                for kid in lists)
+            entry.lists = tuple(table.number(kid.name, kid.plain, INDEX)
+                                for kid in lists)
+            for at in entry.lists:
+                kids[at].times += first
             return
-        entry.lists = ()
-        extents = []
+        extents, shared = [], content.shared
         for ref, offset, length, repeat in content.extents:
             at = HOLE
             if ref is not None:
-                at, _ = number(self.pool.name(ref), ref.plain, 0)
-                if content.shared:
+                at = table.number(ref.name, ref.plain)
+                if shared:
                     kids[at].times = 1
                 elif first:
                     kids[at].times += repeat
             extents.append((at, offset, length, repeat))
-        entry.extents = tuple(extents)
-        if content.shared and not content.left:
+        entry.extents = extents
+        if shared and not content.left:
             self.small_save(content)
 
     def page_uses(self, page):
@@ -5714,9 +7597,10 @@ class Writer:
         parts = record_pack(record, self.key)
         record.name = self.names.record(parts[0])
         plain = record_plain(parts)
-        self.sink.claim(record.name, RECORD)
-        self.index_make(record.name, RECORD, parts, plain, kids,
-                        self.below(kids))
+        self.sink.claim(record.name, RECORD, plain)
+        self.crew.add(RECORD, record.name, parts, record.name, RECORD, plain,
+                      kids, self.below(kids))
+        self.crew.finish()
         return record
 
 
@@ -5779,6 +7663,16 @@ class DryRun(Sink):
             own.tplain, own.tstored = totals or (plain, len(sealed))
             self.new[0] += plain
             self.new[1] += len(sealed)
+
+    def meet(self, kid, below):
+        """Where no cache directory knows the block, it counts as it is
+        before compression.
+        """
+        if kid.name in self.own or self.cache and self.cache.find(kid.name):
+            return
+        own = self.own[kid.name] = Own(kid.cls)
+        own.plain = own.stored = kid.plain
+        own.tplain = own.tstored = kid.plain + below
 
     def add_small(self, digest, extents):
         self.smalls[digest] = extents
@@ -6009,7 +7903,7 @@ class Fetcher:
             except Error as e:
                 value, error = None, e
             except Exception as e:      # a thread must not die unheard
-                value, error = None, CorruptError('block %s: %s: %s' % (
+                value, error = None, Unclear('block %s: %s: %s' % (
                     slot.kid.name.hex()[:16], type(e).__name__, e))
             with self.changed:
                 self.finish(slot, value, error)
@@ -6048,7 +7942,8 @@ class Fetcher:
         """
         with self.changed:
             slot = slots.popleft()
-            self.finish(slot, None, CorruptError(
+            lost = CorruptError if error.code == E_NOBLOCK else Unclear
+            self.finish(slot, None, lost(
                 'block %s is missing: %s' % (slot.kid.name.hex()[:16],
                                              error)))
             if error.code != E_NOBLOCK:
@@ -6117,8 +8012,11 @@ class Fetcher:
                                % what)
         return data
 
-    def index(self, kid, refs, rows):
+    def index(self, kid, refs, rows=None):
+        """An IndexBlock; without its rows for a key that cannot open them."""
         block = index_unpack(refs, kid.name)
+        if rows is None:
+            return block
         if self.names.rows(rows) != block.digest:
             raise CorruptError('index block %s: rows are not those its name '
                                'says' % kid.name.hex()[:16])
@@ -6141,7 +8039,7 @@ def archive_find(remote, live, name, opt, fetcher=None):
     """
     archive = Names(remote.key).archive(name)
     if archive not in live:
-        raise UserError('Archive does not exist: %s' % show(name))
+        raise Missing(name)
     own = fetcher or Fetcher(remote)
     try:
         record = own.get(record_kid(live[archive][0]))
@@ -6422,7 +8320,6 @@ def piece(slot, offset, length):
 
 OPEN_PLACES = 128           # directories on the way down held open
 LINKS_KEPT = 100000         # hard-linked files remembered
-ACLS = (b'system.posix_acl_access', b'system.posix_acl_default')
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SPARSE_BLOCK = 4 * KIB
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -6492,8 +8389,13 @@ def target_open(opt):
             os.close(fd)
         fd = below
     if opt.chroot:
-        os.fchdir(fd)
-        os.chroot('.')
+        try:
+            os.fchdir(fd)
+            os.chroot('.')
+        except OSError as e:
+            os.close(fd)
+            raise UserError('Cannot change the root directory (--chroot): %s'
+                            % e.strerror) from None
     return fd
 
 
@@ -6504,7 +8406,7 @@ class Place:
     """A directory between the target and the entry at hand, held open."""
 
     __slots__ = ('name', 'fd', 'ident', 'entry', 'xattrs', 'born', 'inherits',
-                 'path')
+                 'path', 'made')
 
     def __init__(self, name, fd, status):
         self.name = name
@@ -6515,6 +8417,7 @@ class Place:
         self.born = None        # (uid, gid) of files made in it, once known
         self.inherits = False   # modes in it come out changed by its ACL
         self.path = b''         # of entry, for messages
+        self.made = False       # by us, so that it is not kept by -k
 
 
 class Descent:
@@ -6568,6 +8471,7 @@ class Descent:
             fd = self.open(above, name)
         place = Place(name, fd, os.fstat(fd))
         place.inherits = above.inherits if made else acl_inherited(fd)
+        place.made = made
         return place
 
     def make(self, above, name, mode):
@@ -6671,112 +8575,146 @@ class Owners:
     """User and group numbers by name, as this machine has them."""
 
     def __init__(self, numeric):
+        import grp              # here, since --chroot comes later
+        import pwd
         self.numeric = numeric
+        self.user, self.group = pwd.getpwnam, grp.getgrnam
         self.users = {}         # (name, id) -> id here
         self.groups = {}
 
     def uid(self, entry):
         key = (entry.uname, entry.uid)
         if key not in self.users:
-            self.users[key] = self.find('pwd', 'getpwnam', 2, *key)
+            self.users[key] = self.find(self.user, *key)
         return self.users[key]
 
     def gid(self, entry):
         key = (entry.gname, entry.gid)
         if key not in self.groups:
-            self.groups[key] = self.find('grp', 'getgrnam', 2, *key)
+            self.groups[key] = self.find(self.group, *key)
         return self.groups[key]
 
-    def find(self, module, function, field, name, number):
+    def find(self, lookup, name, number):
+        """The number `name` has here; else the one it had there."""
         if self.numeric or not name:
             return number
-        import importlib
-        lookup = getattr(importlib.import_module(module), function)
         try:
-            return lookup(os.fsdecode(name))[field]
+            return lookup(os.fsdecode(name))[2]
         except (KeyError, ValueError):
             return number
 
 
 class Dresser:
-    """Gives what has been made its owner, mode, attributes and times."""
+    """Gives what has been made its owner, mode, attributes and times.
+
+    A refused owner is an EntryError, raised once all the rest is done.
+    """
 
     def __init__(self, opt):
         root = os.geteuid() == 0
         self.perms = root if opt.perms is None else opt.perms
-        self.own = root and not opt.no_owner
+        self.own = root if opt.own is None else opt.own
         self.times = not opt.no_mtime
         self.mask = umask_read()
         self.owners = Owners(opt.numeric_owner)
         self.now = time.time_ns()
         self.said = set()       # kinds of attribute warned about
+        # Where descriptors have names, also after --chroot; -1: nowhere.
+        self.names = -1
+        if hasattr(os, 'O_PATH') and os.path.isdir('/proc/self/fd'):
+            self.names = os.open('/proc/self/fd', os.O_PATH | os.O_CLOEXEC)
+
+    def close(self):
+        if self.names >= 0:
+            os.close(self.names)
 
     def mode(self, entry):
         """The mode without special bits."""
         return entry.mode & 0o777 & (~0 if self.perms else ~self.mask)
 
+    def special_bits(self, entry, status, refused):
+        """The set-id and sticky bits it may have, given its owner."""
+        if not self.perms or not entry.mode & 0o7000:
+            return 0
+        if not refused and (self.own or self.same_owner(status, entry)):
+            return entry.mode & 0o7000
+        return entry.mode & 0o1000 if stat.S_ISDIR(status.st_mode) else 0
+
+    def owner(self, what, entry, **at):
+        """Give it its owner; or the EntryError to raise at the end."""
+        uid, gid = self.owners.uid(entry), self.owners.gid(entry)
+        try:
+            os.chown(what, uid, gid, **at)
+        except OSError as e:
+            return EntryError('Cannot set owner %d:%d: %s'
+                              % (uid, gid, e.strerror))
+        return None
+
     def file(self, fd, place, entry, xattrs):
         """Dress the file that was just made in `place`; fd is on it."""
-        owned = True
+        refused = None
         if self.own:
             if place.born is None:
                 status = os.fstat(fd)
                 place.born = (status.st_uid, status.st_gid)
-            owner = (self.owners.uid(entry), self.owners.gid(entry))
-            if owner != place.born:
-                os.chown(fd, *owner)
+            if place.born != (self.owners.uid(entry),
+                              self.owners.gid(entry)):
+                refused = self.owner(fd, entry)
         mode = self.mode(entry)
-        if entry.mode & 0o7000 and self.perms:
-            owned = self.own or self.same_owner(os.fstat(fd), entry)
-            mode |= entry.mode & 0o7000 if owned else 0
+        if entry.mode & 0o7000:
+            mode |= self.special_bits(entry, os.fstat(fd), refused)
         if mode > 0o777 or mode & self.mask or place.inherits:
             os.fchmod(fd, mode)
         if xattrs and self.perms:
             self.attributes(fd, xattrs)
         if self.times:
             self.stamp(fd, entry)
+        if refused:
+            raise refused
 
     def directory(self, place):
         """Dress a directory that is being left."""
         entry, fd = place.entry, place.fd
-        if self.own:
-            os.chown(fd, self.owners.uid(entry), self.owners.gid(entry))
-        mode = self.mode(entry)
-        if self.perms and entry.mode & 0o7000:
-            mode |= entry.mode & 0o1000
-            if self.own or self.same_owner(os.fstat(fd), entry):
-                mode |= entry.mode & 0o6000
-        os.fchmod(fd, mode)
+        refused = self.own and self.owner(fd, entry)
+        os.fchmod(fd, self.mode(entry)
+                  | self.special_bits(entry, os.fstat(fd), refused))
         if place.xattrs and self.perms:
             self.attributes(fd, place.xattrs)
         if self.times:
             self.stamp(fd, entry)
+        if refused:
+            raise refused
 
     def special(self, place, name, entry, xattrs):
         """Dress a symbolic link, fifo or device, by name, following none."""
         at = {'dir_fd': place.fd, 'follow_symlinks': False}
-        if self.own:
-            os.chown(name, self.owners.uid(entry), self.owners.gid(entry),
-                     **at)
-        if entry.kind != SYMLINK and (self.mode(entry) & self.mask
-                                      or place.inherits):
-            self.mode_by_path(place, name, entry)
+        refused = self.own and self.owner(name, entry, **at)
+        if entry.kind != SYMLINK and (
+                entry.mode & 0o7000 or self.mode(entry) & self.mask
+                or place.inherits):
+            self.mode_by_path(place, name, entry, refused)
         if xattrs and self.perms and os.path.isdir('/proc/self/fd'):
             self.attributes(b'/proc/self/fd/%d/%b' % (place.fd, name),
                             xattrs, follow_symlinks=False)
         if self.times:
             self.stamp(name, entry, **at)
+        if refused:
+            raise refused
 
-    def mode_by_path(self, place, name, entry):
+    def mode_by_path(self, place, name, entry, refused):
         """chmod of what must not be opened; O_PATH keeps it from moving."""
-        if not hasattr(os, 'O_PATH'):
-            os.chmod(name, self.mode(entry), dir_fd=place.fd)
+        if self.names < 0:
+            status = os.stat(name, dir_fd=place.fd, follow_symlinks=False)
+            os.chmod(name, self.mode(entry) | self.special_bits(
+                entry, status, refused), dir_fd=place.fd)
             return
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC,
                      dir_fd=place.fd)
         try:
-            if not stat.S_ISLNK(os.fstat(fd).st_mode):
-                os.chmod('/proc/self/fd/%d' % fd, self.mode(entry))
+            status = os.fstat(fd)
+            if not stat.S_ISLNK(status.st_mode):
+                os.chmod('%d' % fd, self.mode(entry) | self.special_bits(
+                    entry, status, refused), dir_fd=self.names)
         finally:
             os.close(fd)
 
@@ -6847,12 +8785,16 @@ class Extractor:
         self.fetcher = fetcher
         self.record = record
         self.opt = opt
-        self.patterns = Patterns(opt.exclude, opt.include, opt.operands)
-        self.dresser = Dresser(opt)
+        self.patterns = Patterns(opt.exclude, opt.include, opt.operands,
+                                 opt.fast_read)
+        self.dresser = None
+        self.lines = LongLines(opt)
+        self.names = Namer()
+        self.output = Output(1) if opt.json else None
         self.descent = None
         self.head = None        # raw directory part self.place stands for
         self.place = None
-        self.errors = 0
+        self.errors = self.made = self.passed = self.bytes = 0
         self.warned = False     # of leading '/'
         self.seen = set()       # link ids planned
         self.links = collections.OrderedDict()  # link id -> first name
@@ -6861,9 +8803,11 @@ class Extractor:
         self.ordered = record.sorted and not (opt.rename or
                                               opt.strip_components)
         self.careful = opt.keep_old or opt.keep_newer or opt.resume_extract
+        self.progress = Progress(opt, 'extracting')
 
     def run(self):
         """Extract everything selected; the number of errors."""
+        self.dresser = Dresser(self.opt)
         self.descent = Descent(target_open(self.opt), self.opt, self.leave)
         stream = self.fetcher.ahead(self.plan())
         try:
@@ -6873,7 +8817,7 @@ class Extractor:
                 self.member(slot, member, stream)
         finally:
             self.finish()
-        return self.errors
+            self.dresser.close()
 
     # The plan, which runs ahead of the disk.
 
@@ -6890,6 +8834,7 @@ class Extractor:
                         continue
                     path = path_edit(entry.path, self.opt)
                     if path is not None:
+                        target_edit(entry, self.opt)
                         yield from self.jobs(Member(entry, page, path))
             except CorruptError as e:
                 self.bad(e)
@@ -6933,6 +8878,8 @@ class Extractor:
                 return True
             if len(self.seen) < LINKS_KEPT:
                 self.seen.add(link)
+        if self.opt.interactive:
+            return True
         if not self.careful:
             return False
         try:
@@ -6949,8 +8896,10 @@ class Extractor:
     def member(self, slot, member, stream):
         """Extract one; what goes wrong with it is said and counted."""
         message = None
+        self.progress.begin(member.path)
         try:
-            self.extract(slot, member, stream)
+            done = (not self.opt.interactive or ask(b'extract', member.path)) \
+                and self.extract(slot, member, stream)
         except (EntryError, CorruptError) as e:
             message = str(e)
         except OSError as e:
@@ -6960,13 +8909,17 @@ class Extractor:
                                             message)) from None
         except (ValueError, OverflowError) as e:
             message = str(e)
+        self.progress.end(member.entry.size)
         if member.many:
             self.skip(member, stream)
         if message is not None:
             self.complain(member.path, message)
-        elif self.opt.verbose:
-            slash = b'/' if member.entry.kind == DIRECTORY else b''
-            self.say(b'x %b%b' % (path_escape(member.path), slash))
+        elif done:
+            self.extracted(member)
+        else:
+            self.passed += 1
+            if self.opt.json and self.opt.verbose:
+                self.tell(member, 'skipped')
 
     def skip(self, member, stream):
         """Pass over what is left of a member's extents."""
@@ -6975,13 +8928,54 @@ class Extractor:
             if extent is END:
                 return
 
-    def say(self, line):
-        say(line, b'\0' if self.opt.null_output else b'\n')
+    def extracted(self, member):
+        """Count one that is done, and say so."""
+        entry, path = member.entry, member.path
+        self.made += 1
+        self.bytes += entry.size
+        if not self.opt.verbose:
+            return
+        first = entry.link and self.names.name(entry, member.page, path)
+        if self.opt.json:
+            self.tell(member, 'extracted', first)
+        elif self.opt.verbose > 1:
+            self.say(b'x', self.lines.line(entry, path, first))
+        else:
+            slash = b'/' if entry.kind == DIRECTORY else b''
+            self.say(b'x', self.lines.escape(path) + slash)
+
+    def tell(self, member, status, first=None):
+        """An entry as JSON, with what became of it."""
+        self.output.put(json_line(dict(
+            json_entry(member.entry, member.path, first), status=status)))
+        self.output.tick()
+
+    def say(self, *words):
+        """A line of -v."""
+        if self.opt.null_output:
+            say(b'\0\0'.join(words), b'\0')
+        else:
+            say(b' '.join(words))
 
     def complain(self, path, message):
+        """What went wrong with one entry."""
         self.errors += 1
-        self.say(b'%b%b: %b' % (b'x ' if self.opt.verbose else b'',
-                                path_escape(path), os.fsencode(message)))
+        if self.opt.json:
+            say_json({'type': 'error', 'path': path,
+                      'message': os.fsencode(message)})
+        elif self.opt.null_output:
+            self.say(*[b'x'][:self.opt.verbose], path, os.fsencode(message))
+        else:
+            self.say(b'%b%b: %b' % (b'x ' if self.opt.verbose else b'',
+                                    path_escape(path), os.fsencode(message)))
+
+    def summary(self):
+        """The last line of JSON."""
+        self.output.put(json_line({
+            'type': 'summary', 'extracted': self.made,
+            'skipped': self.passed, 'bytes': self.bytes,
+            'errors': self.errors}))
+        self.output.flush()
 
     def bad(self, error):
         """Something of the archive itself cannot be read."""
@@ -7000,21 +8994,23 @@ class Extractor:
                 if isinstance(extent, Error):
                     raise extent
                 yield slot, extent
+                self.progress.step(extent[1] * extent[2])
         elif member.entry.size:
             yield from entry_content(self.fetcher, member.entry, member.page)
 
     def extract(self, slot, member, stream):
-        """Make one entry; raises whatever is in the way."""
+        """Make one entry; raises whatever is in the way.  False if what is
+        there stays."""
         entry, path = member.entry, member.path
         if entry.kind == DIRECTORY:
             self.directory(member)
-            return
+            return True
         place, name = self.locate(path)
         if self.careful and self.kept(place, name, entry):
-            return
+            return False
         if entry.link and entry.link in self.links \
                 and self.link(place, name, member):
-            return
+            return True
         xattrs = entry.xattrs and self.values(member)
         if entry.kind == FILE:
             self.file(place, name, member, xattrs,
@@ -7025,6 +9021,7 @@ class Extractor:
             if entry.link:
                 self.remember(member, name, os.stat(
                     name, dir_fd=place.fd, follow_symlinks=False))
+        return True
 
     def parts(self, path):
         """The components of `path`, or EntryError."""
@@ -7059,9 +9056,11 @@ class Extractor:
         self.head = None
         xattrs = member.entry.xattrs and self.values(member)
         place = self.descent.enter(parts, entry=True)
+        self.head, self.place = member.path, place
+        if self.opt.keep_old and not place.made:
+            return
         place.entry, place.xattrs = member.entry, xattrs
         place.path = member.path
-        self.head, self.place = member.path, place
         # Without these bits nothing can be made in it; leave() sets all.
         mode = os.fstat(place.fd).st_mode
         if mode & 0o700 != 0o700:
@@ -7262,7 +9261,7 @@ class Extractor:
     def dress(self, place):
         try:
             self.dresser.directory(place)
-        except (OSError, OverflowError, ValueError) as e:
+        except (OSError, EntryError, OverflowError, ValueError) as e:
             self.complain(place.path, getattr(e, 'strerror', None) or str(e))
 
     def finish(self):
@@ -7294,42 +9293,55 @@ class Extractor:
 
 def mode_extract(remote, opt):
     """-x: the number of errors met."""
+    remote.apart = opt.chroot
     live = history_live(remote, opt)
     fetcher = Fetcher(remote)
     try:
         record = archive_find(remote, live, opt.names[0], opt, fetcher)
-        if opt.to_stdout:
-            return extract_stdout(fetcher, record, opt)
         extractor = Extractor(fetcher, record, opt)
-        extractor.run()
-        return extractor.errors + unmatched(extractor.patterns) \
-            + truncated(record)
+        progress = extractor.progress
+        progress.start(0 if extractor.patterns.any
+                       else record.bytes + ENTRY_SIZE * record.entries)
+        try:
+            if opt.to_stdout:
+                extract_stdout(extractor, opt)
+            else:
+                extractor.run()
+        finally:
+            progress.close()
+        progress.finish()
+        extractor.errors += unmatched(extractor.patterns) + truncated(record)
+        if opt.json:
+            extractor.summary()
+        return extractor.errors
     finally:
         fetcher.close()
 
 
-def extract_stdout(fetcher, record, opt):
+def extract_stdout(extractor, opt):
     """-x -O: the content of files, one after the other."""
-    extractor = Extractor(fetcher, record, opt)
     extractor.careful = False
-    stream = fetcher.ahead(extractor.plan())
+    stream = extractor.fetcher.ahead(extractor.plan())
     for slot, member in stream:
         if not isinstance(member, Member) or member.entry.kind != FILE:
             continue
         message = None
+        chosen = not opt.interactive or ask(b'extract', member.path)
+        extractor.progress.begin(member.path)
         try:
             for part, extent in extractor.content(slot, member, stream):
+                if not chosen:
+                    break
                 content_write(1, part, extent)
         except CorruptError as e:
             message = str(e)
+        extractor.progress.end(member.entry.size)
         if member.many:
             extractor.skip(member, stream)
         if message is not None:
             extractor.complain(member.path, message)
-        elif opt.verbose:
-            extractor.say(b'x ' + path_escape(member.path))
-    return extractor.errors + unmatched(extractor.patterns) \
-        + truncated(record)
+        elif chosen:
+            extractor.extracted(member)
 
 
 ZEROS = bytes(64 * KIB)
@@ -7359,50 +9371,6 @@ def content_write(fd, slot, extent):
 # What is parsed by other programs, to the byte.  Writes standard output only.
 ##############################################################################
 
-HALF_YEAR = 365 * 86400 // 2    # seconds; older dates show their year
-MONTHS = ('Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec').split()
-FLUSH_SECONDS = 1.0
-FLUSH_BYTES = 64 * KIB
-
-
-class Output:
-    """Records to a descriptor.
-
-    Flushed one by one on a terminal, else at the latest after a second:
-    100 000 flushes would take longer than the work.
-    """
-
-    def __init__(self, fd, end=b'\n'):
-        self.fd = fd
-        self.end = end
-        self.tty = os.isatty(fd)
-        self.lines = []
-        self.size = 0
-        self.flushed = time.monotonic()
-
-    def put(self, line):
-        """One record, without its end."""
-        self.lines.append(line)
-        self.size += len(line)
-        if self.tty or self.size >= FLUSH_BYTES:
-            self.flush()
-
-    def tick(self):
-        """Called now and then, so that what is ready is seen."""
-        if time.monotonic() - self.flushed >= FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self):
-        data = b''.join([line + self.end for line in self.lines])
-        self.lines, self.size = [], 0
-        self.flushed = time.monotonic()
-        try:
-            write_all(self.fd, data)
-        except OSError as e:
-            raise UserError('Cannot write to standard output: %s'
-                            % e.strerror) from None
-
-
 # -t.
 
 
@@ -7430,17 +9398,14 @@ class Lister:
     def __init__(self, opt, output):
         self.opt = opt
         self.output = output
-        self.patterns = Patterns(opt.exclude, opt.include, opt.operands)
-        self.escape = (lambda path: path) if opt.null_output else path_escape
+        self.patterns = Patterns(opt.exclude, opt.include, opt.operands,
+                                 opt.fast_read)
+        self.lines = LongLines(opt)
         self.errors = 0
-        self.user_width = 6     # of the user column; only ever grows
-        self.rest_width = 13    # of group and size together, likewise
-        self.now = time.time()
-        self.dates = {}         # minute or second -> text
         self.names = Namer()
 
     def run(self, fetcher, record):
-        simple = not self.opt.verbose and not self.opt.newer
+        simple = not (self.opt.verbose or self.opt.newer or self.opt.json)
         for page in archive_pages(fetcher, record, self.patterns.literals(),
                                   self.bad):
             try:
@@ -7449,7 +9414,7 @@ class Lister:
             except CorruptError as e:
                 self.bad(e)
             self.output.tick()
-        if self.opt.verbose > 1:
+        if self.opt.verbose > 1 and not self.opt.json:
             self.output.put(b'Archive Format: tarsnap-archive-1')
         self.output.flush()
 
@@ -7464,7 +9429,7 @@ class Lister:
 
     def paths(self, page):
         """List a page, paths only; False to stop."""
-        put, escape, opt = self.output.put, self.escape, self.opt
+        put, escape, opt = self.output.put, self.lines.escape, self.opt
         edit = opt.rename or opt.strip_components
         chosen = self.patterns.selected if self.patterns.any else None
         for kind, path in page_paths(page):
@@ -7481,7 +9446,7 @@ class Lister:
         return True
 
     def rows(self, page):
-        """List a page in long lines; False to stop."""
+        """List a page entry by entry; False to stop."""
         for entry in page_rows(page):
             if self.opt.newer and not self.opt.newer(entry):
                 continue
@@ -7492,87 +9457,19 @@ class Lister:
             path = path_edit(entry.path, self.opt)
             if path is None:
                 continue
+            target_edit(entry, self.opt)
             first = entry.link and self.names.name(entry, page, path)
-            if self.opt.verbose:
-                self.output.put(self.line(entry, path, first))
-            else:
-                slash = b'/' if entry.kind == DIRECTORY else b''
-                self.output.put(self.escape(path) + slash)
+            self.output.put(self.row(entry, path, first))
         return True
 
-    def line(self, entry, path, first):
-        """One long line.  `first`: the name this one is a hard link to."""
-        numeric = self.opt.numeric_owner
-        user = self.escape(entry.uname) if entry.uname and not numeric \
-            else b'%d' % entry.uid
-        group = self.escape(entry.gname) if entry.gname and not numeric \
-            else b'%d' % entry.gid
-        if entry.kind in (CHARDEV, BLOCKDEV):
-            size = b'%d,%d' % entry.device
-        else:
-            size = b'%d' % (0 if first else entry.size)
-        name = self.escape(path)
-        if entry.kind == DIRECTORY:
-            name += b'/'
-        if first:
-            name += b' link to ' + self.escape(first)
-        elif entry.kind == SYMLINK:
-            name += b' -> ' + self.escape(entry.target)
-        mode = mode_text(entry, first)
-        date = self.date(entry.mtime // BILLION)
-        if self.opt.null_output:
-            return b'\0\0'.join((mode.rstrip(), b'0', user, group, size, date,
-                                 name))
-        self.user_width = max(self.user_width, len(user))
-        self.rest_width = max(self.rest_width, len(group) + 1 + len(size))
-        return b'%b 0 %b %b%b %b %b' % (
-            mode, user.ljust(self.user_width), group,
-            size.rjust(self.rest_width - len(group)), date, name)
-
-    def date(self, seconds):
-        """The date column; files of one minute share it."""
-        key = seconds if self.opt.iso_dates else seconds // 60
-        text = self.dates.get(key)
-        if text is None:
-            if len(self.dates) > 10000:
-                self.dates.clear()
-            text = self.dates[key] = self.date_make(seconds)
-        return text
-
-    def date_make(self, seconds):
-        if self.opt.iso_dates:
-            return date_text(seconds)
-        try:
-            when = time.localtime(seconds)
-        except (OverflowError, ValueError, OSError):
-            return b'%d' % seconds
-        head = '%s %2d' % (MONTHS[when.tm_mon - 1], when.tm_mday)
-        if abs(self.now - seconds) > HALF_YEAR:
-            return ('%s  %d' % (head, when.tm_year)).encode()
-        return ('%s %02d:%02d' % (head, when.tm_hour, when.tm_min)).encode()
-
-
-def date_text(seconds):
-    """YYYY-MM-DD HH:MM:SS in this process's time zone."""
-    try:
-        when = time.localtime(seconds)
-    except (OverflowError, ValueError, OSError):
-        return b'%d' % seconds
-    return ('%04d-%02d-%02d %02d:%02d:%02d' % when[:6]).encode()
-
-
-MODE_TEXTS = {}             # (letter, mode) -> the ten characters
-
-
-def mode_text(entry, first):
-    """Ten characters of type and permissions, and one for an ACL."""
-    key = (ord('h') if first else entry.kind, entry.mode)
-    text = MODE_TEXTS.get(key)
-    if text is None:
-        text = MODE_TEXTS[key] = chr(key[0]).encode() + stat.filemode(
-            stat.S_IFREG | entry.mode)[1:].encode()
-    acl = entry.xattrs and any(name in ACLS for name, _ in entry.xattrs)
-    return text + (b'+' if acl else b' ')
+    def row(self, entry, path, first):
+        """What is printed of an entry."""
+        if self.opt.json:
+            return json_line(json_entry(entry, path, first))
+        if self.opt.verbose:
+            return self.lines.line(entry, path, first)
+        slash = b'/' if entry.kind == DIRECTORY else b''
+        return self.lines.escape(path) + slash
 
 
 def mode_list(remote, opt):
@@ -7599,6 +9496,11 @@ TAR_TYPES = {FILE: b'0', SYMLINK: b'2', CHARDEV: b'3', BLOCKDEV: b'4',
              DIRECTORY: b'5', FIFO: b'6'}
 TAR_LINK, TAR_PAX = b'1', b'x'
 TAR_RECORD = 10240
+TAR_ACLS = {ACLS[0]: b'SCHILY.acl.access', ACLS[1]: b'SCHILY.acl.default'}
+ACL_ENTRY = struct.Struct('<HHI')       # tag, permissions, id
+ACL_TAGS = {1: b'user:', 2: b'user:%d', 4: b'group:', 8: b'group:%d',
+            16: b'mask:', 32: b'other:'}
+NOBODY = 0xffffffff         # in an ACL entry that is for no user or group
 SPARSE_NAME = b'GNU.sparse.name'
 
 
@@ -7688,6 +9590,58 @@ def tar_time(nanos):
     return text.rstrip(b'0').rstrip(b'.')
 
 
+def acl_text(value):
+    """The text of an ACL as Linux stores it; b'' if it is none we know.
+
+    Users and groups stand as numbers: names would be those of this machine.
+    """
+    words = []
+    if value[:4] != b'\2\0\0\0' or len(value) % ACL_ENTRY.size != 4:
+        return b''
+    for tag, bits, number in ACL_ENTRY.iter_unpack(value[4:]):
+        if tag not in ACL_TAGS or bits > 7:
+            return b''
+        name = ACL_TAGS[tag]
+        words.append(b'%b:%b' % (
+            name % number if b'%' in name else name,
+            stat.filemode(bits << 6)[1:4].encode()))
+    return b','.join(words)
+
+
+def acl_value(text):
+    """The ACL that `text`, with numbers or names, says, as Linux stores it;
+    ValueError for one it does not know.
+    """
+    kinds, rows = {name: tag for tag, name in ACL_TAGS.items()}, []
+    for word in re.split(b'[,\n]', text):
+        kind, who, bits, number = (word.partition(b'#')[0].strip().split(b':')
+                                   + [b''] * 3)[:4]
+        if not kind:
+            continue
+        tag = kinds.get(kind + (b':%d' if who else b':'))
+        if tag is None:
+            raise ValueError('an ACL of unknown form')
+        rows.append((tag, sum(4 >> at for at, letter in enumerate(b'rwx')
+                              if letter in bits),
+                     acl_number(kind, number or who) if who else NOBODY))
+    return b'\2\0\0\0' + b''.join(ACL_ENTRY.pack(*row)
+                                  for row in sorted(rows))
+
+
+def acl_number(kind, who):
+    """The number of a user or group; ValueError if there is none."""
+    import grp
+    import pwd
+    try:
+        if who.isdigit():
+            return int(who) & NOBODY
+        return pwd.getpwnam(os.fsdecode(who)).pw_uid if kind == b'user' \
+            else grp.getgrnam(os.fsdecode(who)).gr_gid
+    except KeyError:
+        raise ValueError('an ACL for %s, whom nobody knows here'
+                         % show(who)) from None
+
+
 # GNU tar reads each region of a sparse file from a block of its own, so all
 # begin and end at multiples of 512, with zeros of the holes around.
 
@@ -7770,6 +9724,9 @@ class TarWriter:
         for name, value in entry.xattrs:
             if isinstance(value, int):
                 value = self.fetcher.get(page.kids[value])
+            text = name in TAR_ACLS and acl_text(value)
+            if text:            # most readers take ACLs from here only
+                head.pax[TAR_ACLS[name]] = text
             name = name.replace(b'%', b'%25').replace(b'=', b'%3D')
             head.pax[b'SCHILY.xattr.' + name] = value
         return head
@@ -7922,52 +9879,1518 @@ def mode_list_archives(remote, opt):
     """--list-archives: the number of errors met."""
     live = history_live(remote, opt)
     errors = []
-    if opt.hashes and opt.names:
-        chosen = {}
-        for text in opt.names:
-            archive = hash_text(text)
-            if archive in live:
-                chosen[archive] = live[archive]
-            else:
-                errors.append(UserError('Archive does not exist: %s'
-                                        % show(text)))
-        live = chosen
+    if opt.names:
+        live = hashes_pick(live, opt.names, errors)
     rows = []
     for archive, record in archive_records(remote, live, errors.append):
-        line = list_line(archive, record, opt)
-        rows.append((record.created, record.title, line))
+        rows.append((record.created, record.title, archive, record))
     output = Output(1, b'\0' if opt.null_output else b'\n')
-    for _, _, line in sorted(rows):
-        output.put(line)
+    for _, _, archive, record in sorted(rows, key=lambda row: row[:3]):
+        output.put(list_line(archive, record, opt, output.tty))
     output.flush()
     for error in errors:
         warn(str(error))
     return len(errors)
 
 
-def hash_text(text):
-    """The archive id a user wrote in hexadecimal; b'' if that is none."""
-    try:
-        return bytes.fromhex(text.decode('ascii'))
-    except ValueError:
-        return b''
+def hashes_pick(live, texts, errors):
+    """Those of `live` that `texts` name in hexadecimal."""
+    chosen = {}
+    for text in texts:
+        try:
+            archive = bytes.fromhex(text.decode('ascii'))
+        except ValueError:
+            archive = b''
+        if len(archive) != 32:
+            errors.append(UserError(
+                '%s: Not the hash of a name: 64 hexadecimal digits, as '
+                '--hashes prints them' % show(path_escape(text))))
+        elif archive in live:
+            chosen[archive] = live[archive]
+        else:
+            errors.append(Missing(text))
+    return chosen
 
 
-def list_line(archive, record, opt):
-    """One record of --list-archives, without its end."""
+def list_line(archive, record, opt, tty):
+    """One record of --list-archives, without its end.
+
+    Names are exact, since they are read back, but on a terminal.
+    """
+    if opt.json:
+        return json_line(json_archive(archive, record))
     fields = [archive.hex().encode()] if opt.hashes else []
     if opt.verbose or not fields:
-        fields.append(record.title)
+        fields.append(path_escape(record.title)
+                      if tty and not opt.null_output else record.title)
     if opt.verbose:
         fields.append(date_text(record.created))
-    if opt.verbose > 1:
-        fields.append((b'\0\0\0' if opt.null_output else b' ')
-                      .join(record.argv))
+    if opt.verbose > 1 and opt.null_output:
+        fields.append(b'\0\0\0'.join(record.argv))
+    elif opt.verbose > 1:           # a word may hold a newline
+        fields.append(b' '.join(map(controls_escape, record.argv)))
     return (b'\0\0' if opt.null_output else b'\t').join(fields)
 
 
+def json_archive(archive, record):
+    """What JSON says of an archive, as json_line wants it."""
+    fields = {
+        'type': 'archive', 'name': record.title, 'id': archive.hex(),
+        'created': json_time(record.created * BILLION),
+        'complete': record.complete, 'entries': record.entries,
+        'bytes': record.bytes}
+    if record.argv:             # hidden from a key that only prunes
+        fields['host'] = record.host
+        fields['command'] = record.argv
+    return fields
+
+
 ##############################################################################
-# Modes that write: create, delete, fsck, nuke; statistics
+# Merge: what -c takes from other archives
+#
+# An operand @@NAME stands for the entries of a stored archive.  A page from
+# which nothing is left out is referred to as it is, and nothing of it is even
+# read if nothing has to be said of its entries; of others the rows are made
+# anew with the content they name.  No content is fetched or sent.
+##############################################################################
+
+
+def merged_path(entry, opt):
+    """What an entry is called in the new archive; None to leave it out."""
+    patterns = opt.patterns
+    if patterns and (patterns.excluded(entry.path)
+                     or not patterns.included(entry.path)):
+        return None
+    if opt.newer and not opt.newer(entry):
+        return None
+    return path_edit(entry.path, opt)
+
+
+class Merge:
+    """Puts what operands @@NAME stand for into a Writer; close() it."""
+
+    def __init__(self, opt, remote, live):
+        """`live()` gives the live archives, checked."""
+        self.opt = opt
+        self.live = live
+        self.fetcher = Fetcher(remote)
+        self.records = {}           # name -> Record of each operand
+
+    def open(self):
+        """Find the archives; UserError for one that does not exist."""
+        live = self.live()
+        for kind, name in self.opt.items:
+            if kind != 'archive' or name in self.records:
+                continue
+            record = self.records[name] = archive_find(
+                self.fetcher.remote, live, name, self.opt, self.fetcher)
+            if not record.complete and not self.opt.quiet:
+                warn('%s was cut short; the entries it has are taken'
+                     % show(name))
+
+    def close(self):
+        self.fetcher.close()
+
+    def archive(self, writer, name):
+        """Take in the archive `name`; yields after each page of it."""
+        record, opt = self.records[name], self.opt
+        if record.archive not in self.live():       # after a Restart
+            raise self.gone()
+        look = bool(opt.patterns or opt.newer or opt.rename or opt.verbose
+                    or opt.progress_bytes)
+        kid = page = None
+        for kid, note, page in self.pages(record.kids, record.level, look):
+            if page is not None:
+                self.page(writer, kid, page, note)
+            else:
+                writer.order(note[0])
+                writer.progress.begin(note[0], 0, 'copying')
+                writer.progress.add(*note[1:])
+                self.refer(writer, kid, note)
+            yield
+        writer.page_end()
+        if kid is not None and page is None:
+            writer.sorted &= record.sorted
+            for entry in page_rows(self.fetcher.get(kid)):
+                writer.previous = entry.path.split(b'/')
+
+    def pages(self, kids, level, look):
+        """(Kid, (first member, entries, bytes), its IndexBlock) of each page
+        below `kids`; None for a block that need not be read without `look`.
+        """
+        jobs = ((kid, False, None) for kid in kids)
+        for slot, _ in self.fetcher.ahead(jobs, INDEX_WINDOW):
+            block = index_get(slot, PAGE_LIST if level else PAGE, level)
+            if not level:
+                yield slot.kid, self.note(block), block
+            elif level > 1 or look:
+                yield from self.pages(block.kids, level - 1, look)
+            else:
+                for kid, note in zip(block.kids, list_notes(block)):
+                    yield kid, note, None
+
+    def note(self, page):
+        """(first member, entries, bytes) of a page."""
+        first, entries, size = None, 0, 0
+        for entry in page_rows(page):
+            first = first or entry.path
+            entries += 1
+            size += entry.size
+        return first or b'', entries, size
+
+    def page(self, writer, kid, page, note):
+        """Take in a page that was read: whole, or what is selected."""
+        for part in page.kids:
+            writer.sink.meet(part, 0)
+        rows = [(entry, merged_path(entry, self.opt))
+                for entry in page_rows(page)]
+        whole = all(path == entry.path for entry, path in rows) \
+            and not (self.opt.rename and self.opt.rename.links)
+        for entry, path in rows:
+            if path is None:
+                continue
+            if self.opt.verbose:
+                writer.say(path, entry, False)
+            writer.progress.begin(path, entry.size, 'copying')
+            if whole:
+                writer.order(path)
+            else:
+                entry.path = path
+                target_edit(entry, self.opt)
+                found = writer.referred(entry, page.kids,
+                                        writer.sink.plain)
+                if found is None:
+                    raise self.gone()
+                writer.enter(*found)
+            writer.progress.end()
+        if whole:
+            writer.page_end()
+            self.refer(writer, kid, note)
+
+    def refer(self, writer, kid, note):
+        """Enter a page as it is."""
+        writer.sink.meet(kid, note[2])
+        plain = writer.sink.plain(kid.name)
+        if plain is None:
+            raise self.gone()
+        writer.page_refer(kid, note)
+
+    def gone(self):
+        return UserError('An archive to be merged was deleted meanwhile')
+
+
+# Tar files.
+
+TAR_HEADER_MOST = 4 * MIB   # bytes of one pax header or long name
+TAR_LINKS = 50000           # files of a pipe a hard link can still name
+# What the standard library makes of damaged or hostile input.
+TAR_DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError,
+              ArithmeticError, RecursionError, struct.error, zlib.error)
+
+
+def tar_open(file, mode):
+    """A TarFile that keeps, as `ended`, why there was no further header:
+    for the standard library a damaged one is as good as the end.
+    """
+    import tarfile
+
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def fromtarfile(cls, tar):
+            try:
+                return super().fromtarfile(tar)
+            except tarfile.HeaderError as e:
+                tar.ended = e
+                raise
+
+        @classmethod
+        def frombuf(cls, *args):
+            found = super().frombuf(*args)
+            if found.type in b'xgXLK' and found.size > TAR_HEADER_MOST:
+                raise tarfile.InvalidHeaderError('header too long')
+            return found
+
+    return tarfile.open(fileobj=file, mode=mode, tarinfo=Header,
+                        encoding='utf-8', errors='surrogateescape')
+
+
+def tar_unpacked(file):
+    """What a buffered file, compressed or not, holds.  In the standard
+    library only these readers look at the checksums, at the end.
+    """
+    magic = file.peek(6)[:6]
+    if magic.startswith(b'\x1f\x8b'):
+        import gzip
+        file = gzip.GzipFile(fileobj=file)
+    elif magic.startswith(b'BZh'):
+        import bz2
+        file = bz2.BZ2File(file)
+    elif magic.startswith(b'\xfd7zXZ\0'):
+        import lzma
+        file = lzma.LZMAFile(file)
+    return CpioFile(file) if file.peek(6)[:6] in CPIO else file
+
+
+class CpioFile:
+    """A cpio file, read as the tar file it could be.
+
+    The formats odc (POSIX.1-2001 pax(1), octal numbers) and newc (cpio(5),
+    hexadecimal ones, with or without checksums).  Of a file with several
+    names newc has the content with the last one only; the others become hard
+    links to that.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        self.out = b''                  # of the tar file, not yet read
+        self.parts = self.entries()
+        self.held = {}                  # inode -> TarInfos waiting for data
+        self.named = collections.OrderedDict()  # inode -> TarInfo with data
+
+    def read(self, size=-1):
+        """As a raw file gives them: at most `size` bytes, b'' at the end."""
+        while not self.out:
+            part = next(self.parts, None)
+            if part is None:
+                return b''
+            self.out = part
+        if size < 0:
+            size = len(self.out)
+        data, self.out = self.out[:size], self.out[size:]
+        return data
+
+    def exactly(self, size):
+        """`size` bytes of the cpio file, not many."""
+        data = self.file.read(size) if size <= READ else b''
+        if len(data) != size:
+            raise ValueError('cut short')
+        return data
+
+    def entries(self):
+        """The tar file in parts."""
+        while True:
+            magic = self.exactly(6)
+            if magic not in CPIO:
+                raise ValueError('damaged header')
+            numbers, align = CPIO[magic](self)
+            mode, uid, gid, links, mtime, size, inode, device, name = numbers
+            path = self.exactly(name).rstrip(b'\0')
+            self.skip(-(6 + 8 * 13 + name) % align)
+            if path == b'TRAILER!!!':
+                while self.file.read(READ):
+                    pass
+                break
+            info = self.info(path, mode, uid, gid, mtime, device)
+            if info.issym():
+                info.linkname = os.fsdecode(self.exactly(size))
+                yield from self.tar(info, 0)
+            elif info.isreg() and links > 1:
+                yield from self.linked(info, inode, size, align > 1)
+            else:
+                yield from self.tar(info, size if info.isreg() else 0)
+            self.skip(-size % align)
+        for infos in self.held.values():        # empty, all of them
+            yield from self.tar(infos[0], 0)
+            yield from self.links(infos[1:], infos[0])
+        yield bytes(1024)
+
+    def skip(self, size):
+        while size:
+            size -= len(self.exactly(min(size, READ)))
+
+    def odc(self):
+        """Numbers of an odc header; no padding."""
+        text = self.exactly(70)
+        at, out = 0, []
+        for width in (6, 6, 6, 6, 6, 6, 6, 11, 6, 11):
+            out.append(int(text[at:at + width], 8))
+            at += width
+        dev, ino, mode, uid, gid, links, rdev, mtime, name, size = out
+        return (mode, uid, gid, links, mtime, size, (dev, ino),
+                (rdev >> 8, rdev & 255), name), 1
+
+    def newc(self):
+        """Numbers of a newc header; names and contents are padded to 4."""
+        text = self.exactly(104)
+        (ino, mode, uid, gid, links, mtime, size, major, minor, rmajor,
+         rminor, name, _) = (int(text[at:at + 8], 16)
+                             for at in range(0, 104, 8))
+        return (mode, uid, gid, links, mtime, size, (major, minor, ino),
+                (rmajor, rminor), name), 4
+
+    def info(self, path, mode, uid, gid, mtime, device):
+        """The TarInfo of an entry, without content."""
+        import tarfile
+        kinds = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFDIR: tarfile.DIRTYPE,
+                 stat.S_IFLNK: tarfile.SYMTYPE, stat.S_IFIFO: tarfile.FIFOTYPE,
+                 stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE}
+        if stat.S_IFMT(mode) not in kinds:
+            raise ValueError('an entry of unknown mode %o' % mode)
+        info = tarfile.TarInfo(os.fsdecode(path))
+        info.type = kinds[stat.S_IFMT(mode)]
+        info.mode, info.uid, info.gid = stat.S_IMODE(mode), uid, gid
+        info.mtime, (info.devmajor, info.devminor) = mtime, device
+        return info
+
+    def tar(self, info, size):
+        """A member of the tar file, its `size` bytes read from here."""
+        import tarfile
+        info.size = size
+        yield info.tobuf(tarfile.PAX_FORMAT, 'utf-8', 'surrogateescape')
+        left = size
+        while left:
+            data = self.exactly(min(left, READ))
+            left -= len(data)
+            yield data
+        if size % 512:
+            yield bytes(-size % 512)
+
+    def linked(self, info, inode, size, last):
+        """A file with several names; `last`: only one has the content, the
+        last; else each has it.
+        """
+        if inode in self.named:
+            self.skip(size)
+            yield from self.links([info], self.named[inode])
+            return
+        held = self.held.pop(inode, [])
+        if last and not size:
+            self.held[inode] = held + [info]
+            if sum(map(len, self.held.values())) > TAR_LINKS:
+                raise ValueError('too many names of files wait for content')
+            return
+        yield from self.tar(info, size)
+        yield from self.links(held, info)
+        self.named[inode] = info
+        if len(self.named) > TAR_LINKS:
+            self.named.popitem(last=False)
+
+    def links(self, infos, to):
+        import tarfile
+        for info in infos:
+            info.type, info.linkname = tarfile.LNKTYPE, to.name
+            yield from self.tar(info, 0)
+
+
+CPIO = {b'070707': CpioFile.odc, b'070701': CpioFile.newc,
+        b'070702': CpioFile.newc}
+
+
+def tar_bytes(text):
+    return text.encode('utf-8', 'surrogateescape')
+
+
+def tar_nanos(text):
+    """Nanoseconds of a time in a pax header."""
+    found = re.fullmatch(r'(-?)([0-9]{1,19})(?:\.([0-9]*))?', text)
+    if not found:
+        raise ValueError('not a time: %s' % text)
+    sign, seconds, fraction = found.groups('')
+    nanos = int(seconds) * BILLION + int((fraction + '0' * 9)[:9])
+    return -nanos if sign else nanos
+
+
+class TarInput:
+    """Puts the entries of a tar file into a Writer; run() once."""
+
+    def __init__(self, opt, writer, fd, what, member):
+        """`what` names the file in messages; member(path) is what a path is
+        called in an archive.
+        """
+        self.opt = opt
+        self.writer = writer
+        self.fd = fd
+        self.what = what
+        self.member = member
+        self.file = self.tar = self.targets = None
+        self.seen = collections.OrderedDict()   # path -> (Entry, Content)
+        self.count = 0                          # link ids given
+
+    def run(self):
+        """Take everything in, and yield after each entry; damage is an error
+        like that of a file, and the entries before it are kept.
+        """
+        import lzma
+        import tarfile
+        damage = TAR_DAMAGE + (tarfile.TarError, lzma.LZMAError)
+        try:
+            self.look_ahead(damage)
+            with open(self.fd, 'rb', closefd=False) as file:
+                while True:
+                    info = self.checked(damage, self.next, file)
+                    if info is None:
+                        break
+                    self.entry(damage, info)
+                    yield
+        except CorruptError as e:
+            self.writer.reader.open = self.writer.progress.path = None
+            self.writer.report(
+                '%s: %s; what comes before is taken' % (self.what, e)
+                if self.tar else '%s: not a tar file: %s' % (self.what, e))
+        self.writer.page_end()
+
+    def checked(self, damage, function, *args):
+        """What a function that reads gives; CorruptError for what it cannot
+        read.
+        """
+        try:
+            return function(*args)
+        except damage as e:
+            raise CorruptError(getattr(e, 'strerror', None) or e) from None
+
+    def look_ahead(self, damage):
+        """Learn, where the file can be read twice, which of its members are
+        named by hard links.
+        """
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            return
+        start, targets = os.lseek(self.fd, 0, os.SEEK_CUR), set()
+        try:
+            with open(self.fd, 'rb', closefd=False) as file:
+                cpio = isinstance(tar_unpacked(file), CpioFile)
+            os.lseek(self.fd, start, os.SEEK_SET)
+            if cpio:
+                return
+            with open(self.fd, 'rb', closefd=False) as file, \
+                    tar_open(file, 'r:*') as tar:
+                while True:
+                    info = tar.next()
+                    tar.members.clear()
+                    if info is None:
+                        break
+                    if info.islnk():
+                        targets.add(info.linkname)
+            self.targets = targets
+        except damage:
+            self.targets = targets      # the other reading says what it is
+        os.lseek(self.fd, start, os.SEEK_SET)
+
+    def next(self, file):
+        """The next TarInfo, None at the end."""
+        import tarfile
+        if self.tar is None:
+            self.file = tar_unpacked(file)
+            self.tar = tar_open(self.file, 'r|')
+        info = self.tar.next()
+        self.tar.members.clear()        # it would keep them all
+        if info is None and not isinstance(self.tar.ended,
+                                           tarfile.EOFHeaderError):
+            raise ValueError(
+                'ends without an end mark, and may have been cut short'
+                if isinstance(self.tar.ended, tarfile.EmptyHeaderError)
+                else 'damaged header (%s)' % self.tar.ended)
+        while info is None and self.file.read(READ):
+            pass            # who writes the pipe writes it all
+        return info
+
+    def entry(self, damage, info):
+        """Take in one member."""
+        try:
+            entry = self.convert(info)
+            path = entry and merged_path(entry, self.opt)
+            if path:
+                entry.xattrs = self.attributes(info)
+        except (ValueError, OverflowError) as e:
+            self.writer.report('%s: %s: %s' % (self.what, info.name, e))
+            return
+        if not path:
+            return
+        entry.path = path
+        target_edit(entry, self.opt)
+        writer, content = self.writer, None
+        entry.size = info.size if info.isreg() else 0
+        if self.opt.verbose:
+            writer.say(path, entry, False)
+        writer.progress.begin(path, entry.size, 'copying')
+        if info.islnk():
+            content = self.linked(entry, info)
+        elif entry.kind == FILE:
+            content = self.content(damage, info)
+        if content:
+            entry.size = content.size
+        elif entry.kind == FILE:
+            return
+        try:
+            entry.xattrs, xattrs = writer.attributes_keep(entry.xattrs)
+        except OSError as e:
+            writer.report('%s: %s: %s' % (self.what, show(path), e.strerror))
+            return
+        self.remember(info, entry, content)
+        writer.enter(entry, content, xattrs)
+        writer.progress.end(entry.size)
+
+    def convert(self, info):
+        """The Entry of a TarInfo, without content; None for what is no entry;
+        ValueError for what cannot be stored.
+        """
+        import tarfile
+        entry, pax = Entry(), info.pax_headers
+        kinds = {tarfile.DIRTYPE: DIRECTORY, tarfile.SYMTYPE: SYMLINK,
+                 tarfile.FIFOTYPE: FIFO, tarfile.CHRTYPE: CHARDEV,
+                 tarfile.BLKTYPE: BLOCKDEV, tarfile.LNKTYPE: FILE}
+        if info.type == b'V':           # the name of a volume
+            return None
+        if info.type not in kinds and not info.isreg():
+            raise ValueError('an entry of unknown type %r' % info.type)
+        entry.kind = kinds.get(info.type, FILE)
+        entry.path = self.member(tar_bytes(info.name) or b'.')
+        entry.mode = info.mode & 0o7777
+        entry.uid, entry.gid = info.uid, info.gid
+        entry.uname = tar_bytes(info.uname)[:255]
+        entry.gname = tar_bytes(info.gname)[:255]
+        entry.mtime = tar_nanos(pax['mtime']) if 'mtime' in pax \
+            else int(info.mtime) * BILLION
+        if self.opt.store_atime and 'atime' in pax:
+            entry.atime = tar_nanos(pax['atime'])
+        if entry.kind == SYMLINK:
+            entry.target = tar_bytes(info.linkname)
+        if entry.kind in (CHARDEV, BLOCKDEV):
+            entry.device = (info.devmajor, info.devminor)
+        if b'\0' in entry.path + entry.target or \
+                max(len(entry.path), len(entry.target)) > LONGEST_PATH:
+            raise ValueError('a path that cannot be one')
+        if not all(0 <= number < 1 << 32 for number in (
+                entry.uid, entry.gid, *entry.device)) or info.size < 0 \
+                or abs(entry.mtime) >= BILLION << 63 \
+                or abs(entry.atime or 0) >= BILLION << 63:
+            raise ValueError('a number that is out of range')
+        return entry
+
+    def content(self, damage, info):
+        """The Content of a file, read from the tar file as it comes."""
+        # Its buffer would ask for more than a pipe can do.
+        file = self.checked(damage, self.tar.extractfile, info).raw
+
+        def read(size, pos):
+            def once():
+                file.seek(pos)
+                return file.read(size)
+
+            data = self.checked(damage, once)
+            if len(data) != size:
+                raise CorruptError('%s: cut short' % info.name)
+            return data
+
+        return self.writer.reader.read_input(
+            read, info.size, [(0, info.size)] if info.sparse is None
+            else info.sparse, info.uid)
+
+    def attributes(self, info):
+        """(name, value) of the extended attributes in pax headers."""
+        found = {}
+        for key, value in info.pax_headers.items():
+            if key.startswith('LIBARCHIVE.xattr.'):
+                from urllib.parse import unquote_to_bytes
+                value += '=' * (-len(value) % 4)
+                found.setdefault(unquote_to_bytes(key[17:]),
+                                 base64.b64decode(value))
+            elif key.startswith('SCHILY.xattr.'):
+                name = tar_bytes(key[13:]).replace(b'%3D', b'=')
+                found[name.replace(b'%25', b'%')] = tar_bytes(value)
+            elif key in ('SCHILY.acl.access', 'SCHILY.acl.default'):
+                found.setdefault(ACLS[key.endswith('default')],
+                                 acl_value(tar_bytes(value)))
+        return sorted((name, value) for name, value in found.items()
+                      if name and value)
+
+    # Hard links.
+
+    def remember(self, info, entry, content):
+        """Keep what a hard link may name later."""
+        if entry.kind == DIRECTORY or info.islnk() or \
+                self.targets is not None and info.name not in self.targets:
+            return
+        self.seen[info.name] = entry, content
+        if self.targets is not None:
+            self.link(entry)
+        elif len(self.seen) > TAR_LINKS:
+            self.seen.popitem(last=False)
+
+    def link(self, entry):
+        """A link id of its own for a file with several names."""
+        self.count += 1
+        entry.link = (self.count, self.writer.system(self))
+
+    def linked(self, entry, info):
+        """The Content of the file that a hard link names, and its kind.
+
+        Of a pipe nobody knows in time which files are named: one whose page
+        is stored by now stays a file of its own, with equal content.
+        """
+        first, content = self.seen.get(info.linkname, (None, None))
+        if first is None:
+            self.writer.report('%s: %s: hard link to %s, which is not here'
+                               % (self.what, info.name, info.linkname))
+            return None
+        if not first.link:
+            self.link(first)
+        entry.link, entry.kind = first.link, first.kind
+        entry.target, entry.device = first.target, first.device
+        if content:             # a checkpoint may have come in between
+            for block in [extent[0] for extent in content.extents] + (
+                    content.tree[1] if content.tree else []):
+                if block:
+                    self.writer.sink.borrow(block.name)
+        return content
+
+
+##############################################################################
+# Retention: which archives rules keep
+#
+# Rules are about times, within one series, in this process's time zone.  What
+# one rule keeps is kept.  Whatever is in doubt is kept as well, and takes part
+# in no rule.  Knows archives by their times and states; deletes nothing.
+##############################################################################
+
+DRIFT = 26 * 3600           # seconds two clocks may be apart: a zone and more
+
+SPAN_UNIT = {'h': 3600, 'd': 86400, 'w': 7 * 86400, 'm': 31 * 86400,
+             'y': 366 * 86400}      # rather too long than too short
+
+# Rule -> what two times in one of its periods have in common.
+PERIODS = {
+    'hourly': lambda when: (when[:4], when.tm_gmtoff),
+    'daily': lambda when: when[:3],
+    'weekly': lambda when: time.strftime('%G-%V', when),
+    'monthly': lambda when: when[:2],
+    'yearly': lambda when: when[:1],
+}
+
+
+def span_parse(text):
+    """(text, seconds) of `30d`, `1y6m`; UserError otherwise."""
+    if not re.fullmatch(r'([0-9]{1,6}[hdwmy])+', text):
+        raise UserError('Not a span of time: %s (as in 36h, 30d, 1y6m)'
+                        % text)
+    return text, sum(int(number) * SPAN_UNIT[unit]
+                     for number, unit in re.findall(r'(\d+)(.)', text))
+
+
+class Dated:
+    """An archive, as far as retention knows it, and what becomes of it."""
+
+    __slots__ = ('title', 'archive', 'record', 'series', 'created',
+                 'received', 'time', 'doubt', 'reasons')
+
+    def __init__(self, title, archive, record, series, created, received):
+        self.title = title
+        self.archive = archive      # its id
+        self.record = record        # name of its record
+        self.series = series        # series tag
+        self.created = created      # seconds, as its maker claims
+        self.received = received    # seconds, the server's clock
+        self.time = received        # what rules go by
+        self.doubt = ''             # why no rule may delete it
+        self.reasons = []           # why rules keep it
+
+    @property
+    def kept(self):
+        return bool(self.doubt or self.reasons)
+
+    def why(self):
+        """One line's worth on what becomes of it."""
+        if self.kept:
+            return 'kept: ' + (self.doubt or ', '.join(self.reasons))
+        return 'deleted: no rule keeps it'
+
+
+def dated_make(archive, record, link, opt, now):
+    """The Dated of a Record that the history links by `link`."""
+    dated = Dated(record.title, archive, record.name, record.series,
+                  record.created, link[3])
+    if opt.by_creation:
+        dated.time = dated.created
+    if link[2] == OPEN:
+        dated.doubt = 'not finished, it may be being written'
+    elif link[2] != COMPLETE or not record.complete:
+        dated.doubt = 'incomplete, only -d deletes it'
+    elif dated.time > now + DRIFT:
+        dated.doubt = 'its date is in the future'
+    elif not opt.by_creation and abs(dated.received - dated.created) > DRIFT:
+        dated.doubt = 'created %s but received %s' % (
+            date_text(dated.created).decode(),
+            date_text(dated.received).decode())
+    return dated
+
+
+def retention(archives, rules, within=None):
+    """Judge `archives`, Dated, each within its series: fills in reasons.
+
+    `rules`: rule -> how many to keep; `within`: (text, seconds) or None.  Of
+    equal times the one created later is newer, then that with the greater
+    name.  The newest of a series is always kept.
+    """
+    groups = {}
+    for dated in archives:
+        if not dated.doubt:
+            groups.setdefault(dated.series, []).append(dated)
+    for group in groups.values():
+        group.sort(key=lambda d: (d.time, d.created, d.title), reverse=True)
+        for rule, count in rules.items():
+            retention_rule(group, rule, count)
+        if within:
+            for dated in group:
+                if dated.time >= group[0].time - within[1]:
+                    dated.reasons.append('within %s' % within[0])
+        if not group[0].reasons:
+            group[0].reasons.append('newest of its series')
+
+
+def retention_rule(group, rule, count):
+    """Keep the newest of each of the last `count` periods that have one."""
+    period, found, last = PERIODS.get(rule), 0, None
+    for dated in group:
+        this = period(time.localtime(dated.time)) if period else found
+        if found == count:
+            return
+        if found and period and this == last:
+            continue
+        found, last = found + 1, this
+        dated.reasons.append('%s %d of %d' % (rule, found, count))
+
+
+def retention_lines(archives):
+    """The same in the order of a listing: by series, the newest first."""
+    newest = {}
+    for dated in archives:
+        best = newest.get(dated.series)
+        if best is None or dated.time > best.time:
+            newest[dated.series] = dated
+    return sorted(archives, key=lambda d: (
+        series_of(newest[d.series].title), d.series, -d.time, -d.created,
+        d.title))
+
+
+##############################################################################
+# Diff: two archives, or an archive and the disk
+#
+# Where two archives name the same block, they are the same below it: only
+# what differs is fetched.  What the disk holds is named as the archive names
+# it, so that nothing needs to be fetched where names tell.  Prints; changes
+# nothing.
+##############################################################################
+
+COMPARE = 256 * KIB         # bytes of a hole looked at at once
+
+
+class Found:
+    """An entry of one side of a comparison."""
+
+    __slots__ = ('key', 'entry', 'page', 'place')
+
+    def __init__(self, path, entry, page=None, place=None):
+        self.key = path.split(b'/')     # what the sides are sorted by
+        self.entry = entry
+        self.page = page        # of the archive it is from
+        self.place = place      # or (Folder, name, lstat) on the disk
+
+
+def merge(left, right):
+    """Pairs of two sorted streams of Found; None where one has no partner."""
+    one, other = next(left, None), next(right, None)
+    while one or other:
+        if other is None or one and one.key < other.key:
+            yield one, None
+            one = next(left, None)
+        elif one is None or other.key < one.key:
+            yield None, other
+            other = next(right, None)
+        else:
+            yield one, other
+            one, other = next(left, None), next(right, None)
+
+
+def sort_all(items):
+    """A sorted stream of what has no order; of one path, the last."""
+    latest = {tuple(item.key): item for item in items}
+    return iter([latest[key] for key in sorted(latest)])
+
+
+class Diff:
+    """Compares, prints, counts."""
+
+    def __init__(self, fetcher, opt):
+        self.fetcher = fetcher
+        self.opt = opt
+        self.output = Output(1, b'\0' if opt.null_output else b'\n')
+        self.escape = LongLines(opt).escape
+        self.patterns = Patterns(opt.exclude, opt.include, opt.operands)
+        self.names = fetcher.names
+        self.owners = Owners(opt.numeric_owner)
+        self.users = {}         # (uid, gid) -> names, on the disk
+        self.counts = {b'+': 0, b'-': 0, b'M': 0}
+        self.errors = 0
+
+    def run(self, pairs):
+        """Print what differs in `pairs`, of Found or None."""
+        for old, new in pairs:
+            if old is None:
+                self.tell(b'+', old, new)
+            elif new is None:
+                self.tell(b'-', old, new)
+            else:
+                self.pair(old, new)
+            self.output.tick()
+        if self.opt.json:
+            self.output.put(json_line({
+                'type': 'summary', 'added': self.counts[b'+'],
+                'removed': self.counts[b'-'],
+                'modified': self.counts[b'M'], 'errors': self.errors}))
+        self.output.flush()
+
+    def pair(self, old, new):
+        """Print in what two entries of one path differ, if they do."""
+        try:
+            words = self.differences(old, new)
+        except (OSError, CorruptError) as e:
+            self.complain(old.entry.path,
+                          getattr(e, 'strerror', None) or str(e))
+            return
+        if words:
+            self.tell(b'M', old, new, words)
+
+    def tell(self, change, old, new, words=()):
+        """One difference."""
+        self.counts[change] += 1
+        entry = (new or old).entry
+        if self.opt.json:
+            fields = {'type': 'difference', 'path': entry.path, 'change': {
+                b'+': 'added', b'-': 'removed', b'M': 'modified'}[change]}
+            if words:
+                fields['what'] = list(words)
+            for key, side in (('old', old), ('new', new)):
+                if side:
+                    fields[key] = json_entry(side.entry, side.entry.path)
+            self.output.put(json_line(fields))
+            return
+        path = self.escape(entry.path) + (
+            b'/' if entry.kind == DIRECTORY else b'')
+        line = [change, path] if not words else [
+            change, ','.join(words).encode(), path]
+        self.output.put((b'\0\0' if self.opt.null_output else b' ')
+                        .join(line))
+
+    def complain(self, path, message):
+        """Something cannot be compared."""
+        self.errors += 1
+        if self.opt.json:
+            say_json({'type': 'error', 'path': path,
+                      'message': os.fsencode(message)})
+        else:
+            say(b'%b: %b' % (path_escape(path), os.fsencode(message)))
+
+    def bad(self, error):
+        """Something of an archive itself cannot be read."""
+        self.errors += 1
+        warn('%s; the entries it holds are not compared' % error)
+
+    # What differs.
+
+    def differences(self, old, new):
+        """Words for what is not equal in two entries of one path."""
+        one, other = old.entry, new.entry
+        if one.kind != other.kind:
+            return ['type']
+        checks = (
+            ('content', one.kind != FILE or one.size == other.size
+             and self.same_content(old, new)),
+            ('target', one.target == other.target),
+            ('device', one.device == other.device),
+            ('mode', one.kind == SYMLINK or one.mode == other.mode),
+            ('owner', self.same_owner(old, new)),
+            ('mtime', one.mtime == other.mtime),
+            ('xattrs', self.xattrs(old) == self.xattrs(new)))
+        return [word for word, same in checks if not same]
+
+    def same_owner(self, old, new):
+        """By name, where there is one and numbers are not asked for."""
+        one, other = old.entry, new.entry
+        if new.place:
+            return (self.owners.uid(one), self.owners.gid(one)) == (
+                other.uid, other.gid)
+        if self.opt.numeric_owner:
+            return (one.uid, one.gid) == (other.uid, other.gid)
+        return (one.uname or one.uid, one.gname or one.gid) == (
+            other.uname or other.uid, other.gname or other.gid)
+
+    def xattrs(self, side):
+        """Name of attribute -> name its value has as a block."""
+        if side.place:
+            return {name: self.names.chunk(value)
+                    for name, value in disk_xattrs(*side.place)}
+        return {name: side.page.kids[value].name if isinstance(value, int)
+                else self.names.chunk(value)
+                for name, value in side.entry.xattrs}
+
+    def same_content(self, old, new):
+        """True if two files of one size hold the same bytes."""
+        if new.place:
+            return self.same_on_disk(old, *new.place)
+        one, other = old.entry, new.entry
+        if one.digest and other.digest:
+            return one.digest == other.digest
+        if one.lists and one.level == other.level and \
+                [old.page.kids[number].name for number in one.lists] == \
+                [new.page.kids[number].name for number in other.lists]:
+            return True
+        return self.same_extents(
+            entry_extents(self.fetcher, one, old.page),
+            entry_extents(self.fetcher, other, new.page))
+
+    def same_extents(self, left, right):
+        """Equal references are equal bytes; from the first that are not,
+        content is fetched, up to the first byte that differs."""
+        for one, other in itertools.zip_longest(left, right):
+            if one is None or other is None or extent_mark(one) != \
+                    extent_mark(other):
+                return self.same_bytes(
+                    self.extents_bytes(itertools.chain(
+                        [one] if one else [], left)),
+                    self.extents_bytes(itertools.chain(
+                        [other] if other else [], right)))
+        return True
+
+    def extents_bytes(self, extents):
+        """The content of extents, in pieces."""
+        for kid, offset, length, repeat in extents:
+            for _ in range(repeat):
+                if kid:
+                    yield bytes(piece(self.fetcher.want(kid), offset, length))
+                    continue
+                for at in range(0, length, COMPARE):
+                    yield bytes(min(COMPARE, length - at))
+
+    def same_bytes(self, left, right):
+        """True if two streams of pieces are equal."""
+        one = other = b''
+        while True:
+            one, other = one or next(left, b''), other or next(right, b'')
+            size = min(len(one), len(other))
+            if not size:
+                return not one and not other
+            if one[:size] != other[:size]:
+                return False
+            one, other = one[size:], other[size:]
+
+    def same_on_disk(self, old, folder, name, status):
+        """True if a file on the disk holds what the archive's does."""
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                     | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder.get())
+        try:
+            if not os.path.samestat(os.fstat(fd), status):
+                raise OSError(errno.ESTALE, 'Replaced while it was compared')
+            entry = old.entry
+            if entry.digest:
+                data = read_exactly(fd, entry.size + 1)
+                return self.names.content(data) == entry.digest
+            return all(self.same_extent(fd, *extent) for extent in
+                       entry_extents(self.fetcher, entry, old.page)) \
+                and not os.read(fd, 1)
+        finally:
+            os.close(fd)
+
+    def same_extent(self, fd, kid, offset, length, repeat):
+        """True if what comes next from `fd` is this extent."""
+        if kid is None:
+            for at in range(0, length, COMPARE):
+                size = min(COMPARE, length - at)
+                if read_exactly(fd, size) != bytes(size):
+                    return False
+            return True
+        data = read_exactly(fd, length)
+        if offset == 0 and length == kid.plain:
+            same = self.names.chunk(data) == kid.name
+        else:
+            same = data == piece(self.fetcher.want(kid), offset, length)
+        return same and all(read_exactly(fd, length) == data
+                            for _ in range(repeat - 1))
+
+    # The sides.
+
+    def archive_items(self, pages):
+        """Found for every entry of `pages` that is picked."""
+        for page in pages:
+            try:
+                for entry in page_rows(page):
+                    if self.patterns.selected(entry.path):
+                        yield Found(entry.path, entry, page)
+            except CorruptError as e:
+                self.bad(e)
+
+    def archives(self, first, second):
+        """Pairs of what two archives do not share."""
+        kids = pages_apart(self.fetcher, first, second, self.bad)
+        sides = [self.archive_items(leaves(self.fetcher, side, 0, None,
+                                           self.bad)) for side in kids]
+        heads = [next(side, None) for side in sides]
+        sides = [itertools.chain([head] if head else [], side)
+                 for head, side in zip(heads, sides)]
+        dotted = [head.key[0] == b'.' for head in heads if head]
+        if first.sorted and second.sorted and len(set(dotted)) < 2:
+            return merge(*sides)
+        return merge(*[sort_all(trimmed(side)) for side in sides])
+
+    def disk(self, record):
+        """Pairs of an archive and of what is below the same names on disk."""
+        items = self.archive_items(archive_pages(
+            self.fetcher, record, self.patterns.literals(), self.bad))
+        items = self.local(items)
+        if not record.sorted:
+            items = sort_all(items)
+        root = [b'/']
+
+        def top(item):
+            """The entry highest above this one; they come in a row."""
+            path = b'/'.join(item.key)
+            if not self.opt.recurse or not path.startswith(
+                    root[0].rstrip(b'/') + b'/'):
+                root[0] = path
+            return root[0]
+
+        base = target_open(self.opt)
+        try:
+            for path, run in itertools.groupby(items, top):
+                yield from merge(run, self.walk(base, path))
+        finally:
+            os.close(base)
+
+    def local(self, items):
+        """`items` under the paths to which they would be extracted."""
+        for item in items:
+            if item.key[0] == b'' and not self.opt.absolute:
+                path = item.entry.path.lstrip(b'/') or b'.'
+                item.key = path.split(b'/')
+            yield item
+
+    def walk(self, base, path):
+        """Found for `path` on the disk and all below."""
+        try:
+            os.stat(path, dir_fd=base, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError:
+            pass                # the walk says so
+        walk = Walk([('cd', name) for name in self.opt.directories]
+                    + [('path', path)], self.opt, self.report,
+                    directories_skipped(self.opt))
+        try:
+            for folder, name, member, status in walk:
+                try:
+                    entry = self.disk_entry(member, folder, name, status)
+                except OSError as e:
+                    self.complain(member, e.strerror)
+                    continue
+                yield Found(member, entry, None, (folder, name, status))
+        finally:
+            walk.close()
+
+    def disk_entry(self, member, folder, name, status):
+        """The Entry of what is on the disk, without content; or OSError."""
+        entry = Entry()
+        entry.path = member
+        entry.kind = KIND_OF_MODE[stat.S_IFMT(status.st_mode)]
+        entry.mode = stat.S_IMODE(status.st_mode)
+        entry.uid, entry.gid = status.st_uid, status.st_gid
+        owner = entry.uid, entry.gid
+        if owner not in self.users:
+            self.users[owner] = owner_names(*owner)
+        entry.uname, entry.gname = self.users[owner]
+        entry.mtime = status.st_mtime_ns
+        if entry.kind == FILE:
+            entry.size = status.st_size
+        elif entry.kind == SYMLINK:
+            entry.target = os.readlink(name, dir_fd=folder.get())
+        elif entry.kind in (CHARDEV, BLOCKDEV):
+            entry.device = (os.major(status.st_rdev), os.minor(status.st_rdev))
+        return entry
+
+    def report(self, text):
+        """What the walk cannot read."""
+        self.errors += 1
+        warn(text)
+
+
+def trimmed(items):
+    """`items` with keys that a './' in front of paths does not change."""
+    for item in items:
+        item.key = path_trim(item.entry.path).split(b'/')
+        yield item
+
+
+def extent_mark(extent):
+    """What is equal for extents of equal bytes."""
+    kid, offset, length, repeat = extent
+    return kid and kid.name, offset, length, repeat
+
+
+def pages_apart(fetcher, first, second, bad):
+    """The Kids of pages of two archives, without those that both have."""
+    sides = [(record.kids, record.level) for record in (first, second)]
+    while True:
+        (one, above), (other, beside) = sides
+        if above == beside:
+            shared = {kid.name for kid in one} & {kid.name for kid in other}
+            sides = [([kid for kid in kids if kid.name not in shared], level)
+                     for kids, level in sides]
+        if not above and not beside:
+            return sides[0][0], sides[1][0]
+        highest = max(above, beside)
+        sides = [(lists_open(fetcher, kids, level, bad), level - 1)
+                 if level == highest else (kids, level)
+                 for kids, level in sides]
+
+
+def lists_open(fetcher, lists, level, bad):
+    """The Kids in lists of pages."""
+    kids = []
+    for slot, _ in fetcher.ahead(((kid, False, None) for kid in lists),
+                                 INDEX_WINDOW):
+        try:
+            kids += index_get(slot, PAGE_LIST, level).kids
+        except CorruptError as e:
+            bad(e)
+    return kids
+
+
+def disk_xattrs(folder, name, status):
+    """(name, value) of each extended attribute; or OSError."""
+    if not hasattr(os, 'listxattr') or not os.path.isdir('/proc/self/fd'):
+        return
+    where = b'/proc/self/fd/%d/%b' % (folder.get(), name)
+    try:
+        names = os.listxattr(where, follow_symlinks=False)
+        for text in names:
+            yield os.fsencode(text), os.getxattr(where, text,
+                                                 follow_symlinks=False)
+    except OSError as e:
+        if e.errno not in NO_XATTRS:
+            raise
+
+
+def mode_diff(remote, opt):
+    """--diff: the number of differences and errors."""
+    live = history_live(remote, opt)
+    fetcher = Fetcher(remote)
+    try:
+        records = [archive_find(remote, live, name, opt, fetcher)
+                   for name in opt.names]
+        diff = Diff(fetcher, opt)
+        if len(records) == 2:
+            diff.run(diff.archives(*records))
+        else:
+            opt.quiet = True        # what the walk says is of storing
+            diff.run(diff.disk(records[0]))
+            diff.errors += unmatched(diff.patterns)
+    finally:
+        fetcher.close()
+    opt.found = not diff.errors
+    return diff.errors + sum(diff.counts.values())
+
+
+##############################################################################
+# Verify: whether everything can be read
+#
+# Reads index blocks first, each once however many archives have it, then the
+# chunks they name.  Names are keyed hashes, spread evenly, so a share of the
+# chunks is a range of names, and where the last run ended is all that has to
+# be remembered.  Writes nothing but that.
+##############################################################################
+
+NAME_BITS = 256
+NAMES_END = 1 << NAME_BITS
+VERIFIED = 'verified'       # in the cache directory: where to go on
+
+
+class Verifier:
+    """Reads archives; knows which blocks are damaged."""
+
+    def __init__(self, fetcher):
+        import sqlite3
+        self.fetcher = fetcher
+        self.damaged = {}       # name of a block -> message
+        self.blocks = self.bytes = 0    # read
+        # As many as there are: in a temporary file, not in memory.
+        self.db = sqlite3.connect('', isolation_level=None)
+        self.db.execute('CREATE TABLE seen(name BLOB UNIQUE, chunk INTEGER, '
+                        'plain INTEGER)')
+        self.db.execute('BEGIN')
+
+    def new(self, kid):
+        """True for a block that was not met before."""
+        return self.db.execute(
+            'INSERT OR IGNORE INTO seen VALUES (?, ?, ?)',
+            (kid.name, kid.cls == CHUNK, kid.plain)).rowcount == 1
+
+    def read(self, kids, get, window):
+        """(kid, what `get` makes of its slot) for each that is whole."""
+        for slot, kid in self.fetcher.ahead(
+                ((kid, False, kid) for kid in kids), window):
+            self.blocks += 1
+            self.bytes += kid.plain
+            try:
+                value = get(slot)
+            except CorruptError as e:
+                self.damaged[kid.name] = str(e)
+                continue
+            yield kid, value
+
+    def index(self, kids, level):
+        """The lists and pages below `kids`, which are new."""
+        kind = PAGE_LIST if level else PAGE
+        below = self.list_check if level else self.page_check
+        for kid, block in self.read(
+                filter(self.new, kids),
+                lambda slot: index_get(slot, kind, level), INDEX_WINDOW):
+            try:
+                below(block)
+            except CorruptError as e:
+                self.damaged[kid.name] = str(e)
+
+    def list_check(self, block):
+        list_notes(block)
+        self.index(block.kids, block.level - 1)
+
+    def page_check(self, page):
+        """Rows that can be read, and the blocks that they name."""
+        lists = {}
+        for entry in page_rows(page):
+            for number in entry.lists:
+                lists[number] = entry.level
+            extents_check(page, entry.extents)
+        for number, kid in enumerate(page.kids):
+            if number in lists:
+                self.extents([kid], lists[number])
+            elif kid.cls == CHUNK:
+                self.new(kid)
+
+    def extents(self, kids, level):
+        """The lists of one large file."""
+        for kid, block in self.read(
+                filter(self.new, kids),
+                lambda slot: index_get(slot, EXTENT_LIST, level),
+                INDEX_WINDOW):
+            try:
+                if level > 1:
+                    self.extents(block.kids, level - 1)
+                    continue
+                extents_check(block, list_extents(block))
+            except CorruptError as e:
+                self.damaged[kid.name] = str(e)
+                continue
+            for chunk in block.kids:
+                self.new(chunk)
+
+    def chunks(self, low, high):
+        """Read the chunks with names from `low` up to `high`, integers."""
+        rows = self.db.execute(
+            'SELECT name, plain FROM seen WHERE chunk AND name >= ? AND '
+            'name <= ? ORDER BY rowid', (name_of(low), name_of(high - 1)))
+        for _ in self.read((Kid(CHUNK, *row) for row in rows), Slot.get,
+                           FETCH_WINDOW):
+            pass
+
+    def end_of(self, low, share):
+        """Where a share that begins at `low` ends: bytes or a fraction."""
+        if isinstance(share, float):
+            return min(NAMES_END, low + (int(share * 2 ** 64) + 1
+                                         << NAME_BITS - 64))
+        total = 0
+        for name, plain in self.db.execute(
+                'SELECT name, plain FROM seen WHERE chunk AND name >= ? '
+                'ORDER BY name', (name_of(low),)):
+            total += plain
+            if total >= share:
+                return int.from_bytes(name, 'big') + 1
+        return NAMES_END
+
+    # Which files a damaged block is part of.
+
+    def lost(self, kids, level):
+        """(path or None, block) of what cannot be read below `kids`."""
+        for kid in kids:
+            if kid.name in self.damaged:
+                yield None, kid.name
+            elif level:
+                block = self.fetcher.get(kid)
+                yield from self.lost(block.kids, level - 1)
+            else:
+                page = self.fetcher.get(kid)
+                for entry in page_rows(page):
+                    for name in self.entry_lost(entry, page):
+                        yield entry.path, name
+
+    def entry_lost(self, entry, page):
+        """The damaged blocks of an entry."""
+        numbers = [extent[0] for extent in entry.extents
+                   if extent[0] != HOLE] + [
+                       value for _, value in entry.xattrs
+                       if isinstance(value, int)]
+        for number in numbers:
+            if page.kids[number].name in self.damaged:
+                yield page.kids[number].name
+        yield from self.lists_lost([page.kids[number]
+                                    for number in entry.lists], entry.level)
+
+    def lists_lost(self, kids, level):
+        """The same among the blocks of a large file."""
+        for kid in kids:
+            if kid.name in self.damaged:
+                yield kid.name
+            elif level:
+                yield from self.lists_lost(self.fetcher.get(kid).kids,
+                                           level - 1)
+
+
+def name_of(number):
+    """A number as the name of a block."""
+    return number.to_bytes(NAME_BITS // 8, 'big')
+
+
+def extents_check(block, extents):
+    """CorruptError if an extent of `block` reaches over a chunk's end."""
+    for number, offset, length, _ in extents:
+        if number != HOLE and offset + length > block.kids[number].plain:
+            raise CorruptError('index block %s: an extent reaches over the '
+                               'end of its chunk' % block.name.hex()[:16])
+
+
+def verified_read(cachedir):
+    """Where the last share ended; 0 if none is known."""
+    try:
+        with open(os.path.join(cachedir, VERIFIED)) as file:
+            text = file.read(100).strip()
+    except FileNotFoundError:
+        return 0
+    if not re.fullmatch('[0-9a-f]{64}', text):
+        warn('Cache directory %s: %s is damaged; verifying begins anew'
+             % (cachedir, VERIFIED))
+        return 0
+    return int(text, 16)
+
+
+def verified_write(cachedir, end):
+    """Remember it; whole or not at all."""
+    path = os.path.join(cachedir, VERIFIED)
+    fd = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                 | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, b'%064x\n' % (end % NAMES_END))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(path + '.new', path)
+
+
+def verify_records(remote, live, opt, output):
+    """(records to verify, number of those that cannot be read)."""
+    chosen, titles = live, {}
+    for name in opt.names:
+        archive = Names(remote.key).archive(name)
+        if archive not in live:
+            raise Missing(name)
+        titles[archive] = name
+    if titles:
+        chosen = {archive: live[archive] for archive in titles}
+    errors = []
+    found = dict(archive_records(remote, chosen, errors.append))
+    if errors:                  # unless it was deleted meanwhile
+        live = history_live(remote, opt)
+    lost = [archive for archive in sorted(set(chosen) - set(found))
+            if live.get(archive) == chosen[archive]]
+    for archive in lost:
+        damage_print(output, opt, titles.get(archive, b''), None,
+                     chosen[archive][0], 'archive record %s: the archive '
+                     'whose hash is %s is lost'
+                     % (chosen[archive][0].hex()[:16], archive.hex()))
+    return sorted(found.values(), key=lambda record: (
+        record.created, record.title)), len(lost)
+
+
+def damage_print(output, opt, title, path, block, message):
+    """One line of --verify: archive, path, and what is wrong."""
+    if opt.json:
+        fields = {'type': 'damage', 'archive': title, 'block': block.hex(),
+                  'message': os.fsencode(message)}
+        if path is not None:
+            fields['path'] = path
+        output.put(json_line(fields))
+        return
+    output.put(b'\t'.join((path_escape(title), path_escape(path or b''),
+                           os.fsencode(message))))
+
+
+def damage_report(verifier, remote, records, opt, output):
+    """Name the files that are lost; archives deleted meanwhile have none."""
+    live = history_live(remote, opt)
+    kept = [record for record in records
+            if live.get(record.archive, (b'',))[0] == record.name]
+    named = set()
+    for record in kept:
+        last = None
+        for path, block in verifier.lost(record.kids, record.level):
+            named.add(block)
+            if path is not None and path == last:
+                continue        # one line for each file
+            last = path
+            message = verifier.damaged[block]
+            if path is None:
+                message += '; the entries it holds are lost'
+            damage_print(output, opt, record.title, path, block, message)
+    for block in sorted(set(verifier.damaged) - named):
+        if len(kept) < len(records):
+            del verifier.damaged[block]     # of what was deleted
+        else:
+            damage_print(output, opt, b'', None, block,
+                         verifier.damaged[block] + '; no file needs it')
+
+
+def mode_verify(remote, opt):
+    """--verify: the number of damaged blocks."""
+    share, low, high = opt.verify_share, 0, NAMES_END
+    live = history_live(remote, opt)
+    output = Output(1)
+    records, lost = verify_records(remote, live, opt, output)
+    fetcher = Fetcher(remote)
+    try:
+        verifier = Verifier(fetcher)
+        for record in records:
+            verifier.index(record.kids, record.level)
+        if share:
+            low = verified_read(opt.cachedir)
+            high = verifier.end_of(low, share)
+        verifier.chunks(low, high)
+        if verifier.damaged:
+            damage_report(verifier, remote, records, opt, output)
+    finally:
+        fetcher.close()
+    if share:
+        verified_write(opt.cachedir, high)
+    verify_summary(output, opt, verifier, len(records), lost, low, high)
+    return len(verifier.damaged) + lost
+
+
+def verify_summary(output, opt, verifier, archives, lost, low, high):
+    """The last line: what was read."""
+    damaged = len(verifier.damaged) + lost
+    if opt.json:
+        output.put(json_line({
+            'type': 'summary', 'archives': archives + lost,
+            'blocks': verifier.blocks, 'bytes': verifier.bytes,
+            'damaged': damaged, 'from': low / NAMES_END,
+            'to': high / NAMES_END}))
+    elif damaged or not opt.quiet:
+        text = 'Verified %s, %s, of %s: %s damaged' % (
+            plural(verifier.blocks, 'block'), plural(verifier.bytes, 'byte'),
+            plural(archives + lost, 'archive'), damaged or 'none')
+        if opt.verify_share:
+            text += '; file data from %.1f%% to %.1f%%' % (
+                100 * low / NAMES_END, 100 * high / NAMES_END)
+        output.put(text.encode())
+    output.flush()
+
+
+##############################################################################
+# Modes that write: create, delete, nuke; statistics
 #
 # Each mode_*() does one mode whole and returns the exit status.  Prints what
 # its users parse; decides what is retried and what is given up.
@@ -7977,8 +11400,10 @@ def list_line(archive, record, opt):
 def remote_open(opt, roles):
     """The Remote of the key in `opt`, proving those of `roles` it has."""
     roles = [role for role in roles if opt.key.can(role)]
-    return Remote(opt.key, roles, opt.server, opt.retry_forever,
-                  opt.noisy_warnings)
+    remote = Remote(opt.key, roles, opt.server, opt.retry_forever,
+                    opt.noisy_warnings)
+    remote.limits = opt.limits
+    return remote
 
 
 def roles_to_write(key):
@@ -7987,9 +11412,8 @@ def roles_to_write(key):
 
 
 def cache_open(opt):
-    """The cache directory, locked; made if it is missing."""
-    cachedir_make(opt.cachedir)
-    return Cache(opt.cachedir, opt.key)
+    """The cache directory, locked."""
+    return Cache(opt.cachedir, opt.key, wait=opt.lock_wait)
 
 
 def cache_begin(opt, cache, remote, memo=None):
@@ -7997,6 +11421,9 @@ def cache_begin(opt, cache, remote, memo=None):
     remote.connect()
     if pending_exists(cache):
         pending_decide(remote, cache, memo)
+    if cache.damaged:
+        raise UserError('Directory is not consistent with archive: Run --fsck'
+                        ' (blocks on the server are damaged)')
     if cache.new and remote.head[0] and remote.archives:
         raise UserError('Sequence number mismatch: Run --fsck (cache '
                         'directory %s is empty, but the server has archives '
@@ -8011,20 +11438,32 @@ def exists_error(name):
                      % show(name))
 
 
+MAXBW_NEAR = 16 * MIB       # more than there ever is between read and sent
+
+
+class Truncated(Exception):
+    """The archive is to end here: by SIGQUIT, or after --maxbw bytes."""
+
+
 class Create:
     """One run of -c."""
 
     def __init__(self, opt):
         self.opt = opt
-        self.name = opt.names[0]
+        self.name = self.title = opt.names[0]   # `title`: as it was stored
+        self.writer = self.progress = None
+        self.terminal = QuitKey()
+        self.cut_at = None              # entries at which it was truncated
         self.cache = self.memo = self.txn = self.remote = None
+        self.reader = self.merger = None    # for operands @@NAME
+        self.consumed = set()               # pipes among operands @FILE
         self.last_bytes = 0             # sent at the last checkpoint
         self.last_time = time.monotonic()
 
     def open(self):
         """Reach the server, catch up, begin; raises before any read."""
         opt, key = self.opt, self.opt.key
-        key.need(ROLE_WRITE, '-c')
+        self.merge_need()
         self.cache = cache_open(opt)
         self.memo = Memo(opt.cachedir)
         self.remote = remote_open(opt, roles_to_write(opt.key))
@@ -8033,7 +11472,9 @@ class Create:
         guard = [names.archive(self.name), names.archive(self.name + b'.part')]
         if any(archive in self.cache.archives() for archive in guard):
             raise exists_error(self.name)
+        self.merge_open(self.cache.archives)
         self.txn = Transaction(self.remote, self.cache, guard)
+        self.txn.limit_memory(opt.memory, self.memo.db)
         try:
             self.txn.begin()
         except Refused as e:
@@ -8041,21 +11482,69 @@ class Create:
                 raise exists_error(self.name) from None
             raise
 
-    def skip(self):
-        """Directories that never go into an archive."""
-        out = set()
-        for path in (self.opt.cachedir, self.opt.key and
-                     self.opt.key.server):
-            try:
-                st = os.stat(path)
-                if stat.S_ISDIR(st.st_mode):
-                    out.add((st.st_dev, st.st_ino))
-            except (OSError, TypeError, ValueError):
-                pass
-        return out
+    def merge_need(self):
+        """UserError if operands @@NAME need what the key cannot do."""
+        if any(kind == 'archive' for kind, _ in self.opt.items):
+            if not self.opt.key:
+                raise UserError('Key file must be specified for operands '
+                                '@@NAME')
+            self.opt.key.need(ROLE_READ, '-c with operands @@NAME')
+            return True
+        return False
+
+    def merge_open(self, live):
+        """Find the archives to be merged; `live()` has them.
+
+        They are read over a connection of their own: that of the
+        transaction is resumed in its own way when it is lost.
+        """
+        if self.merge_need():
+            self.reader = remote_open(self.opt, (ROLE_READ,))
+            self.merger = Merge(self.opt, self.reader, live)
+            self.merger.open()
 
     def walk(self, writer):
-        return Walk(self.opt.items, self.opt, writer.report, self.skip())
+        return Walk(self.opt.items, self.opt, writer.report,
+                    directories_skipped(self.opt))
+
+    def merge(self, writer, walk, kind, folder, name):
+        """Take in what an operand that is not walked stands for."""
+        if kind == 'command':
+            return writer.command(name)
+        if kind == 'tar':
+            return self.merge_tar(writer, walk, folder, name)
+        return self.merger.archive(writer, name)
+
+    def merge_tar(self, writer, walk, folder, name):
+        """Take in the entries of the tar file `name`; `-` is standard input.
+        """
+        what = 'standard input' if name == b'-' else show(name)
+        try:
+            fd = os.dup(0) if name == b'-' else os.open(
+                name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.get())
+        except OSError as e:
+            writer.report('%s: Cannot open: %s' % (what, e.strerror))
+            return
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                if name in self.consumed:
+                    raise UserError('%s cannot be read again, as it would '
+                                    'have to be; try again' % what)
+                self.consumed.add(name)
+            elif name == b'-':
+                os.lseek(fd, 0, os.SEEK_SET)
+            yield from TarInput(self.opt, writer, fd, what,
+                                lambda path: walk.strip(path)[1]).run()
+        finally:
+            os.close(fd)
+
+    def start(self, writer, memo):
+        """Listen to signals, and say how far it is."""
+        writer.profile = create_profile(self.opt)
+        self.writer, self.progress = writer, writer.progress
+        entries, size = memo.expected(writer.profile) if memo else (0, 0)
+        self.terminal.take()
+        self.progress.start(entries * ENTRY_SIZE + size)
 
     def store(self, writer):
         """Walk and commit, over again when a conflict or a server asks."""
@@ -8063,33 +11552,86 @@ class Create:
         while True:
             walk = self.walk(writer)
             try:
-                writer.run(walk, self.due,
-                           lambda: self.checkpoint(writer, series))
+                state = self.run(writer, walk,
+                                 lambda: self.checkpoint(writer, series))
                 if not writer.entries and not self.opt.quiet:
                     warn('Archive contains no files')
                 self.txn.commit(
-                    lambda base: writer.record(base, self.name, series),
-                    COMPLETE, self.memo, writer.profile)
+                    lambda base: writer.record(base, self.title, series,
+                                               state == COMPLETE),
+                    state, self.memo, writer.profile)
                 return
             except Restart:
-                writer.pool.drop()
+                writer.crew.drop()
                 self.txn.again()
                 writer.start_over()
             finally:
                 walk.close()
 
+    def run(self, writer, walk, checkpoint=None):
+        """Take in everything, or as much as there is to be; COMPLETE or
+        PARTIAL.
+        """
+        try:
+            writer.run(walk, self.due, checkpoint,
+                       lambda *what: self.merge(writer, walk, *what))
+            return COMPLETE
+        except Truncated:
+            self.cut_at = self.progress.entries
+            self.title = self.name + b'.part'
+            writer.cut()
+            return PARTIAL
+
+    def report(self, writer):
+        """What is said once it is stored, before statistics; exit status."""
+        self.progress.finish()
+        if self.opt.totals and not writer.errors:
+            sys.stderr.write('Total bytes written: %d\n'
+                             % self.progress.bytes)
+        if self.cut_at is not None:
+            warn('Archive truncated')
+        return 1 if writer.errors or self.cut_at is not None else 0
+
     def due(self):
-        """True if it is time for a checkpoint."""
-        most, sent = self.opt.checkpoint_bytes, self.txn.sent_bytes
+        """True if it is time for a checkpoint; raises Truncated if it is
+        time to stop.  A walk that is done over stops where it did before.
+        """
+        asked, sent = self.progress, self.txn.sent_bytes if self.txn else 0
+        if (asked.stop_asked or self.txn and self.used_up()) and \
+                asked.entries >= (self.cut_at or 0):
+            raise Truncated
+        if not self.txn:
+            return False
+        if asked.checkpoint_asked:
+            asked.checkpoint_asked = False
+            return True
+        most = self.opt.checkpoint_bytes
+        crew = self.writer.crew
+        if most and crew.bytes and \
+                sent + crew.bytes - self.last_bytes >= most:
+            crew.finish()               # how much of it is to be sent?
+            sent = self.txn.sent_bytes
         return bool(most) and sent > self.last_bytes and (
             sent - self.last_bytes >= most
             or time.monotonic() - self.last_time >= CHECKPOINT_SECONDS)
 
+    def used_up(self):
+        """True if --maxbw bytes were sent; near the end each job is waited
+        for, so that little more is.
+        """
+        most = self.opt.maxbw
+        if most is None:
+            return False
+        if self.txn.sent_bytes + MAXBW_NEAR >= most:
+            self.writer.crew.finish()
+        return self.txn.sent_bytes >= most
+
     def checkpoint(self, writer, series):
         """Commit what there is as NAME.part."""
         if self.opt.verbose:
-            sys.stderr.write('tarsnap: Creating checkpoint...')
+            sys.stderr.write('%s: Creating checkpoint...' % warn.program)
         writer.finish_pages(False)
+        writer.keep_open()
         self.txn.commit(lambda base: writer.record(
             base, self.name + b'.part', series, False), OPEN, self.memo,
             writer.profile)
@@ -8100,33 +11642,38 @@ class Create:
         self.last_time = time.monotonic()
 
     def close(self):
-        for thing in (self.remote, self.txn and self.txn.pending, self.memo,
-                      self.cache):
+        for thing in (self.progress, self.terminal, self.merger, self.reader,
+                      self.remote,
+                      self.txn and self.txn.pending, self.memo, self.cache):
             if thing:
                 thing.close()
 
 
 def mode_create(opt):
     """-c: exit status 0, 1 with nothing stored, 2 stored with errors."""
-    if not any(kind == 'path' for kind, _ in opt.items):
+    if all(kind == 'cd' for kind, _ in opt.items):
         raise UserError('No files or directories specified')
+    if opt.noatime and not NOATIME:
+        warn('--noatime has no effect on this system')
     if opt.dry_run:
         return create_dry(opt)
+    opt.key.need(ROLE_WRITE, '-c')
     run = Create(opt)
+    crew = crew_make(opt, opt.key)
     try:
         run.open()
-        writer = Writer(opt, opt.key, run.txn, run.cache, run.memo)
-        writer.profile = create_profile(opt)
-        try:
-            run.store(writer)
-        finally:
-            writer.pool.close()
+        writer = Writer(opt, opt.key, crew, run.txn, run.cache, run.memo)
+        run.start(writer, run.memo)
+        run.store(writer)
+        failed = run.report(writer)
         if opt.print_stats:
             totals = run.cache.totals
-            stats_print(sys.stderr, opt, totals, [
-                ('This archive', totals[4:6]), ('New data', totals[6:8])])
+            stats = Stats(opt, stats_stream(opt))
+            stats.all(totals)
+            stats.archive(run.title, 'This archive', totals[4:6],
+                          'New data', totals[6:8])
         head_print(opt, run.cache)
-        return 2 if writer.errors else 0
+        return 2 if failed else 0
     except Refused as e:
         if e.code == E_EXISTS:
             raise exists_error(run.name) from None
@@ -8136,80 +11683,177 @@ def mode_create(opt):
             opt.changed = True
         raise
     finally:
+        crew.close()
         run.close()
+
+
+def crew_make(opt, key):
+    """The workers of a run; each has some megabytes of its own."""
+    return Crew(key, opt.pad, opt.verify_encode,
+                1 if opt.memory == 'verylowmem' else WORKERS_MOST)
 
 
 def create_dry(opt):
     """-c --dry-run: everything but the server, with or without a key."""
-    run = Create.__new__(Create)
-    run.opt = opt
+    run = Create(opt)
     key = opt.key or key_make('', '')
     cache = None
-    if opt.key and opt.cachedir and os.path.isfile(
-            os.path.join(opt.cachedir, 'directory')):
-        cache = Cache(opt.cachedir, opt.key)
+    if opt.key and opt.cachedir and opt.dry_run != METADATA \
+            and os.path.isfile(os.path.join(opt.cachedir, 'directory')):
+        cache = Cache(opt.cachedir, opt.key, wait=opt.lock_wait)
     memo = None
     if cache:
         memo = Memo(opt.cachedir)
-    writer = Writer(opt, key, DryRun(cache), cache, memo)
-    writer.profile = create_profile(opt)
+    crew = crew_make(opt, key)
+    writer = Writer(opt, key, crew, DryRun(cache), cache, memo)
     try:
-        writer.run(run.walk(writer))
+        run.merge_open(lambda: history_live(run.reader, opt))
+        run.start(writer, memo)
+        run.run(writer, run.walk(writer))
+        if not writer.entries and not opt.quiet:
+            warn('Archive contains no files')
         record = writer.record((0, bytes(32)), b'(dry-run)', b'(dry-run)')
-        writer.pool.finish()
+        failed = run.report(writer)
         if opt.print_stats:
             sink = writer.sink
             whole = sink.totals(record.name)
             totals = list(cache.totals) if cache else [0] * 9
-            rows = [totals[0] + whole[0], totals[1] + whole[1],
-                    totals[2] + sink.new[0], totals[3] + sink.new[1]]
-            stats_print(sys.stderr, opt, rows, [('This archive', whole),
-                                                ('New data', sink.new)])
+            stats = Stats(opt, stats_stream(opt))
+            stats.all([totals[0] + whole[0], totals[1] + whole[1],
+                       totals[2] + sink.new[0], totals[3] + sink.new[1],
+                       0, 0, 0, 0, totals[8] + 1])
+            stats.archive(opt.names[0], 'This archive', whole,
+                          'New data', sink.new)
     finally:
-        writer.pool.close()
+        crew.close()
+        run.close()
         for thing in (memo, cache):
             if thing:
                 thing.close()
-    return 1 if writer.errors else 0
+    return failed
 
 
 def create_profile(opt):
-    """What pages of two runs must have in common to be candidates first."""
+    """What pages of two runs must have in common to be candidates first, and
+    those of a run before to be given up when a run no longer meets them.
+
+    So it differs for runs that take different parts of a tree, and is the
+    same from day to day: commands and contents of lists are not in it.
+    """
     digest = hashlib.sha256(FORMAT)
     for kind, value in opt.items:
+        if kind == 'command':
+            continue
+        if kind == 'list' and opt.files_from != '-':
+            value = os.fsencode(opt.files_from)
         digest.update(b'%b\0%b\0' % (kind.encode(), value))
     for word in sorted(opt.exclude) + [b''] + sorted(opt.include):
         digest.update(word + b'\0')
     digest.update(repr((opt.absolute, opt.follow_all, opt.follow_operands,
-                        opt.recurse, opt.store_atime)).encode())
+                        opt.recurse, opt.store_atime, opt.nodump,
+                        opt.one_file_system, opt.exclude_caches,
+                        opt.exclude_if_present,
+                        opt.newer is None,
+                        [rule.text for rule in opt.rules])).encode())
     return digest.digest()[:8]
 
 
 # Statistics.
 
-def humanize(number):
-    """`number` bytes as the original shows them: truncated, SI units."""
-    if number < 1000:
-        return '%d B' % number
-    for letter in 'kMGTPE':
-        if number < 10000:
-            return '%d.%d %sB' % (number // 1000, number // 100 % 10, letter)
-        if number < 1000000 or letter == 'E':
-            return '%d %sB' % (number // 1000, letter)
-        number //= 1000
-    raise AssertionError
+UNIQUE = '  (unique data)'
+STATS_KEY = {UNIQUE: 'unique_', 'New data': 'new_',
+             'Deleted data': 'deleted_'}
 
 
-def stats_print(out, opt, totals, rows):
-    """The table of CLI fame: header, all archives, unique data, `rows`."""
-    form = humanize if opt.humanize_numbers else str
-    lines = [('', 'Total size', 'Compressed size')]
-    lines += [(name, form(pair[0]), form(pair[1])) for name, pair in
-              [('All archives', totals[0:2]),
-               ('  (unique data)', totals[2:4])] + rows]
-    for name, total, packed in lines:
-        out.write('%-32s  %15s  %15s\n' % (name, total, packed))
-    out.flush()
+def stats_keys(prefix, pair):
+    """(total, compressed) bytes under their keys in JSON."""
+    return {prefix + 'total': pair[0], prefix + 'compressed': pair[1]}
+
+
+def stats_stream(opt):
+    """Where -c and -d print statistics; JSON is data, the table is not."""
+    return sys.stdout if opt.json else sys.stderr
+
+
+def csv_write(path, mode, rows):
+    """Rows of --csv-file; as those who read it expect, nothing is quoted."""
+    try:
+        with open(path, mode) as file:
+            file.write(os.fsencode(''.join(','.join(row) + '\n'
+                                           for row in rows)))
+    except OSError as e:
+        raise UserError('Cannot write --csv-file %s: %s'
+                        % (path, e.strerror)) from None
+
+
+def csv_check(path):
+    """UserError if --csv-file cannot be written: known before the work."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        return
+    except FileNotFoundError:
+        where = os.path.dirname(os.path.abspath(path))
+        if os.access(where, os.W_OK | os.X_OK):
+            return
+        reason = 'cannot make files in %s' % where
+    except OSError as e:
+        reason = e.strerror
+    raise UserError('Cannot write --csv-file %s: %s' % (path, reason))
+
+
+class Stats:
+    """Where statistics go: the table, to `stream`; or --csv-file instead.
+
+    The table's bytes, and the rows of the CSV file, are parsed by others.
+    """
+
+    def __init__(self, opt, stream):
+        self.opt = opt
+        self.stream = stream
+        self.number = humanize if opt.humanize_numbers else str
+
+    def all(self, totals):
+        """All archives; begins the table, and the CSV file anew."""
+        if self.opt.json:
+            self.write(json_line({
+                'type': 'statistics', 'archives': totals[8],
+                **stats_keys('', totals[0:2]),
+                **stats_keys('unique_', totals[2:4])}) + b'\n')
+            return
+        head = 'Archive name' if self.opt.csv_file else ''
+        self.rows([(head, 'Total size', 'Compressed size')] + self.texts(
+            ('All archives', totals[0:2]), (UNIQUE, totals[2:4])), 'wb')
+
+    def archive(self, name, title, whole, label, part):
+        """Archive `name`, called `title` in tables: (total, compressed) of
+        all of it, and of that `part` of it that is `label`.
+        """
+        if self.opt.json:
+            self.write(json_line({
+                'type': 'archive_statistics', 'name': name,
+                **stats_keys('', whole),
+                **stats_keys(STATS_KEY[label], part)}) + b'\n')
+            return
+        self.rows(self.texts((title, whole), (label, part)), 'ab')
+
+    def texts(self, *rows):
+        return [(name, self.number(pair[0]), self.number(pair[1]))
+                for name, pair in rows]
+
+    def rows(self, rows, mode):
+        if self.opt.csv_file:
+            csv_write(self.opt.csv_file, mode, rows)
+        elif self.opt.null_output:
+            self.write(b''.join(os.fsencode('\0\0'.join(row) + '\0')
+                                for row in rows))
+        else:
+            self.write(b''.join(os.fsencode('%-32s  %15s  %15s\n' % row)
+                                for row in rows))
+
+    def write(self, data):
+        if self.stream is not None:
+            self.stream.write(os.fsdecode(data))
+            self.stream.flush()
 
 
 def head_print(opt, cache):
@@ -8262,62 +11906,85 @@ def release_check(cache, dead):
     """UserError unless every parent of each of `dead` is among them.
 
     Counts decide what is deleted; this scan of all references is what a
-    count that is wrong, for whatever reason, must get past.
+    count that is wrong, for whatever reason, must get past.  It passes over
+    chunks, and takes 0.1 s for each million references.
     """
     gone = set(dead)
+    rows = {(name,) for name in dead}       # as KID_NAME unpacks them
     with cache.lock:
         for name, kids in cache.db.execute(
-                'SELECT name, kids FROM blocks WHERE kids IS NOT NULL'):
-            if name not in gone and any(
-                    kid[1] in gone for kid in KID.iter_unpack(kids)):
+                'SELECT name, kids FROM blocks INDEXED BY parents '
+                'WHERE kids IS NOT NULL'):
+            if name not in gone and not rows.isdisjoint(
+                    KID_NAME.iter_unpack(kids)):
                 raise inconsistent()
 
 
-def archive_missing(name):
-    return UserError('Archive does not exist: %s' % show(name))
+class Deletion:
+    """A run of -d or --expire: one transaction for each archive."""
 
+    def __init__(self, opt):
+        self.opt = opt
+        self.cache = self.remote = None
+        self.stats = Stats(opt, stats_stream(opt))
 
-def mode_delete(opt):
-    """-d: one transaction for each name; exit status 0, 1, or 2 when some
-    were deleted before a failure.
-    """
-    opt.key.need(ROLE_DELETE, '-d')
-    cache = cache_open(opt)
-    remote = remote_open(opt, (ROLE_DELETE, ROLE_READ, ROLE_WRITE))
-    status = 0
-    try:
-        cache_begin(opt, cache, remote)
-        if cache.partial:
+    def open(self):
+        """Lock the cache directory and bring it up to the server."""
+        opt = self.opt
+        opt.key.need(ROLE_DELETE, opt.mode)
+        self.cache = cache_open(opt)
+        self.remote = remote_open(opt, (ROLE_DELETE, ROLE_READ, ROLE_WRITE))
+        cache_begin(opt, self.cache, self.remote)
+        if self.cache.partial:
             raise UserError('Directory is not consistent with archive: Run '
                             '--fsck (blocks of other hosts could not be '
                             'read)')
+
+    def delete(self, name, title, record=None, needs=()):
+        """Delete archive `name`, called `title` in statistics; see
+        delete_archive().
+        """
+        if self.opt.verbose:
+            sys.stderr.write('Deleting archive "%s"\n' % show(name))
+        whole, freed = delete_archive(self.remote, self.cache, name, record,
+                                      needs)
+        self.opt.changed = True
+        if self.opt.print_stats:
+            self.stats.all(self.cache.totals)
+            self.stats.archive(name, title, whole, 'Deleted data', freed)
+
+    def close(self):
+        for thing in (self.remote, self.cache):
+            if thing:
+                thing.close()
+
+
+def mode_delete(opt):
+    """-d: the archives named, one after the other."""
+    run = Deletion(opt)
+    try:
+        run.open()
         for name in opt.names:
-            if opt.verbose:
-                sys.stderr.write('Deleting archive "%s"\n' % show(name))
             try:
-                freed = delete_archive(remote, cache, name)
-            except UserError as e:
-                if not opt.keep_going or not str(e).startswith('Archive does'):
+                run.delete(name, 'This archive' if len(opt.names) == 1
+                           else show(name))
+            except Missing as e:
+                if not opt.keep_going:
                     raise
                 warn(str(e))
-                continue
-            opt.changed = True
-            if opt.print_stats:
-                title = 'This archive' if len(opt.names) == 1 else show(name)
-                stats_print(sys.stderr, opt, cache.totals, [
-                    (title, freed[0]), ('Deleted data', freed[1])])
-        head_print(opt, cache)
+        head_print(opt, run.cache)
     finally:
-        remote.close()
-        cache.close()
-    return status
+        run.close()
+    return 0
 
 
-def delete_archive(remote, cache, name):
+def delete_archive(remote, cache, name, record=None, needs=()):
     """Delete one archive; ((total, stored) of it, (plain, stored) freed).
 
-    Durable on return.  A conflict or a lost connection recomputes the whole
-    set on the newest base; if the lost commit was ours, that shows there.
+    Only the one whose record is `record`, if that is given, and only while
+    the archives with the ids `needs` exist.  Durable on return.  A conflict
+    or a lost connection recomputes the whole set on the newest base; if the
+    lost commit was ours, that shows there.
     """
     archive = Names(cache.key).archive(name)
     sent = None
@@ -8331,9 +11998,13 @@ def delete_archive(remote, cache, name):
         cache.catch_up(changes)
         if cache.key.refs_priv:
             read_missing(remote, cache)
-        row = cache.archives().get(archive)
-        if row is None:
-            raise archive_missing(name)
+        live = cache.archives()
+        row = live.get(archive)
+        if row is None or (record and row[0] != record):
+            raise Missing(name)
+        if not all(other in live for other in needs):
+            raise UserError('Another host deleted archives that were to be '
+                            'kept; nothing more is deleted')
         try:
             sent = delete_once(remote, cache, archive, row[0])
         except ChannelLost as e:
@@ -8353,13 +12024,8 @@ def delete_once(remote, cache, archive, record):
     archives = cache.archives()
     del archives[archive]
     totals[4:] = (*whole, plain, stored, len(archives))
-    commit = Commit(cache.key.machine, cache.n + 1, cache.head, KIND_DELETE,
-                    os.urandom(16))
-    commit.unlinked.append((archive, record))
-    commit.deleted = counted(sorted(dead))
-    commit.live = live_digest(archives)
-    commit.note = note_seal(cache.key, commit.n, [max(0, n) for n in totals])
-    raw = commit_pack(commit, cache.key)
+    commit, raw = delete_commit(cache, [(archive, record)], dead, archives,
+                                totals)
     sent = (sha256(raw), (whole, (plain, stored)))
     try:
         delete_send(remote, cache, commit, dead, raw)
@@ -8372,6 +12038,33 @@ def delete_once(remote, cache, archive, record):
     return sent
 
 
+def delete_commit(cache, unlinked, dead, archives, totals):
+    """(Commit, C_n) that unlinks and deletes; `archives` stay."""
+    commit = Commit(cache.key.machine, cache.n + 1, cache.head, KIND_DELETE,
+                    os.urandom(16))
+    commit.unlinked += unlinked
+    commit.deleted = counted(sorted(dead))
+    commit.live = live_digest(archives)
+    commit.note = note_seal(cache.key, commit.n, [max(0, n) for n in totals])
+    return commit, commit_pack(commit, cache.key)
+
+
+def delete_decided(remote, cache, dead, commit, raw):
+    """Send a delete until it is decided; False if it is dead."""
+    while True:
+        try:
+            delete_send(remote, cache, commit, dead, raw)
+        except ChannelLost:
+            pass
+        except Refused as e:
+            if e.code not in (E_CONFLICT, E_EXPIRED):
+                raise
+            return bool(commit_decided(remote, (cache.n, cache.head), raw))
+        found = commit_decided(remote, (cache.n, cache.head), raw)
+        if found is not None:
+            return bool(found)
+
+
 def delete_send(remote, cache, commit, dead, raw):
     """BEGIN, the names, COMMIT."""
     channel = remote.connect()
@@ -8382,31 +12075,176 @@ def delete_send(remote, cache, commit, dead, raw):
     transaction_commit(channel, raw)
 
 
+class Expire:
+    """One run of --expire."""
+
+    def __init__(self, opt):
+        self.opt = opt
+        self.errors = []            # records that cannot be read
+        self.archives = []          # Dated
+
+    def read(self, remote, live):
+        """Every archive of `live`, or of --series among them."""
+        series = self.opt.series and Names(self.opt.key).series(
+            self.opt.series)
+        now = time.time()
+        for archive, record in archive_records(remote, live,
+                                               self.errors.append):
+            if not series or record.series == series:
+                self.archives.append(dated_make(archive, record,
+                                                live[archive], self.opt, now))
+
+    def judge(self):
+        """Apply the rules."""
+        opt = self.opt
+        rules = {rule: getattr(opt, 'keep_' + rule) or 0 for rule in RULES}
+        retention(self.archives, rules, opt.keep_within)
+
+    def tell(self):
+        """What becomes of each archive, on standard output."""
+        output = Output(1, b'\0' if self.opt.null_output else b'\n')
+        between = b'\0\0' if self.opt.null_output else b'\t'
+        for dated in retention_lines(self.archives):
+            if self.opt.json:
+                output.put(json_line({
+                    'type': 'retention', 'name': dated.title,
+                    'created': json_time(dated.created * BILLION),
+                    'received': json_time(dated.received * BILLION),
+                    'kept': dated.kept, 'why': dated.why().partition(
+                        ': ')[2]}))
+            else:
+                output.put(between.join((
+                    dated.title, date_text(dated.time),
+                    dated.why().encode())))
+        output.flush()
+
+    def doubts(self):
+        """Say what could not be judged; on every run, for it piles up."""
+        count = sum(dated.doubt.startswith('created')
+                    for dated in self.archives)
+        if count and not self.opt.quiet:
+            warn('Kept %s received over 26 hours from its creation (see '
+                 '--dry-run; --by-creation goes by creation times)'
+                 % plural(count, 'archive'))
+        for error in self.errors:
+            warn('%s; its archive is kept' % error)
+
+    def delete(self, run):
+        """Delete, the oldest first, what no rule keeps."""
+        newest = {}
+        for dated in self.archives:
+            if dated.reasons and (dated.series not in newest or dated.time >
+                                  newest[dated.series].time):
+                newest[dated.series] = dated
+        for dated in sorted(self.archives, key=lambda d: d.time):
+            if not dated.kept:
+                try:
+                    run.delete(dated.title, show(dated.title), dated.record,
+                               [newest[dated.series].archive])
+                except Missing:
+                    pass            # another host was faster
+
+
+RULES = ('last', *PERIODS)
+
+
+def mode_expire(opt):
+    """--expire: delete what no rule keeps."""
+    expire = Expire(opt)
+    if not opt.keep_within and not any(getattr(opt, 'keep_' + rule)
+                                       for rule in RULES):
+        raise UserError('--expire needs a rule: --keep-last, --keep-within, '
+                        + ', '.join('--keep-' + rule for rule in PERIODS))
+    if opt.dry_run:
+        return expire_dry(opt, expire)
+    run = Deletion(opt)
+    try:
+        run.open()
+        expire.read(run.remote, run.cache.archives())
+        expire.judge()
+        if opt.verbose:
+            expire.tell()
+        expire.doubts()
+        expire.delete(run)
+        head_print(opt, run.cache)
+    finally:
+        run.close()
+    if expire.errors:
+        return 2 if opt.changed else 1
+    return 0
+
+
+def expire_dry(opt, expire):
+    """--expire --dry-run: needs no cache directory, and deletes nothing."""
+    if not opt.key.can(ROLE_DELETE):
+        opt.key.need(ROLE_READ, '--expire --dry-run')
+    remote = remote_open(opt, (ROLE_READ if opt.key.can(ROLE_READ)
+                               else ROLE_DELETE,))
+    try:
+        expire.read(remote, history_live(remote, opt))
+    finally:
+        remote.close()
+    expire.judge()
+    expire.tell()
+    expire.doubts()
+    return 1 if expire.errors else 0
+
+
 def mode_print_stats(opt):
-    """--print-stats as a mode: from the cache directory alone."""
-    if opt.names:
+    """--print-stats as a mode: from the cache directory alone, but for the
+    names of archives, which it does not hold.
+    """
+    if opt.names and not opt.key.can(ROLE_DELETE):
         opt.key.need(ROLE_READ, '--print-stats -f')
     cache = Cache(opt.cachedir, opt.key, lock=False)
-    status = 0
     try:
         if cache.new:
             raise UserError('Error reading cache directory %s: it is empty; '
                             '--fsck fills it' % opt.cachedir)
-        names = Names(opt.key)
-        rows = []
-        for name in opt.names:
-            row = cache.archives().get(names.archive(name))
-            if row is None:
-                if not opt.keep_going:
-                    raise archive_missing(name)
-                warn(str(archive_missing(name)))
-                continue
-            rows.append((show(name), cache.total(row[0])))
-            rows.append(('  (unique data)', release_own(cache, row[0])))
-        stats_print(sys.stdout, opt, cache.totals, rows)
+        stats = Stats(opt, sys.stdout)
+        stats.all(cache.totals)
+        if opt.names and cache.partial:
+            raise inconsistent()
+        for name, record in stats_archives(opt, cache):
+            stats.archive(name, show(name), cache.total(record), UNIQUE,
+                          release_own(cache, record))
     finally:
         cache.close()
-    return status
+    return 0
+
+
+def stats_archives(opt, cache):
+    """(name, record's name) of the archives that -f names; '*' is all."""
+    if opt.names[:1] == [b'*']:
+        yield from stats_everything(opt, cache)
+        return
+    live, names = cache.archives(), Names(opt.key)
+    for name in opt.names:
+        row = live.get(names.archive(name))
+        if row is not None:
+            yield name, row[0]
+        elif opt.keep_going:
+            warn(str(Missing(name)))
+        else:
+            raise Missing(name)
+
+
+def stats_everything(opt, cache):
+    """The same for all archives this cache knows, the oldest first."""
+    remote = remote_open(opt, (ROLE_READ if opt.key.can(ROLE_READ)
+                               else ROLE_DELETE,))
+    bad = []
+    try:
+        found = [record for _, record in
+                 archive_records(remote, cache.archives(), bad.append)]
+        if bad and remote.head[0] != cache.n:
+            raise inconsistent()        # deleted by another host since
+    finally:
+        remote.close()
+    for record in sorted(found, key=lambda r: (r.created, r.title)):
+        yield record.title, record.name
+    if bad:
+        raise bad[0]
 
 
 def release_own(cache, record):
@@ -8419,16 +12257,16 @@ def mode_initialize(opt):
     if os.path.exists(os.path.join(opt.cachedir, 'directory')):
         raise UserError('Cache directory %s is in use already; --fsck '
                         'rebuilds it' % opt.cachedir)
-    cachedir_make(opt.cachedir)
-    os.close(cachedir_lock(opt.cachedir))
+    os.close(cachedir_lock(opt.cachedir, opt.lock_wait))
     return 0
 
 
 def mode_recover(opt):
     """--recover: what a dead run left becomes NAME.part."""
     if not opt.key.can(ROLE_WRITE):
-        opt.key.need(ROLE_DELETE, '--recover')
-        return 0            # a delete settles what is undecided by itself
+        if not opt.key.can(ROLE_NUKE):
+            opt.key.need(ROLE_DELETE, '--recover')
+        return 0            # what it left is an archive already
     cache = cache_open(opt)
     remote = remote_open(opt, roles_to_write(opt.key))
     try:
@@ -8441,23 +12279,112 @@ def mode_recover(opt):
     return 0
 
 
-def mode_fsck(opt):
-    """--fsck: make the cache directory anew from the signed history."""
-    key = opt.key
-    if not key.can(ROLE_WRITE) and not key.can(ROLE_DELETE):
-        key.need(ROLE_WRITE, '--fsck')
-    cachedir_make(opt.cachedir)
-    lock = cachedir_lock(opt.cachedir)
+def mode_nuke(opt):
+    """--nuke: everything of this machine, after a sentence typed by hand."""
+    opt.key.need(ROLE_NUKE, '--nuke')
+    sys.stderr.write('This deletes all archives of this machine.\nPlease '
+                     'type \'No Tomorrow\' to continue\n')
+    sys.stderr.flush()
+    if sys.stdin is None or \
+            sys.stdin.buffer.readline(100) != b'No Tomorrow\n':
+        raise UserError('You didn\'t type \'No Tomorrow\'; nothing was '
+                        'deleted')
+    remote = remote_open(opt, (ROLE_NUKE,))
     try:
-        remote = remote_open(opt, (ROLE_WRITE, ROLE_READ, ROLE_DELETE))
-        try:
-            fsck_run(opt, remote)
-        except CorruptError as e:
-            warn(str(e))
-            raise UserError('Error fscking archives') from None
-        finally:
-            remote.close()
+        remote.connect()
+        while not nuke_commit(remote, remote.head):
+            remote.close()              # somebody committed: a new head
+            remote.connect()
+        return 0
     finally:
+        remote.close()
+
+
+def nuke_commit(remote, base):
+    """Delete all archives, if `base` (n, H_n) is still the newest commit;
+    False if it is not.  Durable on return.
+    """
+    commit = Commit(remote.key.machine, base[0] + 1, base[1], KIND_NUKE,
+                    os.urandom(16))
+    commit.deleted = (EVERYTHING, bytes(32))
+    raw = commit_pack(commit, remote.key)
+    while True:
+        try:
+            remote.connect().call(NUKE, raw)
+            return True
+        except ChannelLost:
+            found = commit_decided(remote, base, raw)
+            if found is not None:
+                return bool(found)
+        except Refused as e:
+            found = e.code == E_CONFLICT and commit_decided(remote, base, raw)
+            if e.code != E_CONFLICT or found is None:
+                raise
+            return bool(found)
+
+
+def mode_print_head(opt):
+    """--print-head alone: the head the server shows, checked if possible."""
+    roles = [role for role in (ROLE_READ, ROLE_WRITE, ROLE_DELETE, ROLE_NUKE)
+             if opt.key.can(role)][:1]
+    remote = remote_open(opt, roles)
+    try:
+        remote.connect()
+        if opt.cachedir:
+            seen = cache_seen(opt.cachedir, opt.key)
+            if seen:
+                history_follow(remote, seen, remote.head)
+        sys.stdout.write(head_text(remote.head) + '\n')
+    finally:
+        remote.close()
+    return 0
+
+
+def mode_read(opt):
+    """The modes that change nothing: only errors to decide here."""
+    if not (opt.mode == '--list-archives' and opt.key.can(ROLE_DELETE)):
+        opt.key.need(ROLE_READ, opt.mode)
+    remote = remote_open(opt, (ROLE_READ,) if opt.key.can(ROLE_READ)
+                         else (ROLE_DELETE,))
+    run = {'-t': mode_list, '-x': mode_extract, '-r': mode_tar,
+           '--list-archives': mode_list_archives, '--diff': mode_diff,
+           '--verify': mode_verify}[opt.mode]
+    try:
+        return 1 if run(remote, opt) else 0
+    finally:
+        remote.close()
+
+
+##############################################################################
+# Fsck: the cache directory made anew, and what is damaged
+#
+# Everything is read from the server again and believed for its names and
+# signatures alone.  A block that is gone for good or is not what was stored
+# is damaged, and with it every archive that needs it.  As long as it exists
+# nothing new may build on it, so --fsck ends with an error and marks the
+# cache; --fsck-prune deletes it, with all that refers to it, in one commit.
+##############################################################################
+
+INDEX_GUESS = 16 * KIB      # bytes of an index block of unknown length
+
+
+def mode_fsck(opt):
+    """--fsck and --fsck-prune; GUIs show the progress."""
+    key = opt.key
+    if opt.letter == 'p':
+        key.need(ROLE_READ, opt.mode)
+        key.need(ROLE_DELETE, opt.mode)
+    if not key.can(ROLE_WRITE) and not key.can(ROLE_DELETE):
+        key.need(ROLE_WRITE, opt.mode)
+    if opt.read_data:
+        key.need(ROLE_READ, '--read-data')
+    lock = cachedir_lock(opt.cachedir, opt.lock_wait)
+    remote = remote_open(opt, (ROLE_WRITE, ROLE_READ, ROLE_DELETE))
+    try:
+        while not Fsck(opt, remote).run():
+            pass                    # another host wrote meanwhile
+    finally:
+        remote.close()
         os.close(lock)
     return 0
 
@@ -8467,64 +12394,312 @@ def phase(text):
     sys.stdout.flush()
 
 
-def fsck_run(opt, remote):
-    """The five phases, as programs that show progress expect them."""
-    phase('Phase 1: Verifying the signed history')
-    remote.connect()
-    fsck_seen(opt, remote)
-    for name in ('pending', 'pending-journal', 'cache', 'cache-journal',
-                 'directory', 'directory-journal'):
+class Fsck:
+    """One pass of --fsck or --fsck-prune."""
+
+    def __init__(self, opt, remote):
+        self.opt = opt
+        self.remote = remote
+        self.path = os.path.join(opt.cachedir, 'fsck')
+        self.cache = self.fetcher = None
+        self.damage = {}            # block name -> what is wrong with it
+        self.titles = {}            # record name -> title of the archive
+
+    def run(self):
+        """The five phases; False if all has to be done again.
+
+        What there was stays until it can be replaced.
+        """
+        phase('Phase 1: Verifying the signed history')
+        self.remote.connect()
+        fsck_seen(self.opt, self.remote)
+        self.fetcher = Fetcher(self.remote)
         try:
-            os.unlink(os.path.join(opt.cachedir, name))
-        except FileNotFoundError:
+            self.fresh()
+            self.history()
+            phase('Phase 2: Verifying the list of archives')
+            if self.opt.key.refs_priv:
+                self.index('a')
+            phase('Phase 3: Reading the index')
+            if self.opt.key.refs_priv:
+                self.index('i')
+            if self.opt.read_data:
+                self.chunks()
+            phase('Phase 4: Verifying archives are complete')
+            doomed = self.archives()
+            phase('Phase 5: Identifying unreferenced chunks')
+            return self.decide(doomed)
+        finally:
+            self.close()
+
+    def close(self):
+        import shutil
+        self.fetcher.close()
+        if self.cache:
+            self.cache.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def fresh(self):
+        """An empty Cache in a directory of its own."""
+        import shutil
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.mkdir(self.path, 0o700)
+        self.cache = Cache(self.path, self.opt.key, lock=False)
+        try:
+            meta = cache_meta(self.opt.cachedir)
+        except UserError:
+            meta = {}                   # it cannot be read
+        self.cache.meta['lineage'] = meta.get('lineage', b'')
+
+    def history(self):
+        """Apply everything that was ever committed."""
+        try:
+            self.catch_up((0, self.opt.key.genesis()))
+        except Refused as e:
+            if e.code == E_NOBLOCK:     # so are blocks, nobody knows which
+                self.mark()
+            raise
+
+    def mark(self):
+        """Nothing may build on the cache directory as it was."""
+        try:
+            old = Cache(self.opt.cachedir, self.opt.key, lock=False)
+        except UserError:
+            return
+        try:
+            old.damaged = True
+            with old.lock:
+                old.save()
+        finally:
+            old.close()
+
+    def replace(self):
+        """Put the new files where the old ones were."""
+        where = self.opt.cachedir
+        for name in ('pending', 'pending-journal', 'cache', 'cache-journal',
+                     'directory-journal'):
+            try:
+                os.unlink(os.path.join(where, name))
+            except FileNotFoundError:
+                pass
+        for name in ('directory', 'cseq'):
+            os.rename(os.path.join(self.path, name),
+                      os.path.join(where, name))
+        fsync_dir(where)
+
+    def catch_up(self, base):
+        """Apply what was committed since `base`; True if anything was."""
+        if not self.cache.catch_up(history_changes(self.remote, base)):
+            return False
+        # What is damaged may have been deleted by another host.
+        self.damage = {name: why for name, why in self.damage.items()
+                       if self.cache.find(name)}
+        return True
+
+    def take(self, slot):
+        """The content of a block; None if it is damaged.
+
+        It is looked at twice, as deleting rests on it.  A server that cannot
+        read is not a block that is damaged: Unclear ends the run.
+        """
+        try:
+            return slot.get()
+        except Unclear:
+            raise
+        except CorruptError:
             pass
-    cache = Cache(opt.cachedir, opt.key, lock=False)
-    try:
-        cache.catch_up(history_changes(remote, (0, opt.key.genesis())))
-        phase('Phase 2: Verifying the list of archives')
-        live = cache.archives()
-        phase('Phase 3: Reading the index')
-        if opt.key.refs_priv:
-            read_missing(remote, cache)
-        phase('Phase 4: Verifying archives are complete')
-        for number, row in enumerate(live.values(), 1):
+        try:
+            return self.fetcher.get(slot.kid)
+        except CorruptError as e:
+            if isinstance(e, Unclear) or self.fetcher.fatal:
+                raise
+            self.damage[slot.kid.name] = str(e)
+        return None
+
+    # Reading.
+
+    def index(self, cls):
+        """Learn what the blocks of class `cls` refer to."""
+        while True:
+            last = b''
+            while True:
+                names = self.unread(cls, last)
+                if not names:
+                    break
+                self.learn(cls, [name for name in names
+                                 if name not in self.damage])
+                last = names[-1]
+            if not self.catch_up((self.cache.n, self.cache.head)):
+                return
+
+    def unread(self, cls, last):
+        with self.cache.lock:
+            return [row[0] for row in self.cache.db.execute(
+                'SELECT name FROM blocks WHERE kids IS NULL AND cls = ? '
+                'AND name > ? ORDER BY name LIMIT 4096', (cls, last))]
+
+    def learn(self, cls, names):
+        """Read and enter the index blocks or records `names`."""
+        kids = (Kid(cls.encode(), name, INDEX_GUESS) for name in names)
+        learned, smalls = [], []
+        for slot, _ in self.fetcher.ahead((kid, False, None) for kid in kids):
+            block = self.take(slot)
+            if block is None:
+                continue
+            plain = None
+            if cls == 'a':
+                self.titles[block.name] = block.title
+                plain = record_length(block)
+            elif block.rows and block.kind == PAGE:
+                smalls += page_smalls(block)
+            learned.append((slot.kid.name, plain, block.kids))
+        self.cache.learn(learned)
+        self.small_enter(smalls)
+
+    def small_enter(self, smalls):
+        """Where the content of each small file is; without it all small
+        files would be sent again.
+        """
+        with self.cache.lock:
+            self.cache.db.execute('BEGIN IMMEDIATE')
+            self.cache.db.executemany(
+                'INSERT OR IGNORE INTO small VALUES(?, ?)', smalls)
+            self.cache.db.execute('COMMIT')
+
+    def chunks(self):
+        """Read every chunk, and say so now and then."""
+        with self.cache.lock:
+            rows = self.cache.db.execute(
+                "SELECT name, plain FROM blocks WHERE cls = 'c' AND plain"
+                ).fetchall()
+        said = time.monotonic()
+        kids = (Kid(CHUNK, *row) for row in rows)
+        for number, (slot, _) in enumerate(self.fetcher.ahead(
+                (kid, False, None) for kid in kids), 1):
+            self.take(slot)
+            if time.monotonic() - said > FLUSH_SECONDS or number == len(rows):
+                phase('  Chunk %d/%d...' % (number, len(rows)))
+                said = time.monotonic()
+
+    # Judging.
+
+    def archives(self):
+        """[(archive id, record)] of those that are not whole."""
+        live = self.cache.archives()
+        lost = self.above(self.damage)
+        doomed = []
+        for number, (archive, row) in enumerate(
+                sorted(live.items(), key=lambda item: item[1][3]), 1):
             phase('  Archive %d/%d...' % (number, len(live)))
-            if not cache.partial:
-                cache.total(row[0])
-        if opt.key.can(ROLE_READ):
-            small_rebuild(remote, cache)
-        phase('Phase 5: Identifying unreferenced chunks')
-        if not cache.partial:
-            cache.totals_make()
-        with cache.lock:
-            cache.db.execute('BEGIN IMMEDIATE')
-            cache.save()
-            cache.db.execute('COMMIT')
-        cache.publish()
-    finally:
-        cache.close()
+            if row[0] in lost:
+                doomed.append((archive, row[0]))
+            elif not self.cache.partial or self.damage:
+                self.cache.total(row[0])
+        return doomed
+
+    def above(self, names):
+        """`names` and all that refer to one of them, directly or not."""
+        found, before = set(names), -1
+        while len(found) != before and names:
+            before = len(found)
+            with self.cache.lock:
+                for name, kids in self.cache.db.execute(
+                        'SELECT name, kids FROM blocks INDEXED BY parents '
+                        'WHERE kids IS NOT NULL'):
+                    if name not in found and any(
+                            kid[1] in found for kid in KID.iter_unpack(kids)):
+                        found.add(name)
+        return found
+
+    def decide(self, doomed):
+        """Delete what is damaged, or say that --fsck-prune must."""
+        if self.opt.letter == 'p' and not self.prune(doomed):
+            return False
+        if self.damage:
+            self.cache.damaged = True
+        elif not self.cache.partial:
+            self.cache.totals_make()
+        self.finish()
+        if self.damage:
+            self.tell(doomed)
+            raise UserError(
+                '%s damaged, and %s with them; --fsck-prune deletes these' % (
+                    plural(len(self.damage), 'block'),
+                    plural(len(doomed), 'archive')))
+        return True
+
+    def finish(self):
+        """What was found is what the cache directory holds from now on."""
+        with self.cache.lock:
+            self.cache.db.execute('BEGIN IMMEDIATE')
+            self.cache.save()
+            self.cache.db.execute('COMMIT')
+        self.cache.publish()
+        if not self.damage and self.opt.key.can(ROLE_WRITE):
+            parts_settle(self.remote, self.cache)
+        self.cache.close()
+        self.replace()
+
+    def tell(self, doomed):
+        """Which archives are not whole, and what is damaged, on stderr."""
+        for why in list(self.damage.values())[:20]:
+            warn(why)
+        for archive, record in doomed:
+            warn('Archive %s is damaged' % self.title(archive, record))
+
+    def title(self, archive, record):
+        """An archive's name, or its id where its record is lost."""
+        title = self.titles.get(record)
+        return '"%s"' % show(title) if title is not None else \
+            'with the id %s' % archive.hex()
+
+    # Pruning.
+
+    def prune(self, doomed):
+        """Delete `doomed`, and all blocks that no other archive needs; False
+        if another host wrote meanwhile.  Durable on return.
+        """
+        cache = self.cache
+        dead = release(cache, [record for _, record in doomed])[0]
+        if not dead:
+            return True
+        release_check(cache, dead)
+        if not set(self.damage) <= set(dead):
+            raise inconsistent()
+        gone = [cache.find(name) for name in dead]
+        if not delete_decided(self.remote, cache, dead,
+                              *self.prune_commit(doomed, dead)):
+            return False
+        self.opt.changed = True
+        for archive, record in doomed:
+            phase('  Deleted archive %s' % self.title(archive, record))
+        phase('  Deleted %s (%s), %d of them damaged' % (
+            plural(len(dead), 'block'),
+            plural(sum(row[3] for row in gone), 'byte'), len(self.damage)))
+        self.damage = {}
+        self.catch_up((cache.n, cache.head))
+        return True
+
+    def prune_commit(self, doomed, dead):
+        """(Commit, C_n) of it, with statistics of what is left."""
+        cache, lost = self.cache, dict(doomed)
+        archives = {archive: row for archive, row in
+                    cache.archives().items() if archive not in lost}
+        whole = [cache.total(row[0]) for row in archives.values()]
+        gone = [cache.find(name) for name in dead]
+        unique = cache.unique()
+        return delete_commit(cache, doomed, dead, archives, (
+            sum(row[0] for row in whole), sum(row[1] for row in whole),
+            unique[0] - sum(row[2] or 0 for row in gone),
+            unique[1] - sum(row[3] for row in gone), 0, 0, 0, 0,
+            len(archives)))
 
 
-def small_rebuild(remote, cache):
-    """Enter where the content of each small file is, from the rows of every
-    page; without it all small files would be sent again.
-    """
-    with cache.lock:
-        kids = [Kid(INDEX, *row) for row in cache.db.execute(
-            "SELECT name, plain FROM blocks WHERE cls = 'i' AND plain")]
-    fetcher = Fetcher(remote)
-    try:
-        with cache.lock:
-            cache.db.execute('BEGIN IMMEDIATE')
-            for slot, _ in fetcher.ahead((kid, False, None) for kid in kids):
-                block = slot.get()
-                if block.kind == PAGE:
-                    cache.db.executemany(
-                        'INSERT OR IGNORE INTO small VALUES(?, ?)',
-                        page_smalls(block))
-            cache.db.execute('COMMIT')
-    finally:
-        fetcher.close()
+def record_length(record):
+    """Plain bytes a record counts with: see record_plain()."""
+    return (len(RECORD_MAGIC) + RECORD_HEAD.size + 64
+            + len(record.kids) * KID.size
+            + 16 + U16.size + len(record.title) + U64.size)
 
 
 def page_smalls(block):
@@ -8546,107 +12721,292 @@ def fsck_seen(opt, remote):
         history_follow(remote, seen, remote.head)
 
 
-def mode_nuke(opt):
-    """--nuke: everything of this machine, after a sentence typed by hand."""
-    opt.key.need(ROLE_NUKE, '--nuke')
-    sys.stderr.write('This deletes all archives of this machine.\nPlease '
-                     'type \'No Tomorrow\' to continue\n')
-    sys.stderr.flush()
-    if sys.stdin is None or sys.stdin.readline() != 'No Tomorrow\n':
-        raise UserError('You didn\'t type \'No Tomorrow\'; nothing was '
-                        'deleted')
-    remote = remote_open(opt, (ROLE_NUKE,))
-    try:
-        while True:
-            channel = remote.connect()
-            n, head = remote.head
-            commit = Commit(opt.key.machine, n + 1, head, KIND_NUKE,
-                            os.urandom(16))
-            commit.deleted = (EVERYTHING, bytes(32))
-            raw = commit_pack(commit, opt.key)
-            try:
-                channel.call(NUKE, raw)
-                return 0
-            except ChannelLost:
-                remote.connect()
-                if remote.head == (n + 1, sha256(raw)):
-                    return 0
-            except Refused as e:
-                if e.code != E_CONFLICT:
-                    raise
-                remote.close()
-    finally:
-        remote.close()
-
-
-def mode_print_head(opt):
-    """--print-head alone: the head the server shows, checked if possible."""
-    roles = [role for role in (ROLE_READ, ROLE_WRITE, ROLE_DELETE, ROLE_NUKE)
-             if opt.key.can(role)][:1]
-    remote = remote_open(opt, roles)
-    try:
-        remote.connect()
-        if opt.cachedir:
-            seen = cache_seen(opt.cachedir, opt.key)
-            if seen:
-                history_follow(remote, seen, remote.head)
-        sys.stdout.write(head_text(remote.head) + '\n')
-    finally:
-        remote.close()
-    return 0
-
-
-def mode_read(opt):
-    """-t, -x, -r and --list-archives: nothing but errors to decide here."""
-    if not (opt.mode == '--list-archives' and opt.key.can(ROLE_DELETE)):
-        opt.key.need(ROLE_READ, opt.mode)
-    remote = remote_open(opt, (ROLE_READ,) if opt.key.can(ROLE_READ)
-                         else (ROLE_DELETE,))
-    run = {'-t': mode_list, '-x': mode_extract, '-r': mode_tar,
-           '--list-archives': mode_list_archives}[opt.mode]
-    try:
-        return 1 if run(remote, opt) else 0
-    finally:
-        remote.close()
-
-
 ##############################################################################
 # Options
 #
-# One table, from which come parsing, the configuration file and --help.  The
+# One table, from which come parsing, the configuration files and --help.  The
 # command line is tar's: bundles, prefixes, an end at the first operand; see
 # tarsnap(1).  Decides nothing but what was asked.
+#
+# A row of OPTIONS: name, letter, ARGUMENT, modes, in configuration files?,
+# kind, help.
+#
+# name     `[no-]NAME` if --no-NAME exists, which takes no argument.
+# modes    Letters of MODES, '' for all.  Elsewhere the option is accepted and
+#          has no effect; or is refused, if `!` follows the letters; or, if `+`
+#          follows, refused but as --no-NAME.  In a configuration file it is
+#          ignored elsewhere in any case.
+# kind     How it is kept, in the field of Settings that has its name:
+#              FLAG            True; False as --no-NAME
+#              COUNT           how often it was given
+#              one(parse)      parse(ARGUMENT); None as --no-NAME.  Bounds may
+#                              follow
+#              many(parse)     a list of parse(ARGUMENT), one for each time
+#              lists(read)     a list, longer by read(ARGUMENT, Settings) each
+#                              time
+#              choice(field)   its name, in a field that several rows share
+#
+# What may stand in a configuration file, or has a kind with once=True, may be
+# given once on a command line (of a choice one row may; many() repeat);
+# of anything else the last wins.
 ##############################################################################
+
+
+class Usage(UserError):
+    """The command line is wrong; the short usage follows."""
+
+
+SIZE_TEXT = re.compile(r'([0-9]{1,19}) ?([kMGTPE]?)B?')
+RATE_TEXT = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
+INTEGER_TEXT = re.compile(r'\s*([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)')
+
+
+def size_parse(text):
+    """Bytes in `12`, `5k`, `1 GB`: decimal powers; UserError otherwise."""
+    found = SIZE_TEXT.fullmatch(text)
+    if not found:
+        raise UserError('Not a size: %s' % text)
+    return int(found[1]) * 1000 ** (' kMGTPE'.index(found[2] or ' '))
+
+
+def checkpoint_parse(text):
+    """A size of at least 1 MB, or 0."""
+    size = size_parse(text)
+    if 0 < size < 1000000:
+        raise UserError('%s is less than 1000000' % text)
+    return size
+
+
+def rate_parse(text):
+    """A plain number, with a fraction and an exponent if wanted."""
+    if not RATE_TEXT.fullmatch(text):
+        raise UserError('Not a number: %s' % text)
+    return float(text)
+
+
+def integer_parse(text):
+    """As strtol(3) with base 0: 0x is hexadecimal, 0 octal, and what follows
+    the digits is ignored.
+    """
+    found = INTEGER_TEXT.match(text)
+    if not found:
+        raise UserError('Not an integer: %s' % text)
+    sign, digits = found.groups()
+    base = 16 if digits[:2] in ('0x', '0X') else 8 if digits[0] == '0' else 10
+    return int(sign + digits, base)
+
+
+def count_parse(text):
+    """How many; 0 is none."""
+    if not re.fullmatch('[0-9]{1,9}', text):
+        raise UserError('Not a number: %s' % text)
+    return int(text)
+
+
+def creation_parse(text):
+    """Seconds since 1970, but 0."""
+    seconds = integer_parse(text)
+    if not seconds:
+        raise UserError('Not a time: %s' % text)
+    return seconds
+
+
+def cd_parse(text):
+    """-C, as it stands among the operands."""
+    if not text:
+        raise UserError('Empty name of a directory')
+    return 'cd', os.fsencode(text)
+
+
+def compression_parse(text):
+    """A level of deflate: `none` or 1 to 9."""
+    if text != 'none' and not re.fullmatch('[1-9]', text):
+        raise UserError('Not none, or a level from 1 to 9: %s' % text)
+    return 0 if text == 'none' else int(text)
+
+
+def excludes_read(text, opt):
+    """The patterns in a file."""
+    return list_names(list_read(text), opt.null_input)
+
+
+def rule_parse(text):
+    """A rule of -s."""
+    return Rule(path_text(os.fsencode(text)))
+
+
+def ctime_parse(text):
+    """What Newer takes, for a date; the next three are alike."""
+    return 'ctime', date_parse(text)
+
+
+def mtime_parse(text):
+    return 'mtime', date_parse(text)
+
+
+def ctime_of(text):
+    return 'ctime', file_status(text).st_ctime_ns
+
+
+def mtime_of(text):
+    return 'mtime', file_status(text).st_mtime_ns
+
+
+def file_status(path):
+    """stat() of a file that an option names."""
+    try:
+        return os.stat(path)
+    except (OSError, ValueError) as e:
+        raise UserError('Cannot stat %s: %s' % (
+            path, getattr(e, 'strerror', e))) from None
+
+
+def command_parse(text):
+    """PATH=COMMAND, as it stands among the operands."""
+    path, _, command = text.partition('=')
+    if not path.strip('/') or not command.strip() or path.endswith('/') \
+            or '..' in path.split('/') \
+            or len(os.fsencode(path)) > LONGEST_PATH:
+        raise UserError('Not PATH=COMMAND: %s' % text)
+    return 'command', os.fsencode(text)
+
+
+def name_parse(text):
+    """The name of an entry of any directory."""
+    if not text or '/' in text:
+        raise UserError('Not a name in a directory: %s' % text)
+    return os.fsencode(text)
+
+
+def snaptime_parse(text):
+    """When a file was made, at the latest, in ns."""
+    st = file_status(text)
+    return min(st.st_mtime_ns, st.st_ctime_ns)
+
+
+def share_parse(text):
+    """The argument of --verify-share: a fraction, or bytes."""
+    found = re.fullmatch(r'([0-9]{1,3}(?:\.[0-9]+)?)%', text)
+    if found and 0 < float(found[1]) <= 100:
+        return float(found[1]) / 100
+    if found or not size_parse(text):
+        raise UserError('Not a share from above 0%% to 100%%, or a size: %s'
+                        % text)
+    return size_parse(text)
+
+
+def passphrase_parse(text):
+    """METHOD:ARG as it is, if there is such a method."""
+    ask_passphrase(text)
+    return text
+
+
+class Kind:
+    """How an option is kept; made by the functions below."""
+
+    __slots__ = ('how', 'parse', 'low', 'high', 'field', 'once')
+
+    def __init__(self, how, parse=None, low=None, high=None, field='',
+                 once=False):
+        self.how = how              # 'flag', 'count', 'one', ...
+        self.parse = parse          # text -> value, or UserError
+        self.low = low              # bounds of the value, or None
+        self.high = high
+        self.field = field          # of Settings; '': as the option
+        self.once = once            # may not be repeated
+
+    def read(self, text):
+        """The value of `text`; UserError says what is wrong with it."""
+        value = self.parse(text)
+        if self.low is not None and value < self.low:
+            raise UserError('%s is less than %d' % (text, self.low))
+        if self.high is not None and value > self.high:
+            raise UserError('%s is more than %d' % (text, self.high))
+        return value
+
+
+FLAG = Kind('flag')
+COUNT = Kind('count')
+
+
+def one(parse, low=None, high=None, once=False):
+    return Kind('one', parse, low, high, once=once)
+
+
+def many(parse, field=''):
+    return Kind('many', parse, field=field)
+
+
+def lists(read, field=''):
+    return Kind('lists', read, field=field)
+
+
+def choice(field, once=False):
+    return Kind('choice', field=field, once=once)
 
 
 class Option:
     """One row: how it is written, where it is allowed, what it sets."""
 
-    __slots__ = ('name', 'letter', 'arg', 'modes', 'conf', 'kind', 'text')
+    __slots__ = ('name', 'letter', 'arg', 'modes', 'strict', 'conf', 'kind',
+                 'text', 'negative', 'field')
 
     def __init__(self, name, letter, arg, modes, conf, kind, text):
-        self.name = name            # long name without dashes
+        self.name = name.replace('[no-]', '')   # long, without dashes
+        self.negative = name != self.name       # --no-NAME exists
         self.letter = letter        # short letter or ''
-        self.arg = arg              # name of its argument, '' for a flag
-        self.modes = modes          # letters of MODES; '' is all of them
+        self.arg = arg              # name of its argument, '' for none
+        self.modes = modes.rstrip('!+')         # '' is all of them
+        self.strict = modes[len(self.modes):]   # refused elsewhere: ! or +
         self.conf = conf            # may stand in a configuration file
-        self.kind = kind            # how it is stored: see option_store
+        self.kind = kind
         self.text = text            # a line for --help
+        self.field = kind.field or self.name.replace('-', '_')
+
+    def refused(self, letter, off):
+        """True if a command line of that mode must not have it."""
+        return bool(self.strict and letter not in self.modes
+                    and not (off and self.strict == '+'))
+
+    def set(self, opt, text, off):
+        """Set the field of `opt`; `off` if it was written --no-NAME."""
+        kind, field = self.kind, self.field
+        if kind.how == 'count':
+            setattr(opt, field, getattr(opt, field) + 1)
+        elif kind.how == 'many':
+            getattr(opt, field).append(kind.read(text))
+        elif kind.how == 'lists':
+            getattr(opt, field).extend(kind.parse(text, opt))
+        elif kind.how == 'choice':
+            setattr(opt, field, self.name)
+        elif kind.how == 'flag':
+            setattr(opt, field, not off)
+        else:
+            setattr(opt, field, None if off else kind.read(text))
+
+    def default(self):
+        return {'flag': False, 'count': 0, 'many': [],
+                'lists': []}.get(self.kind.how)
 
 
 # Mode letters: c d t x r as such, a --list-archives, s --print-stats,
-# f --fsck, i --initialize-cachedir, n --nuke, R --recover, h --print-head.
+# e --expire, f --fsck, i --initialize-cachedir, n --nuke, R --recover,
+# h --print-head, p --fsck-prune, v --verify-config, D --diff, V --verify.
 MODES = [
     # long name, letter, mode letter, text
     ('create', 'c', 'c', 'create an archive'),
     ('delete', 'd', 'd', 'delete archives'),
+    ('expire', '', 'e', 'delete the archives that no --keep rule keeps'),
     ('list', 't', 't', 'list the contents of an archive'),
     ('extract', 'x', 'x', 'extract from an archive'),
     ('tar', 'r', 'r', 'write an archive to standard output as a tar stream'),
     ('list-archives', '', 'a', 'list the archives'),
     ('print-stats', '', 's', 'print statistics (also with -c and -d)'),
+    ('diff', '', 'D', 'compare two archives, or one and the disk'),
+    ('verify', '', 'V', 'read all that archives consist of'),
     ('recover', '', 'R', 'settle what an interrupted run left'),
-    ('fsck', '', 'f', 'rebuild the cache directory'),
+    ('fsck', '', 'f', 'rebuild the cache directory; look for damage'),
+    ('fsck-prune', '', 'p', 'the same, and delete what is damaged'),
     ('initialize-cachedir', '', 'i', 'make an empty cache directory'),
     ('nuke', '', 'n', 'delete everything of this machine'),
     ('print-head', '', 'h', 'print the newest commit, N:HEX16 (also with '
@@ -8658,101 +13018,196 @@ MODE_WORDS = {row[2]: '-' + row[1] if row[1] and row[0] != 'print-stats'
 
 OPTIONS = [Option(*row) for row in (
     # name, letter, argument, modes, config, kind, text
-    ('file', 'f', 'NAME', 'cdtxrs', False, 'names', 'name of the archive'),
-    ('keyfile', '', 'FILE', '', True, 'path', 'key file to use'),
-    ('cachedir', '', 'DIR', '', True, 'path', 'cache directory'),
-    ('server', '', 'ADDRESS', '', True, 'text',
+    ('file', 'f', 'NAME', 'cdtxrasDV!', False, many(os.fsencode, 'names'),
+     'name of the archive'),
+    ('keyfile', '', 'FILE', '', True, one(str), 'key file to use'),
+    ('cachedir', '', 'DIR', '', True, one(str), 'cache directory'),
+    ('server', '', 'ADDRESS', '', True, one(str),
      'another address of the key\'s server; the pin stays'),
-    ('configfile', '', 'FILE', '', False, 'configs',
+    ('configfile', '', 'FILE', '', False, many(str, 'configs'),
      'read this configuration file too'),
-    ('no-default-config', '', '', '', False, 'flag',
+    ('archive-names', '', 'FILE', 'cdtxrasDV!', False, one(str, once=True),
+     'file with names of archives, one a line; - is standard input'),
+    ('no-default-config', '', '', '', False, FLAG,
      'do not read the default configuration files'),
-    ('cd', 'C', 'DIR', 'ctx', False, 'cd', 'change to this directory'),
-    ('verbose', 'v', '', '', False, 'count', 'say more; may be repeated'),
-    ('quiet', '', '', '', True, 'switch', 'no warnings about common things'),
-    ('exclude', '', 'PATTERN', 'ctx', True, 'list', 'leave out what matches'),
-    ('include', '', 'PATTERN', 'ctx', True, 'list', 'only what matches'),
-    ('norecurse', 'n', '', 'c', False, 'flag', 'do not descend'),
-    ('one-file-system', '', '', 'c', False, 'flag',
+    ('cd', 'C', 'DIR', 'ctxD!', False, many(cd_parse, 'items'),
+     'change to this directory'),
+    ('verbose', 'v', '', '', False, COUNT, 'say more; may be repeated'),
+    ('[no-]quiet', '', '', '', True, FLAG, 'no warnings about common things'),
+    ('exclude', '', 'PATTERN', 'ctxD!', True, many(os.fsencode),
+     'leave out what matches'),
+    ('include', '', 'PATTERN', 'ctxD!', True, many(os.fsencode),
+     'only what matches'),
+    ('no-config-exclude', '', '', '', True, FLAG,
+     'ignore exclude in configuration files read from now on'),
+    ('no-config-include', '', '', '', True, FLAG,
+     'ignore include in configuration files read from now on'),
+    ('exclude-from', 'X', 'FILE', 'ctx', False, lists(excludes_read,
+                                                      'exclude'),
+     'leave out what matches a pattern in FILE'),
+    ('files-from', 'T', 'FILE', 'ctx!', False, one(str),
+     'take names from FILE, - is standard input'),
+    ('null-input', '', '', 'ctx!', False, FLAG,
+     'NUL ends each name of -T and -X'),
+    ('newer', '', 'DATE', 'ctx!', False, many(ctime_parse, 'since'),
+     'only what changed after DATE'),
+    ('newer-mtime', '', 'DATE', 'ctx!', False, many(mtime_parse, 'since'),
+     'only what was modified after DATE'),
+    ('newer-than', '', 'FILE', 'ctx!', False, many(ctime_of, 'since'),
+     'only what changed after FILE did'),
+    ('newer-mtime-than', '', 'FILE', 'ctx!', False,
+     many(mtime_of, 'since'), 'only what was modified after FILE was'),
+    ('rename', 's', '/OLD/NEW/FLAGS', 'ctx', False,
+     many(rule_parse, 'rules'), 'change names (basic regular expression)'),
+    ('command', '', 'PATH=COMMAND', 'c!', False,
+     many(command_parse, 'items'), 'store what COMMAND prints as PATH'),
+    ('[no-]exclude-caches', '', '', 'c!', True, FLAG,
+     'of directories with a CACHEDIR.TAG keep only that'),
+    ('exclude-if-present', '', 'NAME', 'c!', True, many(name_parse),
+     'of directories with an entry NAME keep only that'),
+    ('[no-]nodump', '', '', 'c!', True, FLAG,
+     'leave out what has the flag nodump'),
+    ('norecurse', 'n', '', 'cD!', False, FLAG, 'do not descend'),
+    ('interactive', 'w', '', 'cx', False, FLAG, 'ask about each entry'),
+    ('check-links', 'l', '', 'c!', False, FLAG,
+     'warn of hard links that are missing in the archive'),
+    ('one-file-system', '', '', 'cD!', False, FLAG,
      'stay on the file system of each operand'),
-    ('follow-operands', 'H', '', 'c', False, 'follow-H',
+    ('follow-operands', 'H', '', 'c!', False, choice('follow'),
      'follow symbolic links among the operands'),
-    ('dereference', 'L', '', 'c', False, 'follow-L',
+    ('dereference', 'L', '', 'c!', False, choice('follow'),
      'follow all symbolic links'),
-    ('insane-filesystems', '', '', 'c', True, 'switch',
+    ('[no-]insane-filesystems', '', '', 'cD', True, FLAG,
      'descend into proc, sysfs and the like'),
-    ('store-atime', '', '', 'c', True, 'switch', 'store access times'),
-    ('absolute-paths', 'P', '', 'ctx', False, 'flag',
+    ('[no-]noatime', '', '', 'c!', True, FLAG,
+     'do not change access times by reading'),
+    ('[no-]snaptime', '', 'FILE', 'c!', True, one(snaptime_parse),
+     'the snapshot that is stored was made after FILE'),
+    ('[no-]disk-pause', '', 'MS', 'c!', True, one(integer_parse, 0, 1000),
+     'pause between entries, and each 64 KB'),
+    ('[no-]store-atime', '', '', 'c!', True, FLAG, 'store access times'),
+    ('absolute-paths', 'P', '', 'ctxD!', False, FLAG,
      'keep leading slashes; lift the guards of -x'),
-    ('creationtime', '', 'UNIX', 'c', False, 'integer',
+    ('creationtime', '', 'UNIX', 'c', False, one(creation_parse),
      'creation time of the archive'),
-    ('series', '', 'SERIES', 'c', False, 'bytes',
-     'series the archive belongs to'),
-    ('dry-run', '', '', 'c', False, 'flag', 'only pretend'),
-    ('print-stats', '', '', '', True, 'switch', 'print statistics'),
-    ('humanize-numbers', '', '', '', True, 'switch', 'use kB, MB, ...'),
-    ('checkpoint-bytes', '', 'SIZE', 'c', True, 'checkpoint',
+    ('series', '', 'SERIES', 'ce', False, one(os.fsencode),
+     'series the archive belongs to; with --expire: only that one'),
+    ('keep-last', '', 'N', 'e!', True, one(count_parse),
+     'keep the last N archives'),
+    ('keep-hourly', '', 'N', 'e!', True, one(count_parse),
+     'keep the last archive of each of the last N hours that have one'),
+    ('keep-daily', '', 'N', 'e!', True, one(count_parse), 'likewise of days'),
+    ('keep-weekly', '', 'N', 'e!', True, one(count_parse),
+     'likewise of weeks'),
+    ('keep-monthly', '', 'N', 'e!', True, one(count_parse),
+     'likewise of months'),
+    ('keep-yearly', '', 'N', 'e!', True, one(count_parse),
+     'likewise of years'),
+    ('keep-within', '', 'SPAN', 'e!', True, one(span_parse),
+     'keep what is at most SPAN (36h, 30d, 1y6m) older than the newest'),
+    ('[no-]by-creation', '', '', 'e!', True, FLAG,
+     'rules go by creation times, not by when the server received archives'),
+    ('dry-run', '', '', 'ce!', False, choice('dry_run', once=True),
+     'only pretend'),
+    ('dry-run-metadata', '', '', 'c!', False, choice('dry_run', once=True),
+     'only pretend, and read no file'),
+    ('[no-]print-stats', '', '', 'cde', True, FLAG, 'print statistics'),
+    ('[no-]humanize-numbers', '', '', '', True, FLAG, 'use kB, MB, ...'),
+    ('csv-file', '', 'FILE', 'cdes', False, one(str, once=True),
+     'statistics into FILE instead, comma-separated'),
+    ('checkpoint-bytes', '', 'SIZE', 'c!', True, one(checkpoint_parse),
      'checkpoint each SIZE bytes of upload (0: never)'),
-    ('no-pad', '', '', 'c', True, 'flag', 'do not hide the sizes of blocks'),
-    ('verify-encode', '', '', 'c', True, 'flag',
+    ('[no-]maxbw', '', 'SIZE', 'c!', True, one(size_parse),
+     'cut the archive short after SIZE bytes of upload'),
+    ('maxbw-rate', '', 'BYTES', '', True, one(rate_parse, 8000, 1e9),
+     'send and receive at most BYTES a second'),
+    ('[no-]maxbw-rate-up', '', 'BYTES', '', True, one(rate_parse, 8000, 1e9),
+     'send at most BYTES a second'),
+    ('[no-]maxbw-rate-down', '', 'BYTES', '', True,
+     one(rate_parse, 8000, 1e9), 'receive at most BYTES a second'),
+    ('[no-]aggressive-networking', '', '', 'c+', True, FLAG,
+     'has no effect'),
+    ('lowmem', '', '', 'c!', True, choice('memory'),
+     'use less memory, and perhaps more time'),
+    ('verylowmem', '', '', 'c!', True, choice('memory'),
+     'use still less memory'),
+    ('normalmem', '', '', 'c!', True, choice('memory'),
+     'use as much memory as usual'),
+    ('[no-]progress-bytes', '', 'SIZE', 'cx!', True, one(size_parse, 1000),
+     'say how far it is each SIZE bytes'),
+    ('[no-]progress', '', '', 'cx', True, FLAG,
+     'show how far it is, on a terminal'),
+    ('[no-]totals', '', '', 'c!', True, FLAG, 'say how many bytes it has'),
+    ('compression', '', 'LEVEL', 'c!', True, one(compression_parse),
+     'none, or 1 (fast) to 9 (small)'),
+    ('no-pad', '', '', 'c!', True, FLAG, 'do not hide the sizes of blocks'),
+    ('verify-encode', '', '', 'c!', True, FLAG,
      'open every block again before it is sent'),
-    ('strip-components', '', 'N', 'tx', False, 'integer',
+    ('strip-components', '', 'N', 'tx', False, one(integer_parse, 0),
      'drop leading elements of paths'),
-    ('iso-dates', '', '', '', True, 'switch', 'dates as YYYY-MM-DD'),
-    ('numeric-owner', '', '', '', False, 'flag', 'numbers, not names'),
-    ('preserve-permissions', 'p', '', 'x', False, 'flag',
+    ('[no-]iso-dates', '', '', '', True, FLAG, 'dates as YYYY-MM-DD'),
+    ('numeric-owner', '', '', '', False, FLAG, 'numbers, not names'),
+    ('preserve-permissions', 'p', '', 'x', False, choice('permissions'),
      'restore modes, ACLs and attributes exactly (default for root)'),
-    ('no-owner', 'o', '', 'x', False, 'flag', 'do not restore owners'),
-    ('keep-old-files', 'k', '', 'x', False, 'flag', 'never overwrite'),
-    ('keep-newer-files', '', '', 'x', False, 'flag',
+    ('no-same-permissions', '', '', 'x', False, choice('permissions'),
+     'restore modes under the umask, nothing else (default but for root)'),
+    ('same-owner', '', '', 'x', False, choice('owner'),
+     'restore owners (default for root)'),
+    ('no-same-owner', 'o', '', 'x!', False, choice('owner'),
+     'do not restore owners'),
+    ('keep-old-files', 'k', '', 'x', False, FLAG, 'never overwrite'),
+    ('keep-newer-files', '', '', 'x', False, FLAG,
      'do not replace newer files'),
-    ('resume-extract', '', '', 'x', False, 'flag',
+    ('resume-extract', '', '', 'x', False, FLAG,
      'skip files that have the right size and time'),
-    ('modification-time', 'm', '', 'x', False, 'flag',
+    ('modification-time', 'm', '', 'x', False, FLAG,
      'do not restore modification times'),
-    ('to-stdout', 'O', '', 'tx', False, 'flag', 'write to standard output'),
-    ('fast-read', 'q', '', 'tx', False, 'flag',
+    ('to-stdout', 'O', '', 'tx!', False, FLAG, 'write to standard output'),
+    ('fast-read', 'q', '', 'tx!', False, FLAG,
      'stop when each operand was found'),
-    ('sparse', 'S', '', 'x', False, 'flag', 'make runs of zeros holes'),
-    ('unlink-first', 'U', '', 'x', False, 'flag', 'unlink files first'),
-    ('chroot', '', '', 'x', False, 'flag', 'chroot to the target first'),
-    ('keep-going', '', '', '', False, 'flag', 'go on after a missing archive'),
-    ('hashes', '', '', '', False, 'flag', 'list archive ids'),
-    ('null-output', '', '', 'atx', False, 'flag', 'NUL ends each record'),
-    ('passphrase', '', 'METHOD:ARG', '', True, 'text',
+    ('sparse', 'S', '', 'x', False, FLAG, 'make runs of zeros holes'),
+    ('unlink-first', 'U', '', 'x!', False, FLAG, 'unlink files first'),
+    ('chroot', '', '', 'x', False, FLAG, 'chroot to the target first'),
+    ('keep-going', '', '', '', False, FLAG, 'go on after a missing archive'),
+    ('hashes', '', '', '', False, FLAG, 'list archive ids'),
+    ('null-output', '', '', 'aestxD!', False, FLAG, 'NUL ends each record'),
+    ('json', '', '', 'acdestxDV', False, FLAG,
+     'print JSON, one object to a line, diagnostics too'),
+    ('verify-share', '', 'SHARE', 'V!', False, one(share_parse),
+     'verify so much of the file data a run, as in 10% or 5G'),
+    ('passphrase', '', 'METHOD:ARG', '', True, one(passphrase_parse),
      'where the passphrase comes from'),
-    ('force-resources', '', '', '', True, 'switch',
+    ('[no-]force-resources', '', '', '', True, FLAG,
      'open key files however costly that is'),
-    ('retry-forever', '', '', '', True, 'switch', 'never stop reconnecting'),
-    ('noisy-warnings', '', '', '', False, 'flag',
+    ('[no-]retry-forever', '', '', '', True, FLAG, 'never stop reconnecting'),
+    ('noisy-warnings', '', '', '', False, FLAG,
      'warn about every network problem'),
-    ('expect-head', '', 'N:HEX16', 'txra', False, 'text',
+    ('expect-head', '', 'N:HEX16', 'txraDV!', False, one(str),
      'refuse a server whose state is older or another'),
-    ('accept-rollback', '', '', 'f', False, 'flag',
+    ('read-data', '', '', 'fp!', False, FLAG,
+     'look at every chunk too, not only at the index'),
+    ('accept-rollback', '', '', 'fp', False, FLAG,
      'believe a server that really lost commits'),
-    ('version', '', '', '', False, 'flag', 'print the version'),
-    ('help', '', '', '', False, 'flag', 'print this'),
+    ('dump-config', '', '', '', False, FLAG,
+     'show the command line and the configuration files'),
+    ('lock-wait', '', 'SECONDS', '', False, one(rate_parse, 0, once=True),
+     'wait so long for the lock of the cache directory'),
+    ('', 'W', 'NAME=ARG', '', False, one(str), 'the same as --NAME=ARG'),
+    ('read-full-blocks', 'B', '', '', False, FLAG, 'has no effect'),
+    ('debug-network-stats', '', '', '', False, FLAG, 'has no effect'),
+    ('version', '', '', '', False, FLAG, 'print the version'),
+    ('help', '', '', '', False, FLAG, 'print this'),
 )]
 
 ALIASES = {
-    'insecure': 'absolute-paths', 'directory': 'cd',
+    # letter or name, and what it stands for
+    'h': 'dereference', 'insecure': 'absolute-paths', 'directory': 'cd',
     'no-recursion': 'norecurse', 'same-permissions': 'preserve-permissions',
-    'unlink': 'unlink-first',
+    'unlink': 'unlink-first', 'I': 'files-from', 'null': 'null-input',
+    'confirmation': 'interactive', 'newer-ctime': 'newer',
+    'newer-ctime-than': 'newer-than',
+    'passphrase-stdin': 'passphrase=dev:stdin-once',
 }
-
-SIZE_TEXT = re.compile(r'([0-9]{1,19}) ?([kMGTPE]?)B?')
-
-
-class Usage(UserError):
-    """The command line is wrong; the short usage follows."""
-
-
-def size_parse(text):
-    """Bytes in `12`, `5k`, `1 GB`: decimal powers; UserError otherwise."""
-    found = SIZE_TEXT.fullmatch(text)
-    if not found:
-        raise UserError('Not a size: %s' % text)
-    return int(found[1]) * 1000 ** (' kMGTPE'.index(found[2] or ' '))
 
 
 class Settings:
@@ -8762,102 +13217,140 @@ class Settings:
         self.mode = None            # -c, --list-archives, ...
         self.letter = None          # of the mode
         self.argv = []              # the command line, bytes
-        self.names = []             # -f, bytes
-        self.items = []             # ('cd' | 'path', bytes) in order
+        self.names = []             # of archives, bytes
+        self.items = []             # ('cd' | 'path' | ..., bytes), in order
+        self.options_end = 0        # so many of them come before operands
         self.operands = []          # the paths among them
         self.directories = []       # the directories among them
-        self.include, self.exclude = [], []
-        self.configs = []
-        self.verbose = 0
-        self.follow_operands = self.follow_all = False
-        self.set_by = {}            # option -> 'command line' or file
+        self.set_by = {}            # field -> 'command line' or FILE:LINE
         self.key = None             # Key, once loaded
         self.changed = False        # the server's state, by this run
+        self.found = False          # the status tells of differences only
         self.patterns = None        # Patterns, if there are any
         for option in OPTIONS:
-            field = option.name.replace('-', '_')
-            if not hasattr(self, field):
-                setattr(self, field, None if option.arg else False)
-        self.print_head = self.lone_h = False
-        self.newer = self.rename = None
+            setattr(self, option.field, option.default())
+        self.print_head = False
+        self.newer = self.rename = None     # Newer, Rename, if there are any
         self.checkpoint_bytes = CHECKPOINT_BYTES
+        self.limits = (None, None)  # of what is sent and received
         self.passphrase = 'dev:tty-stdin'
-        self.strip_components = 0
+        self.strip_components = self.lock_wait = 0
 
     def finish(self):
         """Fields under the names the sections use."""
         self.recurse = not self.norecurse
+        self.follow_all = self.follow == 'dereference'
+        self.follow_operands = self.follow == 'follow-operands'
         self.absolute = self.absolute_paths
         self.pad = not self.no_pad
         self.keep_old = self.keep_old_files
         self.keep_newer = self.keep_newer_files
         self.no_mtime = self.modification_time
-        self.perms = self.preserve_permissions or os.geteuid() == 0
         self.sparse_out = self.sparse
+        if self.files_from:
+            self.list_take(list_read(self.files_from))
+        if self.rules:
+            self.rename = Rename(self.rules)
+        if self.since:
+            self.newer = Newer(self.since)
+        # None: as root does, and no other.
+        self.own = self.owner and self.owner == 'same-owner'
+        self.perms = self.permissions and \
+            self.permissions == 'preserve-permissions'
         self.operands = [value for kind, value in self.items
                          if kind == 'path']
         self.directories = [value for kind, value in self.items
                             if kind == 'cd']
+        self.limits = self.rate_limit('up'), self.rate_limit('down')
         if self.include or self.exclude:
             self.patterns = Patterns(self.exclude, self.include)
 
+    def list_take(self, data):
+        """The names of -T, before the operands."""
+        if self.letter == 'c':          # taken apart as the walk comes to it
+            names = [('list', data)]
+        else:
+            names = [('path', name)
+                     for name in list_names(data, self.null_input)]
+            if not names and len(self.items) == self.options_end:
+                raise UserError('The list %s is empty: nothing is chosen'
+                                % self.files_from)
+        self.items[self.options_end:self.options_end] = names
+
+    def rate_limit(self, direction):
+        """The Limit of one direction, or None.  What was set first counts;
+        of --maxbw-rate and the option of the direction beside it, the latter.
+        """
+        one = 'maxbw_rate_' + direction
+        files = [(field, where.rpartition(':')[0]) for field, where
+                 in self.set_by.items() if field in ('maxbw_rate', one)]
+        if not files:
+            return None
+        field = one if (one, files[0][1]) in files else files[0][0]
+        rate = getattr(self, field)
+        return rate and Limit(rate)
+
+
+COMMAND_LINE = 'command line'
+SYSTEM_CONFIGS = ('/usr/local/etc/tarsnap.conf', '/etc/tarsnap.conf')
+
 
 class Parser:
-    """Reads a command line into Settings.
+    """Reads a command line, then configuration files, into Settings.
 
-    Immediate options act at once; those that may also stand in a
-    configuration file wait until the mode is known.
+    What may stand in a configuration file waits until the mode is known; all
+    else acts at once, in the order it was written.
     """
 
     def __init__(self, argv):
         self.words = list(argv)
         self.opt = Settings()
-        self.delayed = []           # (Option, value, name as written)
+        self.seen = []              # (Option, as written, --no-NAME?)
+        self.delayed = []           # (Option, argument, --no-NAME?, written)
+        self.lone_h = False         # -h was given: help, if there is no mode
         self.longs = {row[0]: row for row in MODES
-                      if row[0] not in ('print-stats', 'print-head', 'tar')}
+                      if row[0] not in ('print-stats', 'tar')}
         self.letters = {row[1]: row for row in MODES if row[1]}
+        self.directives = {}        # as longs, for configuration files
         for option in OPTIONS:
-            self.longs[option.name] = option
+            names = [option.name] if option.name else []
+            names += ['no-' + option.name] * option.negative
+            self.longs.update(dict.fromkeys(names, option))
+            if option.conf:
+                self.directives.update(dict.fromkeys(names, option))
             if option.letter:
                 self.letters[option.letter] = option
-            if option.kind == 'switch' and option.name != 'print-stats':
-                self.longs['no-' + option.name] = option
-        self.longs['no-print-stats'] = self.longs['print-stats']
-        self.longs['print-head'] = MODES[-2]
         for alias, name in ALIASES.items():
-            self.longs[alias] = self.longs[name]
+            table = self.letters if len(alias) == 1 else self.longs
+            table[alias] = self.longs[name.partition('=')[0]]
 
     def parse(self):
         """The Settings of the whole line."""
-        self.bundle_old()
-        while self.words:
+        self.options()
+        self.operands()
+        self.mode_settle()
+        for option, written, off in self.seen:
+            if self.opt.letter and option.refused(self.opt.letter, off):
+                raise UserError('Option %s is not permitted in mode %s'
+                                % (written, self.opt.mode))
+        for option, text, off, written in self.delayed:
+            self.store(option, text, off, written, COMMAND_LINE)
+        return self.opt
+
+    def options(self):
+        """Everything before the first operand."""
+        if self.words and self.words[0][:1] not in ('-', ''):
+            # Letters without a dash: their arguments follow in their order.
+            for letter in self.words.pop(0):
+                self.letter(letter, None)
+        while self.words and self.words[0][:1] == '-' and self.words[0] != '-':
             word = self.words.pop(0)
             if word == '--':
                 break
             if word.startswith('--'):
                 self.long(word[2:])
-            elif word.startswith('-') and len(word) > 1:
-                self.short(word[1:])
             else:
-                self.words.insert(0, word)
-                break
-        self.operands()
-        self.mode_settle()
-        for option, value, name in self.delayed:
-            self.store(option, value, name, 'command line')
-        return self.opt
-
-    def bundle_old(self):
-        """`cvf NAME`: letters without a dash, arguments in their order."""
-        if not self.words or self.words[0].startswith('-') \
-                or not self.words[0]:
-            return
-        letters = self.words.pop(0)
-        for letter in letters:
-            row = self.letters.get(letter)
-            if row is None:
-                raise Usage('Unknown option: %s' % letter)
-            self.take(row, letter, '-' + letter, None)
+                self.short(word[1:])
 
     def short(self, text):
         """A bundle of letters; the first that takes an argument has the
@@ -8865,87 +13358,114 @@ class Parser:
         """
         while text:
             letter, text = text[0], text[1:]
-            if letter == 'h':
-                self.take_h()
-                continue
             row = self.letters.get(letter)
-            if row is None:
-                raise Usage('Unknown option: -%s' % letter)
-            attached = None
-            if isinstance(row, Option) and row.arg and text:
-                attached, text = text, ''
-            self.take(row, letter, '-' + letter, attached)
+            if text and isinstance(row, Option) and row.arg:
+                self.letter(letter, text)
+                break
+            self.letter(letter, None)
 
-    def take_h(self):
-        """-h is -L with a mode, --help alone."""
-        self.opt.follow_all, self.opt.follow_operands = True, False
-        self.opt.lone_h = True
+    def letter(self, letter, argument):
+        """One letter, with the argument attached to it or None."""
+        row = self.letters.get(letter)
+        if row is None:
+            raise Usage('Unknown option: -%s' % letter)
+        if letter == 'h':
+            self.lone_h = True
+        if letter == 'W':
+            self.long(self.argument('-W') if argument is None else argument)
+        else:
+            self.take(row, '-' + letter, argument)
 
     def long(self, text):
-        """`name`, `name=value` or an unambiguous prefix of a name."""
-        name, equals, value = text.partition('=')
-        row = self.longs.get(name)
-        if row is None:
+        """`name`, `name=argument`, or an unambiguous start of a name."""
+        name, equals, argument = text.partition('=')
+        if name not in self.longs:
             near = sorted(n for n in self.longs if n.startswith(name))
-            rows = {id(self.longs[n]): n for n in near}
             if not near:
                 raise Usage('Unknown option: --%s' % name)
-            if len(rows) > 1:
+            if any(self.longs[n] is not self.longs[near[0]] for n in near):
                 raise Usage('Ambiguous option: --%s (%s)'
                             % (name, ', '.join('--' + n for n in near)))
             name = near[0]
-            row = self.longs[name]
-        if equals and not (isinstance(row, Option) and row.arg):
+        row = self.longs[name]
+        off = isinstance(row, Option) and row.negative and \
+            name == 'no-' + row.name
+        whole = ALIASES.get(name, '')
+        if equals and ('=' in whole or off or not isinstance(row, Option)
+                       or not row.arg):
             raise Usage('Option --%s takes no argument' % name)
-        self.take(row, name, '--' + name, value if equals else None)
+        if '=' in whole:
+            argument, equals = whole.partition('=')[2], '='
+        self.take(row, '--' + name, argument if equals else None, off)
 
-    def take(self, row, name, written, value):
-        """One option with its argument, acted on or queued."""
+    def argument(self, written):
+        """The next word, which belongs to the option before it."""
+        if not self.words:
+            raise Usage('Option %s needs an argument' % written)
+        return self.words.pop(0)
+
+    def take(self, row, written, argument, off=False):
+        """One option or mode: acted on, or queued."""
         if not isinstance(row, Option):
             self.mode_take(row, written)
             return
-        if row.arg and value is None:
-            if not self.words:
-                raise Usage('Option %s needs an argument' % written)
-            value = self.words.pop(0)
+        if row.arg and not off and argument is None:
+            argument = self.argument(written)
+        self.seen.append((row, written, off))
         if row.conf and row.name != 'print-stats':
-            self.delayed.append((row, value, name))
+            self.delayed.append((row, argument, off, written))
         else:
-            self.store(row, value, name, None)
+            self.store(row, argument, off, written, COMMAND_LINE)
 
     def mode_take(self, row, written):
         if row[0] == 'print-head':
             self.opt.print_head = True
         elif self.opt.letter and self.opt.letter != row[2]:
-            raise Usage('Mode %s given twice: also %s'
+            raise Usage('Only one of %s and %s may be given'
                         % (MODE_WORDS[self.opt.letter], written))
         else:
             self.opt.letter = row[2]
 
-    def store(self, option, value, name, source):
-        """Set one option; `source` for those that may only be set once."""
-        opt, field = self.opt, option.name.replace('-', '_')
-        if source and option.kind not in ('list',):
-            if field in opt.set_by:
-                if source == 'command line':
-                    raise Usage('Option --%s given twice' % name)
-                return
-            opt.set_by[field] = source
-        off = name.startswith('no-') and option.kind == 'switch'
-        option_store(opt, option, field, value, off)
+    def store(self, option, text, off, written, source):
+        """Set one option; what is set already is an error on the command
+        line, and stays in a configuration file.
+        """
+        opt, field = self.opt, option.field
+        again = field in opt.set_by and option.kind.how != 'many'
+        if again and source != COMMAND_LINE:
+            return
+        if option.name == 'print-stats':
+            off = off and not opt.print_stats   # to ask for some wins
+        elif again and (option.conf or option.kind.once):
+            self.twice(option, written)
+        opt.set_by[field] = source
+        try:
+            option.set(opt, text, off)
+        except UserError as e:
+            raise UserError('%s: %s' % (written, e)) from None
+
+    def twice(self, option, written):
+        other = next(row[1] for row in self.seen
+                     if row[0].field == option.field)
+        raise Usage('Option %s is given twice' % written if other == written
+                    else 'Only one of %s and %s may be given'
+                    % (other, written))
 
     def operands(self):
         """What follows the options; in mode c, -C may stand among it."""
-        words, opt = self.words, self.opt
-        while words:
-            word = words.pop(0)
+        opt = self.opt
+        opt.options_end = len(opt.items)
+        while self.words:
+            word = self.words.pop(0)
             if opt.letter == 'c' and word.startswith('-C'):
-                value = word[2:]
-                if not value:
-                    if not words:
-                        raise Usage('Option -C needs an argument')
-                    value = words.pop(0)
-                opt.items.append(('cd', os.fsencode(value)))
+                self.short(word[1:])
+                continue
+            if opt.letter == 'c' and word.startswith('@@') and word != '@@':
+                opt.items.append(('archive', os.fsencode(word[2:])))
+                continue
+            if opt.letter == 'c' and word[:1] == '@' and word[:2] != '@@' \
+                    and word != '@':
+                opt.items.append(('tar', os.fsencode(word[1:])))
                 continue
             if opt.letter == 'c' and word.startswith('--'):
                 warn('"%s" after the first operand is taken as a path' % word)
@@ -8956,139 +13476,109 @@ class Parser:
     def mode_settle(self):
         """The mode, once everything was seen."""
         opt = self.opt
+        if opt.letter is None:
+            opt.letter = 's' if opt.print_stats else \
+                'h' if opt.print_head else 'v' if opt.dump_config else None
+        if opt.letter is None and self.lone_h:
+            opt.help = True
         if opt.help or opt.version:
             return
-        if opt.letter is None and opt.lone_h:
-            opt.help = True
-            return
-        if opt.letter is None and opt.print_stats:
-            opt.letter = 's'
-        if opt.letter is None and opt.print_head:
-            opt.letter = 'h'
         if opt.letter is None:
             raise Usage('Must specify one of -c, -d, -r, -t, -x, '
                         '--list-archives, --print-stats, --fsck, --nuke')
         opt.mode = MODE_WORDS[opt.letter]
-        for option in OPTIONS:
-            used = any(row[0] is option for row in self.delayed) or (
-                option.arg and not option.conf
-                and getattr(opt, option.name.replace('-', '_'), None))
-            if used and option.modes and opt.letter not in option.modes:
-                raise Usage('Option --%s is not permitted in mode %s'
-                            % (option.name, opt.mode))
 
     # Configuration files.
 
     def config_defaults(self):
         """Read the configuration files, the most important first."""
+        if self.opt.dump_config:
+            dump('Command line:', [show(b' '.join(self.opt.argv))])
         for path in self.opt.configs:
             self.config_read(path, True)
         if self.opt.no_default_config:
             return
-        import pwd
-        home = pwd.getpwuid(os.geteuid()).pw_dir
+        home = home_directory()
         xdg = os.environ.get('XDG_CONFIG_HOME') or os.path.join(home,
                                                                 '.config')
         for path in (os.path.join(home, '.tarsnaprc'),
                      os.path.join(xdg, 'tarsnap', 'tarsnap.conf'),
-                     '/usr/local/etc/tarsnap.conf', '/etc/tarsnap.conf'):
+                     *SYSTEM_CONFIGS):
             self.config_read(path, False)
 
     def config_read(self, path, must):
         """One file: a directive a line, the first setting wins."""
         try:
             with open(path, 'rb') as file:
-                text = file.read(KEY_LONGEST)
+                lines = lines_split(file.read())
         except OSError as e:
             if must or e.errno not in (errno.ENOENT, errno.ENOTDIR,
                                        errno.EACCES):
                 raise UserError('Cannot read configuration file %s: %s'
                                 % (path, e.strerror)) from None
             return
-        lines = text.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
-        for number, line in enumerate(lines.split(b'\n'), 1):
-            line = os.fsdecode(line).lstrip(' \t')
+        lines = [os.fsdecode(line).lstrip(' \t') for line in lines]
+        if self.opt.dump_config:
+            dump('Configuration file %s:' % path, filter(None, lines))
+        # These hold for the files after the one they stand in.
+        skip = [name for name in ('exclude', 'include')
+                if getattr(self.opt, 'no_config_' + name)]
+        for number, line in enumerate(lines, 1):
             if line and not line.startswith('#'):
-                self.directive(line, '%s:%d' % (path, number))
+                self.directive(line, '%s:%d' % (path, number), skip)
 
-    def directive(self, line, where):
+    def directive(self, line, where, skip):
         """One line of a configuration file; `where` is FILE:LINE."""
-        name, _, value = line.partition(' ')
-        if '\t' in name:
-            name, _, value = line.partition('\t')
-        value = value.lstrip(' \t')
-        option = self.longs.get(name)
-        if not isinstance(option, Option) or not option.conf \
-                or name in ALIASES:
+        name, *rest = re.split('[ \t]+', line, maxsplit=1)
+        argument = rest[0] if rest else ''
+        option = self.directives.get(name)
+        if option is None:
             raise UserError('%s: unknown directive: %s' % (where, name))
-        if option.arg and not value:
-            raise UserError('%s: %s needs an argument' % (where, name))
-        if option.arg and value != value.rstrip():
-            warn('%s: blanks at the end of the line are part of the argument'
-                 % where)
-        if not option.arg and value.strip():
+        off = name != option.name
+        if option.arg and not off:
+            if not argument:
+                raise UserError('%s: %s needs an argument' % (where, name))
+            if argument != argument.rstrip(' \t'):
+                warn('%s: blanks at the end of the line are part of the '
+                     'argument' % where)
+        elif argument:
             raise UserError('%s: %s takes no argument' % (where, name))
-        if option.modes and self.opt.letter not in option.modes:
+        if option.modes and self.opt.letter not in option.modes \
+                or name in skip:
             return
-        if name in ('print-stats', 'no-print-stats') and (
-                self.opt.letter not in 'cd' or self.opt.print_stats):
-            return
-        if value.startswith('~'):
-            import pwd
-            value = pwd.getpwuid(os.geteuid()).pw_dir + value[1:]
-        try:
-            self.store(option, value, name, where)
-        except UserError as e:
-            raise UserError('%s: %s' % (where, e)) from None
+        if argument.startswith('~'):
+            argument = home_directory() + argument[1:]
+        self.store(option, argument, off, '%s: %s' % (where, name), where)
 
 
-def option_store(opt, option, field, value, off):
-    """Put a value where its kind says."""
-    kind = option.kind
-    if kind == 'names':
-        name = os.fsencode(value)
-        if not 0 < len(name) <= 1023:
-            raise UserError('Archive name must have 1 to 1023 bytes')
-        opt.names.append(name)
-    elif kind == 'configs':
-        opt.configs.append(value)
-    elif kind == 'list':
-        getattr(opt, field).append(os.fsencode(value))
-    elif kind == 'cd':
-        if not value:
-            raise Usage('Empty directory for -C')
-        opt.items.append(('cd', os.fsencode(value)))
-    elif kind == 'count':
-        opt.verbose += 1
-    elif kind in ('follow-H', 'follow-L'):
-        opt.follow_all = kind == 'follow-L'
-        opt.follow_operands = kind == 'follow-H'
-    elif kind == 'switch':
-        # Asking for statistics beats asking for none.
-        setattr(opt, field, not off or (field == 'print_stats'
-                                        and opt.print_stats))
-    elif kind == 'flag':
-        setattr(opt, field, True)
-    elif kind == 'checkpoint':
-        opt.checkpoint_bytes = size_parse(value)
-        if 0 < opt.checkpoint_bytes < 1000000:
-            raise UserError('--checkpoint-bytes must be at least 1000000')
-    elif kind == 'integer':
-        try:
-            setattr(opt, field, int(value, 0))
-        except ValueError:
-            raise UserError('--%s wants a number, not "%s"'
-                            % (option.name, value)) from None
-    elif kind == 'bytes':
-        setattr(opt, field, os.fsencode(value))
-    else:
-        setattr(opt, field, value)
+def dump(title, lines):
+    """For --dump-config: `lines` below their title."""
+    sys.stderr.write(title + '\n')
+    for line in lines:
+        sys.stderr.write('  %s\n' % line)
+
+
+def lines_split(text):
+    """The lines of `text`, which end with \\n, \\r or \\r\\n."""
+    return text.replace(b'\r\n', b'\n').replace(b'\r', b'\n').split(b'\n')
+
+
+def home_directory():
+    """Of the user this runs as; of the environment for one without entry."""
+    import pwd
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return os.environ.get('HOME', '/')
 
 
 USAGE = """\
 usage: tarsnap -c [options] -f NAME [-C DIR] PATH ...
        tarsnap {-t | -x} [options] -f NAME [PATTERN ...]
        tarsnap {-d | -r} [options] -f NAME
+       tarsnap --expire [--dry-run] --keep-RULE N ... [options]
+       tarsnap --diff [options] -f NAME {-f NAME | [-C DIR] [PATTERN ...]}
+       tarsnap --verify [options] [-f NAME ...]
        tarsnap {--list-archives | --print-stats | --fsck | --nuke} [options]
        tarsnap --help
 """
@@ -9104,7 +13594,7 @@ def help_print():
     lines.append('\nOptions:')
     for option in OPTIONS:
         words = (['-' + option.letter] if option.letter else []) + [
-            '--' + ('[no-]' if option.kind == 'switch' else '') + option.name]
+            '--' + ('[no-]' if option.negative else '') + option.name]
         lines.append('  %-28s %s' % (', '.join(words) + (
             ' ' + option.arg if option.arg else ''), option.text))
     lines.append('\ntarsnap %s' % VERSION)
@@ -9115,82 +13605,187 @@ def help_print():
 # Main
 ##############################################################################
 
-NEEDS_CACHE = 'cdsfiR'
+NEEDS_CACHE = 'cdesfipR'
+NEEDS_STATE = 'dsR'
 RUN = {'c': mode_create, 'd': mode_delete, 't': mode_read, 'x': mode_read,
        'r': mode_read, 'a': mode_read, 's': mode_print_stats,
-       'f': mode_fsck, 'i': mode_initialize, 'n': mode_nuke,
-       'R': mode_recover, 'h': mode_print_head}
+       'e': mode_expire,
+       'f': mode_fsck, 'p': mode_fsck, 'i': mode_initialize, 'n': mode_nuke,
+       'R': mode_recover, 'h': mode_print_head, 'D': mode_read,
+       'V': mode_read}
 FAILED = {'c': 'Error creating archive', 'd': 'Error deleting archive',
+          'D': 'Error comparing archives', 'V': 'Error verifying archives',
           't': 'Error reading archive', 'x': 'Error extracting archive',
           'r': 'Error reading archive', 'a': 'Error listing archives',
+          'e': 'Error expiring archives',
           's': 'Error generating archive statistics',
-          'n': 'Error nuking archives'}
+          'f': 'Error fscking archives', 'p': 'Error fscking archives',
+          'R': 'Error recovering archive',
+          'n': 'Error nuking archives',
+          'i': 'Error initializing cache directory',
+          'h': 'Error reading the newest commit'}
+
+
+def names_read(opt):
+    """Add the names in the file of --archive-names; empty lines are none."""
+    path = opt.archive_names
+    if path is None:
+        return
+    try:
+        with open(0 if path == '-' else path, 'rb',
+                  closefd=path != '-') as file:
+            opt.names += filter(None, lines_split(file.read()))
+    except OSError as e:
+        raise UserError('Cannot read archive names from %s: %s' % (
+            'standard input' if path == '-' else path, e.strerror)) from None
 
 
 def settings_check(opt):
     """What must hold before the key is opened; in the contract's order."""
     letter = opt.letter
+    names_check(opt)
+    cachedir_check(opt)
+    if opt.aggressive_networking and any(opt.limits):
+        warn('--aggressive-networking is ignored, as the bandwidth is limited')
+    if opt.strip_components and letter not in 'tx':
+        raise UserError('Option --strip-components is not permitted in mode '
+                        '%s' % opt.mode)
+    check_modes(opt)
+    if letter not in 'ctxD' and opt.items:
+        raise UserError('Mode %s takes no operands: %s' % (
+            opt.mode, show(opt.items[0][1])))
+    if opt.csv_file and (letter == 's' or opt.print_stats):
+        csv_check(opt.csv_file)
+    if opt.dry_run == METADATA and opt.print_stats:
+        raise UserError('--dry-run-metadata reads no file: it excludes '
+                        '--print-stats')
+    for field in ('null_output', 'csv_file', 'to_stdout', 'interactive'):
+        if opt.json and getattr(opt, field) and (letter, field) != (
+                't', 'to_stdout'):
+            raise UserError('--json and --%s exclude each other'
+                            % field.replace('_', '-'))
+
+
+def names_check(opt):
+    """As many archive names as the mode takes, of a length that may be."""
+    letter = opt.letter
     if letter == 'c' and opt.dry_run and not opt.names:
         opt.names = [b'(dry-run)']
-    if letter in 'cdtxr' and not opt.names:
+    if letter in 'cdtxrD' and not opt.names:
         raise UserError('Archive name must be specified')
     if letter in 'ctxr' and len(opt.names) > 1:
         raise UserError('Mode %s takes one archive name' % opt.mode)
+    if letter == 'a' and opt.names and not opt.hashes:
+        raise UserError('Mode --list-archives takes archive ids with --hashes'
+                        ' only')
+    if letter == 'c' and not 0 < len(opt.names[0]) <= 1023:
+        raise UserError('Archive name must have 1 to 1023 bytes')
+
+
+def check_modes(opt):
+    """What --diff and --verify want of their options."""
+    if opt.letter == 'D':
+        if len(opt.names) > 2:
+            raise UserError('Mode --diff takes one or two archive names')
+        if len(opt.names) == 2 and opt.directories:
+            raise UserError('-C is for comparing an archive with the disk')
+    if opt.letter == 'V' and opt.verify_share:
+        if not opt.cachedir:
+            raise UserError('--verify-share remembers where it was in the '
+                            'cache directory: give --cachedir')
+        if opt.names:
+            raise UserError('--verify-share goes through all archives; leave '
+                            'out -f')
+
+
+def cachedir_check(opt):
+    """A cache directory where one is needed, with something in it."""
+    letter = opt.letter
     if letter in NEEDS_CACHE and not opt.cachedir \
-            and not (letter == 'c' and opt.dry_run):
+            and not (letter in 'ce' and opt.dry_run):
         raise UserError('Cache directory must be specified for %s (--cachedir'
                         ' or cachedir in tarsnap.conf)' % opt.mode)
-    if letter in 's' and not os.path.exists(
+    if letter in NEEDS_STATE and not os.path.exists(
             os.path.join(opt.cachedir, 'directory')):
         raise UserError('Error reading cache directory %s: it is empty; '
                         '--fsck fills it' % opt.cachedir)
-    if letter not in 'ctx' and opt.items:
-        raise UserError('Mode %s takes no operands: %s' % (
-            opt.mode, show(opt.items[0][1])))
-    if letter == 'r':
-        opt.names = opt.names[:1]
 
 
 def key_open(opt):
-    """Load the key file of `opt`, asking for its passphrase if it has one."""
-    if not opt.keyfile:
-        if opt.letter == 'c' and opt.dry_run:
-            return None
+    """Load the key file of `opt`, asking for its passphrase if it has one;
+    None if only a dry run is without one.
+    """
+    dry = opt.letter == 'c' and opt.dry_run
+    if opt.dry_run == METADATA \
+            and all(kind != 'archive' for kind, _ in opt.items):
+        return None
+    if not opt.keyfile and not dry:
         raise UserError('Key file must be specified (--keyfile or keyfile in '
                         'tarsnap.conf)')
-    if opt.letter == 'c' and opt.dry_run and not os.path.exists(opt.keyfile) \
-            and opt.set_by.get('keyfile') != 'command line':
+    if dry and (not opt.keyfile or not os.path.exists(opt.keyfile)
+                and opt.set_by['keyfile'] != COMMAND_LINE):
+        keyless_check(opt)
         return None
     return key_load(opt.keyfile, ask_passphrase(opt.passphrase),
                     opt.force_resources)
 
 
+def keyless_check(opt):
+    """A dry run without a key: there is no use of a cache directory."""
+    if opt.cachedir and opt.set_by['cachedir'] == COMMAND_LINE:
+        raise UserError('Option --cachedir needs a key file, in a dry run '
+                        'too (--keyfile)')
+    if opt.cachedir:
+        warn('Ignoring cachedir, as there is no key file')
+        opt.cachedir = None
+    if opt.print_stats:
+        warn('Sizes are approximate, as there is no key file')
+
+
 def run(argv):
-    """Parse and do; the exit status.  Raises Error."""
+    """Parse and do; the exit status.  Raises Error before the mode begins."""
     parser = Parser(argv[1:])
     opt = parser.parse()
+    if opt.json and sys.stderr is not None:
+        sys.stderr = JsonErrors(sys.stderr)
     if opt.version:
         sys.stdout.write('tarsnap %s\n' % VERSION)
         return 0
     if opt.help:
         help_print()
         return 0
-    parser.config_defaults()
     opt.argv = [os.fsencode(word) for word in argv]
+    parser.config_defaults()
     opt.finish()
+    names_read(opt)
+    settings_check(opt)
     if opt.letter == 'v':
         return 0
-    settings_check(opt)
     opt.key = key_open(opt)
+    if opt.cachedir:
+        cachedir_make(opt.cachedir)
+        opt.cachedir = os.path.abspath(opt.cachedir)    # whatever -C does
+    return mode_run(opt)
+
+
+def mode_run(opt):
+    """The mode itself; its status, once what ends a failure was said."""
+    signals_ignore()
     try:
-        return RUN[opt.letter](opt)
+        status = RUN[opt.letter](opt)
+        sys.stdout.flush()
     except BrokenPipeError:
-        raise
+        status = 2 if opt.changed else 1
     except Exception as e:
         warn(failure_text(e, opt))
         if opt.letter in FAILED:
             warn(FAILED[opt.letter])
-        return 2 if opt.changed else 1
+        status = 2 if opt.changed else 1
+    if status and not opt.found:
+        warn('Error exit delayed from previous errors.')
+    if status == 2:
+        warn('The server has changed what it stores nevertheless.')
+    return status
 
 
 def failure_text(error, opt):
@@ -9211,6 +13806,12 @@ def system_text(error):
     return name + (error.strerror or str(error))
 
 
+def program_name(path):
+    """What messages begin with: the name this was started as."""
+    name, suffix = os.path.splitext(os.path.basename(path))
+    return name if suffix in ('.py', '.pyc') else name + suffix
+
+
 def limits_set():
     """No core dumps of keys; threads that hand over quickly; a collector
     that is not always at it.
@@ -9224,27 +13825,35 @@ def limits_set():
     gc.set_threshold(50000)         # few cycles are made; most is refcounted
 
 
+def signals_ignore():
+    """What -c and -x answer does no harm in other modes."""
+    import signal
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 def output_end():
     """Drop what standard output could not take, or the interpreter would
     complain of it once more.
     """
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def main(argv=None):
     """The command `tarsnap`; exits with its status."""
-    argv = sys.argv if argv is None else argv
+    if argv is None:
+        argv = sys.argv
+        warn.program = program_name(argv[0])
+    streams_fill()
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors='surrogateescape')
+        stream.reconfigure(errors='surrogateescape')
     try:
         limits_set()
         status = run(argv)
-        if sys.stdout is not None:
+        if not status:
             sys.stdout.flush()
     except Usage as e:
         warn(str(e))
@@ -9263,8 +13872,6 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     output_end()
-    if status:
-        warn('Error exit delayed from previous errors.')
     sys.exit(status)
 
 

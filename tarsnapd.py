@@ -36,6 +36,8 @@ Map of this file, bottom up; no section uses a name from a later one:
     constants, errors     numbers, and what can go wrong by its remedy
     wire                  frames, blocks, commit objects; as the client has it
     store                 five verbs over flat files
+    S3                    the same five over the objects of a bucket: signing,
+                          credentials, requests, store
     segments, spool       many blocks to an object; the open one is a file
     log                   entry k, which decides
     index                 SQLite, caught up from the log
@@ -121,6 +123,10 @@ class NoObject(StoreError):
 
     def __init__(self, operation, key):
         super().__init__(operation, key, 'no such object')
+
+
+class Forbidden(StoreError):
+    """Our keys may not do that."""
 
 
 class Damaged(StoreError):
@@ -434,9 +440,11 @@ def error_body(code, text):
 # Store
 #
 # Five verbs over immutable objects: get, put if absent, delete, list, size.
-# A second back end need only have these.  Everything durable goes through the
-# name `os` of this module, with os.write in a loop and os.fsync, so that a
-# test can make the n-th call fail.  Knows nothing of what it stores.
+# S3Store below has the same five, and the same for who opens a store:
+# writable(), prepare(), close(), and the attributes `name` and `threads`.
+# Everything durable goes through the name `os` of this module, with os.write
+# in a loop and os.fsync, so that a test can make the n-th call fail.  Knows
+# nothing of what it stores.
 ##############################################################################
 
 # link() is not to be had on FAT, some FUSE, SMB and network file systems.
@@ -504,8 +512,11 @@ class FileStore:
     the first moment and never replaces another.  Used by any thread.
     """
 
+    threads = 4         # of the event loop, for what touches the store
+
     def __init__(self, root, temporary):
         self.root = root
+        self.name = root                # for messages
         self.temporary = temporary      # directory on the same file system
         self.durable = set()            # directories synced up to the root
         self.lock = threading.Lock()    # for file systems without links
@@ -589,8 +600,15 @@ class FileStore:
         except OSError as e:
             raise StoreError('size', key, e.strerror) from None
 
-    def sweep(self):
-        """Remove temporaries of this host's processes that are no more."""
+    def writable(self):
+        """False if nothing can be written here."""
+        return os.access(self.root, os.W_OK)
+
+    def close(self):
+        """Nothing of it is kept open."""
+
+    def prepare(self):
+        """Before the first put: remove what processes of this host left."""
         host = os.uname().nodename
         for name in os.listdir(self.temporary):
             owner, _, rest = name.rpartition('+')[0].rpartition('+')
@@ -703,6 +721,727 @@ def unlink_quietly(path):
         os.unlink(path)
     except OSError:
         pass
+
+
+##############################################################################
+# S3: signing
+#
+# Signature Version 4, which every S3 server knows.  Pure functions; the clock,
+# the credentials and the wire belong to the sections below.
+##############################################################################
+
+Credentials = collections.namedtuple(
+    'Credentials', 'access secret token expires')   # expires: seconds or None
+ALGORITHM = 'AWS4-HMAC-SHA256'
+
+
+def percent(text, safe=''):
+    """`text` percent-encoded as S3 signs it: once, all but -_.~ and `safe`."""
+    import urllib.parse
+    return urllib.parse.quote(text, safe='-_.~' + safe)
+
+
+def query_string(pairs):
+    """[(name, value)] as S3 signs and we send it: encoded, then sorted."""
+    return '&'.join('%s=%s' % pair for pair in sorted(
+        (percent(name), percent(value)) for name, value in pairs))
+
+
+def sign_request(credentials, region, stamp, method, path, query, headers):
+    """The Authorization header of a request with `headers`, all of them.
+
+    `path` and `query` are encoded; `stamp` is the time as 20261123T050000Z;
+    `headers` has Host, X-Amz-Date and X-Amz-Content-Sha256 among them.
+    """
+    lines = sorted((name.lower(), ' '.join(value.split()))
+                   for name, value in headers.items())
+    names = ';'.join(name for name, _ in lines)
+    digest = dict(lines)['x-amz-content-sha256']
+    canonical = '\n'.join(
+        [method, path, query] + ['%s:%s' % line for line in lines]
+        + ['', names, digest])
+    scope = [stamp[:8], region, 's3', 'aws4_request']
+    key = b'AWS4' + credentials.secret.encode()
+    for part in scope:
+        key = hmac.digest(key, part.encode(), 'sha256')
+    signature = hmac.new(key, '\n'.join(
+        [ALGORITHM, stamp, '/'.join(scope),
+         sha256(canonical.encode()).hex()]).encode(), 'sha256').hexdigest()
+    return '%s Credential=%s/%s, SignedHeaders=%s, Signature=%s' % (
+        ALGORITHM, credentials.access, '/'.join(scope), names, signature)
+
+
+##############################################################################
+# S3: credentials
+#
+# Where keys come from, in the order in which AWS's own tools look:
+# tarsnapd.conf, the environment, a profile in shared files, the endpoint of a
+# container, the metadata of an instance.  What expires is asked for anew in
+# time.  ServerError says what was looked at.
+##############################################################################
+
+METADATA = 'http://169.254.169.254'
+CONTAINER = 'http://169.254.170.2'
+RENEW = 900             # seconds before they expire
+
+
+def aws_profile(conf):
+    """The profile of the shared files as a dict, empty if there is none.
+
+    A profile asked for by name must be there.
+    """
+    asked = (conf.get('s3-profile') or os.environ.get('AWS_PROFILE')
+             or os.environ.get('AWS_DEFAULT_PROFILE'))
+    name, found = asked or 'default', {}
+    sections = {'default'} if name == 'default' else set()
+    for variable, path, section in (
+            ('AWS_CONFIG_FILE', '~/.aws/config', 'profile ' + name),
+            ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials', name)):
+        path = os.path.expanduser(os.environ.get(variable) or path)
+        parsed = ini_read(path)
+        for wanted in sections | {section}:
+            found.update(parsed.get(wanted, {}))
+    if asked and not found:
+        raise ServerError('no profile %s in the shared AWS files' % asked)
+    return found
+
+
+def ini_read(path):
+    """The sections of a shared AWS file, {} if there is no file."""
+    import configparser
+    # A secret may hold a %, and a hand-written file a section twice.
+    parser = configparser.RawConfigParser(strict=False)
+    try:
+        parser.read_string(read_file(path).decode('utf-8'), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as e:
+        raise ServerError('%s: %s' % (path, e.strerror)) from None
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise ServerError('%s: %s' % (path, ' '.join(str(e).split()))) from e
+    return {name: dict(parser[name]) for name in parser.sections()}
+
+
+def credentials_find(conf, profile):
+    """The first Credentials found; ServerError if there are none."""
+    env = os.environ.get
+    for place, found in (
+            ('tarsnapd.conf', (conf.get('s3-access-key'),
+                               conf.get('s3-secret-key'),
+                               conf.get('s3-session-token'))),
+            ('the environment', (env('AWS_ACCESS_KEY_ID'),
+                                 env('AWS_SECRET_ACCESS_KEY'),
+                                 env('AWS_SESSION_TOKEN'))),
+            ('the shared AWS files', (profile.get('aws_access_key_id'),
+                                      profile.get('aws_secret_access_key'),
+                                      profile.get('aws_session_token')))):
+        if found[0] and found[1]:
+            return Credentials(*found, None)
+        if found[0] or found[1]:
+            raise ServerError('%s: an S3 access key and its secret key belong '
+                              'together, one is missing' % place)
+    found = credentials_container() or credentials_instance()
+    if not found:
+        raise ServerError(
+            'no S3 credentials: not in tarsnapd.conf, the environment, the '
+            'shared AWS files, and from no container or instance')
+    return found
+
+
+def credentials_container():
+    """Credentials from a container's endpoint, or None if it has none."""
+    env = os.environ.get
+    url = env('AWS_CONTAINER_CREDENTIALS_FULL_URI')
+    if env('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI'):
+        url = CONTAINER + env('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI')
+    if not url:
+        return None
+    token = env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
+    try:
+        if env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE'):
+            token = read_file(env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
+                              ).decode().strip()
+        return credentials_parse(fetch(
+            'GET', url, {'Authorization': token} if token else {}))
+    except (OSError, ValueError, KeyError) as e:
+        raise ServerError('S3 credentials from %s: %s' % (url, e)) from e
+
+
+def credentials_instance():
+    """Credentials of the instance's role (IMDSv2), or None without one."""
+    if os.environ.get('AWS_EC2_METADATA_DISABLED', '').lower() == 'true':
+        return None
+    base = (os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT')
+            or METADATA).rstrip('/') + '/latest/'
+    role = base + 'meta-data/iam/security-credentials/'
+    try:
+        token = fetch('PUT', base + 'api/token', {
+            'X-aws-ec2-metadata-token-ttl-seconds': '21600'})
+        proof = {'X-aws-ec2-metadata-token': token}
+        name = fetch('GET', role, proof).split()[0]
+        return credentials_parse(fetch('GET', role + name, proof))
+    except (OSError, ValueError, KeyError, IndexError):
+        return None             # not an instance, or one without a role
+
+
+def credentials_parse(text):
+    """Credentials from what both kinds of endpoint answer."""
+    import calendar
+    found = json.loads(text)
+    expires = found.get('Expiration')
+    if expires:
+        expires = calendar.timegm(time.strptime(
+            expires[:19], '%Y-%m-%dT%H:%M:%S'))
+    return Credentials(found['AccessKeyId'], found['SecretAccessKey'],
+                       found.get('Token'), expires)
+
+
+def fetch(method, url, headers):
+    """The text at a link-local URL, by no proxy and without patience."""
+    import urllib.request
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, headers=headers, method=method)
+    with opener.open(request, timeout=1) as answer:
+        return answer.read(64 * KIB).decode('utf-8')
+
+
+##############################################################################
+# S3: requests
+#
+# One bucket: signed requests over connections that are kept, tried again where
+# that may help.  Knows status codes, not objects.  Used by any thread.
+##############################################################################
+
+# Seconds, unless the name says otherwise.  How often and how long is what
+# AWS's own clients do ("standard" mode), with more patience: a backup waits.
+S3_LIMIT = {
+    'attempts': 6,              # number
+    'in all': 60,               # no new attempt after
+    'silence': 20,              # of a connection
+    'first delay': 0.1,         # doubled by each attempt, and drawn from 0
+    'first delay if slow': 1.0,     # when told to be slower
+    'longest delay': 20,
+    'tokens': 500,              # of the allowance; a repetition takes
+    'tokens of a retry': 5,
+    'idle connections': 32,     # number
+    'answer': 64 * MIB,         # bytes
+    'keys at once': 1000,       # number, in a page of a list
+}
+
+# Codes that say "later", whatever their status.
+SLOW_CODES = {'SlowDown', 'Throttling', 'ThrottlingException',
+              'ThrottledException', 'RequestThrottled', 'RequestLimitExceeded',
+              'RequestThrottledException', 'TooManyRequestsException',
+              'BandwidthLimitExceeded'}
+LATER_CODES = {'RequestTimeout', 'RequestTimeoutException', 'BadDigest',
+               'PriorRequestNotComplete', 'InternalError',
+               'ConditionalRequestConflict', 'OperationAborted',
+               'XAmzContentSHA256Mismatch'}
+LATER_STATUS = {429, 500, 502, 503, 504, 509}
+
+
+class Answer:
+    """What S3 answered, from an HTTPResponse and its whole body."""
+
+    def __init__(self, response, body):
+        self.status = response.status
+        self.headers = response.headers     # get() minds no case
+        self.body = body
+        self.tries = 1                  # how many requests it took
+        self.code = ''                  # of an error, if S3 names one
+        self.text = ''                  # its message
+        self.reason = response.reason
+        self.region = self.headers.get('x-amz-bucket-region') or ''
+        if self.status >= 300 and body:
+            try:
+                root = xml_parse(body)
+            except ValueError:
+                return                  # from a proxy, say
+            self.code = xml_text(root, 'Code')
+            self.text = xml_text(root, 'Message')
+            self.region = self.region or xml_text(root, 'Region')
+
+    def __str__(self):
+        text = '%d %s' % (self.status, self.code or self.reason)
+        return ' '.join((text + (': ' + self.text if self.text else ''))
+                        .split())[:300]
+
+    def later(self):
+        """True if the same request may succeed later."""
+        return (self.status in LATER_STATUS or self.slow()
+                or self.code in LATER_CODES)
+
+    def slow(self):
+        """True if we are to make fewer requests."""
+        return self.code in SLOW_CODES or self.status in (429, 503, 509)
+
+
+def xml_parse(body):
+    """The root of an XML answer; ValueError if it is none.
+
+    No answer of S3 has a document type, and entities are a known bomb.
+    """
+    import xml.etree.ElementTree as tree
+    try:
+        if b'<!DOCTYPE' in body:
+            raise ValueError('an answer with a document type')
+        return tree.fromstring(body)
+    except tree.ParseError as e:
+        raise ValueError(str(e)) from None
+
+
+def xml_all(element, name):
+    """Descendants called `name`, in whatever name space."""
+    return [x for x in element.iter() if x.tag.rpartition('}')[2] == name]
+
+
+def xml_text(element, name):
+    """The text of the first descendant called `name`, or ''."""
+    found = xml_all(element, name)
+    return (found[0].text or '') if found else ''
+
+
+class Bucket:
+    """Requests to one bucket, conf being the server's configuration."""
+
+    def __init__(self, name, conf):
+        self.name = name
+        self.conf = conf
+        self.profile = aws_profile(conf)
+        env, own = os.environ.get, self.profile.get
+        self.region = (conf.get('s3-region') or env('AWS_REGION')
+                       or env('AWS_DEFAULT_REGION') or own('region')
+                       or 'us-east-1')
+        self.endpoint = self._endpoint_asked()
+        self.virtual = self._virtual()
+        self.split_endpoint()           # complain now, not at first use
+        self.skew = 0                   # the server's clock less ours, seconds
+        self.tokens = S3_LIMIT['tokens']
+        self.credentials = None
+        self.context = None             # ssl.SSLContext, when one is needed
+        self.idle = []                  # connections, the last used last
+        self.owner = os.getpid()        # of these; a fork must not share them
+        self.lock = threading.Lock()    # of all that changes
+
+    def _endpoint_asked(self):
+        """The URL asked for, or '' for that of AWS in our region."""
+        if self.conf.get('s3-endpoint'):
+            return self.conf['s3-endpoint']
+        env = os.environ.get
+        if (env('AWS_IGNORE_CONFIGURED_ENDPOINT_URLS') or '').lower() == (
+                'true'):
+            return ''
+        return (env('AWS_ENDPOINT_URL_S3') or env('AWS_ENDPOINT_URL')
+                or self.profile.get('endpoint_url') or '')
+
+    def _virtual(self):
+        """True if the bucket stands in the host name, not in the path."""
+        how = self.conf.get('s3-addressing') or 'auto'
+        if how not in ('auto', 'path', 'virtual'):
+            raise ServerError('s3-addressing is auto, path or virtual, not %s'
+                              % how)
+        # No certificate is good for a bucket with a dot in the host name.
+        return how == 'virtual' or (
+            how == 'auto' and not self.endpoint and '.' not in self.name)
+
+    def split_endpoint(self):
+        """(True for https, host, port or None) of where requests go."""
+        import urllib.parse
+        url = self.endpoint or 'https://s3.%s.amazonaws.com%s' % (
+            self.region, '.cn' if self.region.startswith('cn-') else '')
+        parts = urllib.parse.urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if (parts.scheme not in ('http', 'https') or not parts.hostname
+                or port == -1 or parts.path.strip('/') or parts.query):
+            raise ServerError('s3-endpoint %s is not http://HOST[:PORT] or '
+                              'https://HOST[:PORT]' % url)
+        host = parts.hostname
+        if self.virtual:
+            host = '%s.%s' % (self.name, host)
+        return parts.scheme == 'https', host, port
+
+    def where(self, key):
+        """An object's place, for messages."""
+        return 's3://%s/%s' % (self.name, key)
+
+    def request(self, operation, key, method, query=(), headers=(), body=b'',
+                digest=DIGEST_OF_NONE, good=(200,)):
+        """The Answer to a request, with a status in `good`; else StoreError.
+
+        `body` is bytes or a binary file, `digest` its SHA-256.  What may help
+        is tried again, so a request must bear repetition; Answer.tries tells.
+        """
+        send = (method, key, query, dict(headers), body, digest)
+        end = time.monotonic() + S3_LIMIT['in all']
+        adjusted = set()
+        for tries in itertools.count(1):
+            answer, why = self._once(operation, key, send)
+            if answer:
+                answer.tries = tries
+                if answer.status in good:
+                    self._earn(tries)
+                    return answer
+                change = self._adjust(answer)
+                if change and change not in adjusted:
+                    adjusted.add(change)
+                    continue
+                why = str(answer)
+            if (answer and not answer.later() or tries >= S3_LIMIT['attempts']
+                    or time.monotonic() > end or not self._spend()):
+                if tries > 1:
+                    why += ' (tried %d times)' % tries
+                denied = answer and answer.code == 'AccessDenied'
+                raise (Forbidden if denied else StoreError)(
+                    operation, self.where(key), why)
+            time.sleep(self._delay(answer, tries))
+
+    def _once(self, operation, key, send):
+        """(Answer, '') or, when there was none, (None, why)."""
+        import http.client
+        connection = None
+        try:
+            headers, target = self._signed(operation, *send)
+            connection = self._connection()
+            answer = self._exchange(connection, send[0], target, headers,
+                                    send[4])
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            # ValueError: http.client about a header it will not send.
+            if connection:
+                connection.close()
+            return None, '%s: %s' % (
+                self.split_endpoint()[1], getattr(e, 'strerror', None)
+                or str(e) or type(e).__name__)
+        return answer, ''
+
+    def _signed(self, operation, method, key, query, headers, body, digest):
+        """(all headers, target) of a request made now."""
+        credentials = self._credentials(operation, key)
+        _, host, port = self.split_endpoint()
+        stamp = time.strftime('%Y%m%dT%H%M%SZ',
+                              time.gmtime(time.time() + self.skew))
+        headers = dict(headers)
+        if ':' in host:
+            host = '[%s]' % host
+        # As http.client does not say it: with the port if one was given.
+        headers['Host'] = host if port is None else '%s:%d' % (host, port)
+        headers['X-Amz-Date'] = stamp
+        headers['X-Amz-Content-Sha256'] = digest.hex()
+        if credentials.token:
+            headers['X-Amz-Security-Token'] = credentials.token
+        path = '/' + percent(key, '/')
+        if not self.virtual:
+            path = '/' + self.name + (path if key else '')
+        query = query_string(query)
+        headers['Authorization'] = sign_request(
+            credentials, self.region, stamp, method, path, query, headers)
+        if method == 'PUT':
+            headers['Content-Length'] = str(body_size(body))
+        return headers, path + ('?' + query if query else '')
+
+    def _exchange(self, connection, method, target, headers, body):
+        """Send one request and read its whole Answer."""
+        if hasattr(body, 'seek'):
+            body.seek(0)
+        try:
+            connection.request(method, target, body or None, headers)
+        except (BrokenPipeError, ConnectionResetError):
+            pass    # it may have answered before it hung up, as for 403
+        response = connection.getresponse()
+        data = self._body(response)
+        if response.will_close:
+            connection.close()
+        else:
+            with self.lock:
+                self.idle.append(connection)
+                if len(self.idle) > S3_LIMIT['idle connections']:
+                    self.idle.pop(0).close()
+        return Answer(response, data)
+
+    @staticmethod
+    def _body(response):
+        """All of an answer's body; IncompleteRead if it ends before."""
+        most = S3_LIMIT['answer']
+        length = response.length
+        # Where the length is known, only read() minds an early end.
+        data = response.read(most + 1) if length is None else (
+            response.read() if length <= most else b'')
+        if max(length or 0, len(data)) > most:
+            raise OSError(errno.EMSGSIZE, 'the answer is too long')
+        return data
+
+    def _connection(self):
+        """A connection nobody else uses: one that was kept, or a new one."""
+        while True:
+            with self.lock:
+                if self.owner != os.getpid():
+                    self.owner, self.idle = os.getpid(), []
+                if not self.idle:
+                    break
+                connection = self.idle.pop()
+            # Anything to read on an idle connection is its end.
+            if connection.sock and not select.select(
+                    [connection.sock], [], [], 0)[0]:
+                return connection
+            connection.close()
+        return self._connect()
+
+    def _connect(self):
+        import http.client
+        secure, host, port = self.split_endpoint()
+        options = {'timeout': S3_LIMIT['silence'], 'blocksize': 256 * KIB}
+        if not secure:
+            return http.client.HTTPConnection(host, port, **options)
+        with self.lock:
+            if self.context is None:
+                import ssl
+                self.context = ssl.create_default_context(
+                    cafile=self.conf.get('s3-ca-bundle')
+                    or os.environ.get('AWS_CA_BUNDLE'))
+        return http.client.HTTPSConnection(host, port, context=self.context,
+                                           **options)
+
+    def _credentials(self, operation, key):
+        """Credentials that are good for some time yet."""
+        with self.lock:
+            now, old = time.time(), self.credentials
+            if old is None or old.expires and now > old.expires - RENEW:
+                try:
+                    self.credentials = credentials_find(self.conf,
+                                                        self.profile)
+                except ServerError as e:
+                    # Those we have may still do.
+                    if old is None or now > old.expires:
+                        raise StoreError(operation, self.where(key), e) from e
+            return self.credentials
+
+    def _adjust(self, answer):
+        """Learn the region or the time from a refusal; what was learnt."""
+        if answer.status in (301, 307, 400, 403) and answer.region and (
+                answer.region != self.region):
+            self.region = answer.region
+            self.close()        # they lead to the old region
+            return 'region'
+        if answer.code == 'RequestTimeTooSkewed' and answer.headers.get(
+                'Date'):
+            import email.utils
+            self.skew = email.utils.mktime_tz(email.utils.parsedate_tz(
+                answer.headers['Date'])) - time.time()
+            return 'time'
+        return None
+
+    def close(self):
+        """Close the connections that are kept."""
+        with self.lock:
+            for connection in self.idle:
+                connection.close()
+            self.idle = []
+
+    # The allowance: when most requests fail, repeating them makes it worse.
+
+    def _spend(self):
+        """Take the price of a repetition; False if it is not there."""
+        with self.lock:
+            if self.tokens < S3_LIMIT['tokens of a retry']:
+                return False
+            self.tokens -= S3_LIMIT['tokens of a retry']
+            return True
+
+    def _earn(self, tries):
+        """A request succeeded: back with what it took, or with one."""
+        with self.lock:
+            self.tokens = min(S3_LIMIT['tokens'], self.tokens + (
+                S3_LIMIT['tokens of a retry'] if tries > 1 else 1))
+
+    @staticmethod
+    def _delay(answer, tries):
+        """Seconds before the next attempt: anything up to a growing limit,
+        so that those who failed together do not come back together."""
+        import random
+        first = S3_LIMIT['first delay if slow' if answer and answer.slow()
+                         else 'first delay']
+        return random.random() * min(first * 2 ** (tries - 1),
+                                     S3_LIMIT['longest delay'])
+
+
+def body_size(body):
+    """Bytes in a request's body."""
+    if isinstance(body, bytes):
+        return len(body)
+    return os.fstat(body.fileno()).st_size
+
+
+##############################################################################
+# S3: store
+#
+# The five verbs over the objects of a bucket below a prefix.  Nothing is ever
+# replaced: each object is put with If-None-Match, which prepare() tries out
+# before anything else is written.  A put is done when S3 has said so.
+##############################################################################
+
+
+class S3Store:
+    """The store s3://BUCKET/PREFIX."""
+
+    threads = 32        # the loop's: each waits for the network most times
+
+    def __init__(self, url, conf):
+        scheme, _, rest = url.partition('://')
+        bucket, _, prefix = rest.partition('/')
+        prefix = prefix.strip('/')
+        if (scheme != 's3' or not 3 <= len(bucket) <= 63
+                or set(bucket.lower()) - set(BUCKET_LETTERS)):
+            raise ServerError('store %s is not s3://BUCKET/PREFIX' % url)
+        self.name = url
+        self.prefix = prefix + '/' if prefix else ''
+        self.bucket = Bucket(bucket, conf)
+        if conf.get('s3-checksum', 'yes') not in ('yes', 'no'):
+            raise ServerError('s3-checksum is yes or no, not %s'
+                              % conf['s3-checksum'])
+        self.checksum = conf.get('s3-checksum') != 'no'
+
+    def get(self, key, offset=0, length=None):
+        """As FileStore.get.  A whole object is held against its SHA-256."""
+        if length == 0:
+            return b''
+        headers = {}
+        if offset or length is not None:
+            headers['Range'] = 'bytes=%d-%s' % (
+                offset, '' if length is None else offset + length - 1)
+        answer = self._request('read', key, 'GET', headers=headers,
+                               good=(200, 206, 404, 416))
+        if answer.status == 404:
+            raise self._missing('read', key, answer)
+        place, data = self.bucket.where(self.prefix + key), answer.body
+        if headers and answer.status == 200:
+            raise StoreError('read', place, 'the server ignores Range')
+        if answer.status == 416 or length not in (None, len(data)):
+            raise Damaged('read', place, 'short read (%d of %d)' % (
+                0 if answer.status == 416 else len(data), length or 0))
+        digest = answer.headers.get('x-amz-meta-sha256')
+        if not headers and digest and sha256(data).hex() != digest:
+            raise Damaged('read', place, 'checksum does not match')
+        return data
+
+    def put(self, key, data):
+        """As FileStore.put; durable as soon as S3 has confirmed it."""
+        if isinstance(data, str):
+            try:
+                with open(data, 'rb') as file:
+                    return self._put(key, file, file_digest(file))
+            except OSError as e:
+                raise StoreError('write', key, e.strerror) from None
+        return self._put(key, data, sha256(data))
+
+    def _put(self, key, body, digest):
+        nonce = os.urandom(16).hex()
+        headers = {'Content-Type': 'application/octet-stream',
+                   'If-None-Match': '*', 'x-amz-meta-nonce': nonce,
+                   'x-amz-meta-sha256': digest.hex()}
+        if self.checksum:
+            headers['x-amz-checksum-sha256'] = base64.b64encode(
+                digest).decode()
+        answer = self._request('write', key, 'PUT', headers=headers,
+                               body=body, digest=digest, good=(200, 412))
+        if answer.status == 412 and answer.tries > 1:
+            # An attempt whose answer was lost may have been the one.
+            head = self._request('size', key, 'HEAD', good=(200, 404))
+            return head.headers.get('x-amz-meta-nonce') == nonce
+        return answer.status == 200
+
+    def delete(self, key):
+        """Remove an object; it may be gone already."""
+        answer = self._request('delete', key, 'DELETE', good=(200, 204, 404))
+        if answer.status == 404 and answer.code == 'NoSuchBucket':
+            raise self._missing('delete', key, answer)
+
+    def list(self, prefix):
+        """All keys that begin with `prefix`, in order."""
+        found, token = [], ''
+        while True:
+            query = [('list-type', '2'), ('prefix', self.prefix + prefix),
+                     ('encoding-type', 'url'),
+                     ('max-keys', str(S3_LIMIT['keys at once']))]
+            if token:
+                query.append(('continuation-token', token))
+            answer = self.bucket.request(
+                'list %s%s in' % (self.prefix, prefix), '', 'GET', query)
+            page, token = self._page(prefix, answer)
+            found += page
+            if not token:
+                return sorted(found)
+
+    def _page(self, prefix, answer):
+        """(keys, token of the next page or '') of a page of a list."""
+        import urllib.parse
+        place = self.bucket.where(self.prefix + prefix)
+        try:
+            root = xml_parse(answer.body)
+        except ValueError as e:
+            raise StoreError('list', place, e) from e
+        keys = [urllib.parse.unquote_plus(xml_text(x, 'Key'))
+                for x in xml_all(root, 'Contents')]
+        token = ''
+        if xml_text(root, 'IsTruncated') == 'true':
+            token = xml_text(root, 'NextContinuationToken')
+            if not token:
+                raise StoreError('list', place, 'a page without a next one')
+        return [key[len(self.prefix):] for key in keys
+                if key.startswith(self.prefix + prefix)], token
+
+    def size(self, key):
+        """An object's size in bytes, or None if it is not there."""
+        answer = self._request('size', key, 'HEAD', good=(200, 404))
+        return None if answer.status == 404 else int(
+            answer.headers.get('Content-Length', 0))
+
+    def close(self):
+        """Close the connections; the next request opens one again."""
+        self.bucket.close()
+
+    def writable(self):
+        """True: what our keys may not do, prepare() finds out."""
+        return True
+
+    def prepare(self):
+        """ServerError unless the server refuses to replace an object.
+
+        Forbidden if our keys may not write.
+        All that keeps two servers, or a request that is repeated, from
+        overwriting each other rests on that; some servers ignore it.
+        """
+        for _ in range(2):
+            if not self.put('probe', b'The second of these is refused.\n'):
+                return
+        raise ServerError('%s: this S3 server replaces objects despite '
+                          '"If-None-Match: *"; a store there could lose data'
+                          % self.name)
+
+    def _request(self, operation, key, method, **options):
+        return self.bucket.request(operation, self.prefix + key, method,
+                                   **options)
+
+    def _missing(self, operation, key, answer):
+        """The error for a 404."""
+        place = self.bucket.where(self.prefix + key)
+        if answer.code in ('NoSuchKey', ''):
+            return NoObject(operation, place)
+        return StoreError(operation, place, str(answer))
+
+
+BUCKET_LETTERS = 'abcdefghijklmnopqrstuvwxyz0123456789.-_'
+
+
+def file_digest(file):
+    """SHA-256 of a binary file."""
+    digest = hashlib.sha256()
+    while True:
+        piece = file.read(MIB)
+        if not piece:
+            return digest.digest()
+        digest.update(piece)
 
 
 ##############################################################################
@@ -2228,6 +2967,19 @@ class Session:
         yield ('answer', COMMIT_OBJECT, U64.pack(entry.time) + entry.commit)
         if not lists:
             return
+        try:
+            tables, withdrawn, deleted = yield from self._lists(entry)
+        except (NoObject, Damaged) as e:
+            yield ('log', str(e))
+            raise Refused(E_NOBLOCK, 'the lists of commit %d are lost: %s'
+                          % (n, e)) from None
+        yield from many(ADDED, [ADDED_ROW.pack(*put[2:]) for put
+                                in linked_puts(tables, withdrawn)])
+        yield from many(REMOVED, sorted(deleted))
+
+    @staticmethod
+    def _lists(entry):
+        """Steps: (tables, withdrawn, deleted names) of a log entry."""
         tables, withdrawn, deleted, rows = [], {}, set(), 0
         for key, size, _, count, _ in entry.segments:
             segment = yield from segment_load(key, size)
@@ -2239,9 +2991,7 @@ class Session:
                 deleted.update(names)
             tables.append(segment.table)
             rows += count
-        yield from many(ADDED, [ADDED_ROW.pack(*put[2:]) for put
-                                in linked_puts(tables, withdrawn)])
-        yield from many(REMOVED, sorted(deleted))
+        return tables, withdrawn, deleted
 
     def _entry(self, n):
         """Steps: the log Entry that holds commit n."""
@@ -2331,7 +3081,8 @@ class Session:
             return place[3], (yield ('get',) + place[:3])
         except StoreError as e:
             yield ('log', str(e))
-            return Refused(E_INTERNAL, str(e))
+            lost = isinstance(e, (NoObject, Damaged))
+            return Refused(E_NOBLOCK if lost else E_INTERNAL, str(e))
 
     @staticmethod
     def _block_answer(name, found, mask):
@@ -2344,7 +3095,7 @@ class Session:
             if mask == 1:
                 block = block[:block_check(cls, block)]
         except Refused as e:
-            code = E_INTERNAL if e.code == E_BAD else e.code
+            code = E_NOBLOCK if e.code == E_BAD else e.code
             return ('answer', ERROR, error_body(code, str(e)))
         return ('answer', BLOCK, name + block)
 
@@ -2687,6 +3438,13 @@ def say(line):
     print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
 
 
+CONF_OPTIONS = {'listen', 'store', 'workers', 'front-certificate',
+                's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
+                's3-access-key', 's3-secret-key', 's3-session-token',
+                's3-checksum', 's3-ca-bundle'}
+# Those that init may write.  A secret is no word for a command line.
+INIT_OPTIONS = ('listen', 'store', 's3-endpoint', 's3-region',
+                's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'spool', 'index', 'tmp'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'delete')
@@ -2694,7 +3452,7 @@ STORE_VERBS = ('get', 'put', 'list', 'size', 'delete')
 CONF = '''\
 # tarsnapd.conf(5)
 [server]
-listen = %s
+%s
 #store = store
 #workers = 1
 #front-certificate =
@@ -2719,18 +3477,21 @@ def conf_read(path):
         raise ServerError('%s: %s' % (name, ' '.join(str(e).split()))) from e
     except OSError as e:
         raise ServerError('%s: %s' % (name, e.strerror)) from None
-    unknown = set(section) - {'listen', 'store', 'workers',
-                              'front-certificate'}
+    unknown = set(section) - CONF_OPTIONS
     if unknown:
         raise ServerError('%s: unknown option %s' % (name, min(unknown)))
+    if section.get('s3-secret-key') and os.stat(name).st_mode & 0o077:
+        raise ServerError('%s: it holds a secret key, and others can read it'
+                          % name)
     return section
 
 
-def server_create(path, listen=''):
+def server_create(path, options=()):
     """Make the directory `path`, missing or empty, a server directory.
 
-    Complete and durable on return; what a crash leaves is completed by the
-    next call.  ServerError if there are other files in it.
+    `options` are for a new tarsnapd.conf, {name: value}.  Complete and
+    durable on return; what a crash leaves is completed by the next call.
+    ServerError if there are other files in it.
     """
     try:
         os.makedirs(path, 0o700, exist_ok=True)
@@ -2745,10 +3506,13 @@ def server_create(path, listen=''):
         files.put('secret', os.urandom(32))
         files.put('identity.key', identity_make())
         # Last of what makes it a server directory.
-        files.put('tarsnapd.conf', (CONF % (listen or '[::]:%d' % PORT))
-                  .encode())
-        store_open(path, conf_read(path), True).put(
-            'store-id', os.urandom(16).hex().encode() + b'\n')
+        options = dict({'listen': '[::]:%d' % PORT}, **dict(options))
+        files.put('tarsnapd.conf', (CONF % '\n'.join(
+            '%s = %s' % option for option in options.items())).encode())
+        store = store_open(path, conf_read(path), True)
+        store.prepare()
+        store.put('store-id', os.urandom(16).hex().encode() + b'\n')
+        store.close()
     except OSError as e:
         raise ServerError('%s: %s' % (path, e.strerror)) from None
     except (StoreError, ValueError) as e:
@@ -2756,11 +3520,13 @@ def server_create(path, listen=''):
 
 
 def store_open(path, conf, create=False):
-    """The FileStore of a server directory with configuration `conf`.
+    """The store of a server directory with configuration `conf`.
 
-    A configured store that is not there is not made in passing: it may be a
-    disk that is not mounted, and a new store is another store.
+    A configured directory that is not there is not made in passing: it may be
+    a disk that is not mounted, and a new store is another store.
     """
+    if '://' in conf.get('store', ''):
+        return S3Store(conf['store'], conf)
     store = os.path.join(path, conf.get('store', 'store'))
     temporary = os.path.join(path, 'tmp')
     if store != os.path.join(path, 'store'):
@@ -2914,7 +3680,7 @@ class Server:
         self.store = store_open(path, self.conf)
         self.spools = SpoolDir(os.path.join(path, 'spool'))
         self.read_only = not all(os.access(x, os.W_OK) for x in (
-            path, self.store.root, self.spools.root))
+            path, self.spools.root)) or not self.store.writable()
         try:
             self._load_keys(path)
             self._load_store(path)
@@ -2923,7 +3689,7 @@ class Server:
                                           e.strerror)) from None
         except NoObject:
             raise ServerError('%s: no store there; "tarsnapd.py init" makes '
-                              'one' % self.store.root) from None
+                              'one' % self.store.name) from None
         except (StoreError, ValueError) as e:
             raise ServerError('%s: %s' % (path, e)) from None
 
@@ -2944,8 +3710,12 @@ class Server:
 
     def _load_store(self, path):
         self.store_id = bytes.fromhex(self.store.get('store-id').decode())
-        if not self.read_only:
-            self.store.sweep()
+        try:
+            if not self.read_only:
+                self.store.prepare()
+        except Forbidden as e:
+            self.read_only = True
+            self.perform_here(('log', 'read-only: %s' % e))
         index = os.path.join(path, 'index')
         if self.read_only or not os.access(index, os.W_OK):
             import tempfile
@@ -3020,6 +3790,7 @@ class Server:
     def close(self):
         """Close what is open; nothing is lost if it is not called."""
         self.indexes.close()
+        self.store.close()
         if self.temporary:
             import shutil
             shutil.rmtree(self.temporary, ignore_errors=True)
@@ -3172,13 +3943,12 @@ class Pipe:
 ##############################################################################
 # Event loop
 #
-# One thread owns all connections and runs all sessions; a pool of four does
-# what touches the disk.  What a connection has not asked for is not read: its
+# One thread owns all connections and runs all sessions; a pool does what
+# touches the disk or S3.  What a connection has not asked for is not read: its
 # requests wait in its own receive buffer, then in the client's.  A request
 # that has begun is run to its end, also if its client has gone.
 ##############################################################################
 
-POOL_THREADS = 4
 LINGER = 2      # seconds a refused client has to read why
 
 
@@ -3211,14 +3981,18 @@ class Pool:
         while self.done:
             yield self.done.popleft()
 
-    def close(self):
-        """Let the threads finish what they have, and end them."""
+    def close(self, end):
+        """Let the threads finish what they have, until `end`.
+
+        One that waits for S3 may take longer, and may be left in the middle.
+        """
         for _ in self.threads:
             self.work.put(None)
         for thread in self.threads:
-            thread.join()
-        os.close(self.wake_r)
-        os.close(self.wake_w)
+            thread.join(max(0, end - time.monotonic()))
+        if not any(thread.is_alive() for thread in self.threads):
+            os.close(self.wake_r)
+            os.close(self.wake_w)
 
     def _run(self):
         while True:
@@ -3292,11 +4066,12 @@ class Connection:
 class Loop:
     """Serves a listening socket until stop() is called."""
 
-    def __init__(self, server, listener, context):
+    def __init__(self, server, listener, context, parent=None):
         import selectors
         import ssl
         self.server = server
         self.listener = listener
+        self.parent = parent            # process whose end is ours, or None
         self.context = context          # ssl.SSLContext, or None behind one
         self.want_more = (BlockingIOError, InterruptedError,
                           ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -3304,7 +4079,7 @@ class Loop:
         self.read_event = selectors.EVENT_READ
         self.write_event = selectors.EVENT_WRITE
         self.selector = selectors.DefaultSelector()
-        self.pool = Pool(server, POOL_THREADS)
+        self.pool = Pool(server, server.store.threads)
         self.connections = set()
         self.timers = []        # heap of (when, number, connection, steps)
         self.numbers = itertools.count()
@@ -3340,7 +4115,7 @@ class Loop:
             self.turn()
         for conn in list(self.connections):
             self.hang_up(conn)
-        self.pool.close()
+        self.pool.close(self.stopping)
         self.selector.close()
 
     def settled(self):
@@ -3378,6 +4153,8 @@ class Loop:
         if self.now >= self.checked + 0.5:
             self.checked = self.now
             self.check_deadlines()
+            if self.parent and os.getppid() != self.parent:
+                self.stop()             # it was killed: leave its port free
 
     def guard(self, conn, method, *args):
         """Call a method for a connection; an error costs it, not the rest."""
@@ -3729,17 +4506,19 @@ def announce(listener):
                                 port))
 
 
-def serve_one(server, listener, context, tell=True):
-    """Serve in this process until SIGTERM or SIGINT."""
+def serve_one(server, listener, context, parent=None):
+    """Serve in this process until SIGTERM or SIGINT, or until `parent`, if
+    it is one of several, has ended.
+    """
     import signal
     # A thread of the pool must not hold the loop up for the default 5 ms.
     sys.setswitchinterval(0.0005)
-    loop = Loop(server, listener, context)
+    loop = Loop(server, listener, context, parent)
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         signal.signal(number, lambda *_: loop.stop())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    if tell:
+    if not parent:
         announce(listener)
     loop.run()
     server.close()
@@ -3768,9 +4547,10 @@ def serve_many(server, listener, context, workers):
             # No signal may come between a child's birth and our knowing it,
             # nor reach the child while it still has our handler.
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+            parent = os.getpid()
             child = None if stopping else os.fork()
             if child == 0:
-                serve_child(server, listener, context)
+                serve_child(server, listener, context, parent)
             children.update([child] if child else [])
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         try:
@@ -3779,11 +4559,11 @@ def serve_many(server, listener, context, workers):
             pass
 
 
-def serve_child(server, listener, context):
+def serve_child(server, listener, context, parent):
     """A worker process; does not return."""
     status = 1
     try:
-        serve_one(server, listener, context, tell=False)
+        serve_one(server, listener, context, parent)
         status = 0
     finally:
         os._exit(status)
@@ -3798,6 +4578,9 @@ def serve_child(server, listener, context):
 
 USAGE = '''\
 usage: tarsnapd.py init SRV [--listen HOST:PORT]
+                   [--store DIR | s3://BUCKET/PREFIX] [--s3-endpoint URL]
+                   [--s3-region REGION] [--s3-addressing auto|path|virtual]
+                   [--s3-profile NAME]
        tarsnapd.py fingerprint | cert | stat | rebuild SRV
        tarsnapd.py serve SRV [--listen HOST:PORT] [--workers N]
        tarsnapd.py user SRV add | passwd | delete NAME
@@ -3821,12 +4604,26 @@ def open_server(path):
 
 def command_init(args):
     """Make a server directory; its fingerprint on stdout."""
-    options, (path,) = take_options(args, {'--listen': True}, 1)
+    options, (path,) = take_options(
+        args, {'--' + name: True for name in INIT_OPTIONS}, 1)
     listen_check(options.get('--listen', ':0'))
-    server_create(path, options.get('--listen', ''))
+    options = {name[2:]: value for name, value in options.items()}
+    if is_server(path):
+        init_check(path, options)
+    server_create(path, options)
     if certificate_serial(path) == 0:
         certificate_renew(path)
     print(open_server(path).fingerprint())
+
+
+def init_check(path, options):
+    """ServerError if an existing configuration says otherwise."""
+    conf = conf_read(path)
+    for name, value in options.items():
+        if conf.get(name) != value:
+            raise ServerError(
+                '%s is a server directory already, and its tarsnapd.conf does '
+                'not say %s = %s; edit that file' % (path, name, value))
 
 
 def listen_check(address):

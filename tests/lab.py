@@ -13,10 +13,12 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from unittest import mock
@@ -54,11 +56,20 @@ def no_fsync():
     return stack
 
 
+def no_signals():
+    """A client that is run in the midst of another's run is in a thread,
+    where no signal can be caught.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return contextlib.nullcontext()
+    return mock.patch.object(signal, 'signal', lambda *_: None)
+
+
 def run(argv):
     """Run the client in this process; its Result.  A bug raises."""
     status = 0
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, \
-            no_fsync():
+            no_fsync(), no_signals():
         sys.stdout.flush()
         sys.stderr.flush()
         streams, copies = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))

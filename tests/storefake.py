@@ -8,7 +8,6 @@ test says exactly which blocks there are.
 
 import collections
 import threading
-import types
 
 import samples
 import tarsnap
@@ -18,16 +17,11 @@ NOW = 1700000000
 
 
 def options(**given):
-    """What the command line gives to a mode; `given` overrides."""
-    opt = types.SimpleNamespace(
-        verbose=0, names=[b'a'], operands=[], directories=[], exclude=[],
-        include=[], absolute=False, keep_old=False, keep_newer=False,
-        resume_extract=False, no_mtime=False, no_owner=False, perms=None,
-        to_stdout=False, fast_read=False, unlink_first=False,
-        sparse_out=False, numeric_owner=False, iso_dates=False,
-        strip_components=0, null_output=False, quiet=False, chroot=False,
-        hashes=False, key=None, cachedir=None, expect_head=None, rename=None,
-        newer=None)
+    """What the command line gives to -x of `a`; `given` overrides."""
+    opt = tarsnap.Settings()
+    opt.letter, opt.mode, opt.names = 'x', '-x', [b'a']
+    opt.finish()
+    opt.own = opt.perms = None
     for name, value in given.items():
         if not hasattr(opt, name):
             raise AttributeError(name)

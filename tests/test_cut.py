@@ -53,8 +53,7 @@ def cut(data, key=KEY, sizes=(tarsnap.MIB,)):
         chunks += cutter.feed(data[at:at + size])
         at += size
         turn += 1
-    last = cutter.finish()
-    return chunks + [last] if last else chunks
+    return chunks + cutter.finish()
 
 
 def text(rng, size):
@@ -197,9 +196,9 @@ class Reference(unittest.TestCase):
     def test_finish_begins_anew(self):
         data = random.Random(SEED).randbytes(400000)
         cutter = tarsnap.Cutter(KEY)
-        first = cutter.feed(data) + [cutter.finish()]
-        self.assertEqual(cutter.feed(data) + [cutter.finish()], first)
-        self.assertEqual(cutter.finish(), b'')
+        first = cutter.feed(data) + cutter.finish()
+        self.assertEqual(cutter.feed(data) + cutter.finish(), first)
+        self.assertEqual(cutter.finish(), [])
 
 
 class Behaviour(unittest.TestCase):

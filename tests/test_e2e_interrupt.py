@@ -164,14 +164,14 @@ class Interrupt(unittest.TestCase):
 
     def test_cut_at_random_frames(self):
         self.tree('tree')
-        cuts, left = 0, self.dice.randrange(3, 40)
+        cuts, left = 0, self.dice.randrange(10, 40)
 
         def hook(wire, up, kind, body):
             nonlocal cuts, left
             left -= 1
             if left or cuts >= 60:
                 return PASS
-            cuts, left = cuts + 1, self.dice.randrange(3, 40)
+            cuts, left = cuts + 1, self.dice.randrange(10, 40)
             return self.dice.choice((CUT, TEAR))
 
         w, self.front.hook = self.world, hook

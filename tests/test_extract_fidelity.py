@@ -308,7 +308,7 @@ class MetadataTest(ExtractCase):
                          ((1, 1), 77, (0, 0)))
         self.extract(numeric_owner=True)
         self.assertEqual(self.stat('b').st_uid, 1234)
-        self.extract(no_owner=True)
+        self.extract(own=False)
         for name in 'abcefg':
             self.assertEqual(self.stat(name).st_uid, 0)
 

@@ -471,7 +471,7 @@ class RootTest(HostileCase):
         self.assertEqual(self.mode('s'), 0o4755)
         self.assertEqual(os.stat(os.path.join(self.target, 's')).st_uid,
                          NOBODY)
-        self.extract(finish=False, no_owner=True)
+        self.extract(finish=False, own=False)
         self.assertEqual(self.mode('s'), 0o755)
         self.assertEqual(os.stat(os.path.join(self.target, 's')).st_uid, 0)
 

@@ -493,7 +493,7 @@ class CommandLines(ToolTest):
             self.assertRaises(keygen.Usage, keygen.size_parse, text, '')
 
     def test_options(self):
-        table = {'-a': keygen.FLAG, '-b': keygen.FLAG, '--one': keygen.ONCE,
+        table = {'-a': keygen.AGAIN, '-b': keygen.FLAG, '--one': keygen.ONCE,
                  '--many': keygen.MANY}
         for words, expected in (
                 (['-ab', 'x', '-a'], ({'-a': True, '-b': True}, ['x', '-a'])),
@@ -504,7 +504,7 @@ class CommandLines(ToolTest):
                 (['-a', '-a'], ({'-a': True}, []))):
             self.assertEqual(keygen.options_parse(words, table), expected)
         for words in (['-c'], ['-abc'], ['--o', 'x'], ['--one'],
-                      ['--one', '1', '--one=2'], ['-a=1'], ['--a']):
+                      ['--one', '1', '--one=2'], ['-a=1'], ['--a'], ['-bb']):
             self.assertRaises(keygen.Usage, keygen.options_parse, words,
                               table)
 
@@ -702,6 +702,12 @@ class FalseServers(ToolTest):
         server = FalseServer(self.temp, answers=[challenge(), REGISTERED])
         self.check_meeting(server.pin, server, ())
         self.assertEqual(server.got, b'')
+
+    def test_no_money(self):
+        body = struct.pack('>H', tarsnap.E_FUNDS) + b'0'
+        server = FalseServer(self.temp, answers=[
+            challenge(), frame(tarsnap.ERROR, 2, body)])
+        self.check_meeting('Account balance is not positive', server)
 
     def test_statement_for_another_certificate_sees_not_a_byte(self):
         """Somebody in between, who passes the true server's words on."""

@@ -273,7 +273,7 @@ class ArchivesTest(ListCase):
                                        names=[one, b'ab' * 32, b'xyz']),
                          one + b'\n')
         self.assertEqual(self.errors, 2)
-        self.assertIn('Archive does not exist: xyz\n', self.text)
+        self.assertIn('xyz: Not the hash of a name', self.text)
 
     def test_partial_archives_are_there(self):
         self.archive(b'one.part', 1, complete=False)

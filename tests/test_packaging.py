@@ -35,7 +35,9 @@ class Packaging(unittest.TestCase):
         for words, says in ((['tarsnap.py'], 'tarsnap'),
                             (['tarsnapd.py'], 'tarsnapd'),
                             (['keygen.py', 'keygen'], 'tarsnap-keygen'),
-                            (['keygen.py', 'keymgmt'], 'tarsnap-keymgmt')):
+                            (['keygen.py', 'keyregen'], 'tarsnap-keyregen'),
+                            (['keygen.py', 'keymgmt'], 'tarsnap-keymgmt'),
+                            (['keygen.py', 'recrypt'], 'tarsnap-recrypt')):
             done = subprocess.run(
                 [sys.executable, os.path.join(ROOT, words[0]), *words[1:],
                  '--version'], stdout=subprocess.PIPE,

@@ -349,7 +349,7 @@ class Conflicts(lab.LabTest):
     def test_nuke_in_mid_run(self):
         def nuke():
             with mock.patch('sys.stdin') as stdin:
-                stdin.readline = lambda: 'No Tomorrow\n'
+                stdin.buffer.readline = lambda most: b'No Tomorrow\n'
                 self.other.good('--nuke')
         with self.at(tarsnap.COMMIT, nuke):
             self.store('one', '--checkpoint-bytes=1000000')

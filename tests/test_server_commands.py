@@ -293,6 +293,22 @@ class Commands(unittest.TestCase):
         serve.client().close()
         self.assertEqual(serve.stop()[0], 0)
 
+    def test_workers_end_with_their_parent(self):
+        self.init()
+        serve = Serve(self.path, '--workers', '2')
+        children = []
+        while len(children) < 2:
+            children = self.children(serve.child.pid)
+        serve.child.kill()
+        serve.child.wait()
+        serve.child.stderr.close()
+        deadline = time.time() + 30
+        while time.time() < deadline and any(
+                os.path.exists('/proc/%d' % child) for child in children):
+            time.sleep(0.1)
+        for child in children:
+            self.assertFalse(os.path.exists('/proc/%d' % child))
+
     @staticmethod
     def children(pid):
         with open('/proc/%d/task/%d/children' % (pid, pid)) as file:

@@ -328,7 +328,7 @@ class Verbs(unittest.TestCase):
         self.assertIn(entry.segments[0][0], segments)
         self.store.delete(entry.segments[0][0])
         found = get(client, [lost[0], names[0], lost[1]])
-        self.assertEqual(found[0::2], ['INTERNAL'] * 2)
+        self.assertEqual(found[0::2], ['NOBLOCK'] * 2)
         self.assertEqual(found[1], block('c', 'two-0', 1000)[2])
 
     def test_receive_times_never_go_back(self):

@@ -426,11 +426,12 @@ class Fresh(LabTest):
         """The rule is about the start of the run, in nanoseconds."""
         self.assertGreaterEqual(tarsnap.Writer.stat_key.__globals__[
             'BILLION'] * 2, 2 * 10 ** 9)
-        writer = mock.Mock(now=10 ** 18, owners={})
-        writer.opt.store_atime = False
-        writer.owner.return_value = b''
-        self.addCleanup(setattr, tarsnap, 'RACY', tarsnap.RACY)
-        tarsnap.RACY = 2 * tarsnap.BILLION
+        writer = mock.Mock(cut_key=bytes(16), keyed=False)
+        writer.opt.snaptime = writer.opt.disk_pause = None
+        writer.owner.return_value = b'', b'', b''
+        with mock.patch.object(tarsnap, 'RACY', 2 * tarsnap.BILLION), \
+                mock.patch.object(tarsnap.time, 'time_ns', lambda: 10 ** 18):
+            tarsnap.Writer.start_over(writer)
         base = os.lstat(self.write('f', b'1'))
         for age, never in ((0, True), (1999999999, True),
                            (2 * 10 ** 9, False), (-5, True)):
@@ -531,7 +532,7 @@ class WhileRead(LabTest):
             with open(path, 'r+b') as file:
                 file.write(b'2' * 1000)
 
-        def outcome(writer, member, st, key):
+        def outcome(writer, member, key):
             return writer.stat_key(member, os.stat(path))
 
         with mock.patch.object(tarsnap, 'RACY', -10 ** 18):

@@ -141,10 +141,11 @@ class World:
 
     `kind`: 'dir' a store directory, 'tls' a server, 'front' a server behind a
     Front.  `case` cleans up at its end; it is a TestCase or a TestCase class.
-    Without `compiled` the programs are run as they are.
+    Without `compiled` the programs are run as they are.  `init` are options
+    for the server directory, `env` is added to the environment.
     """
 
-    def __init__(self, case, kind='dir', compiled=True):
+    def __init__(self, case, kind='dir', compiled=True, init=(), env=()):
         self.case = case
         self.compiled = compiled
         self.clean = getattr(case, 'addClassCleanup', case.addCleanup) \
@@ -153,12 +154,14 @@ class World:
         self.clean(self.remove)
         self.clock = 0              # numbers the files of commands
         self.server = self.front = None
-        self.environment = self.environ()
+        self.environment = dict(self.environ(), **dict(env))
         for name in ('home', 'logs'):
             os.mkdir(self.path(name))
         self.address = self.path('store')
+        if kind == 'dir' and init:
+            self.tarsnapd('init', self.address, *init)
         if kind != 'dir':
-            self.server = Server(self, front=kind == 'front')
+            self.server = Server(self, front=kind == 'front', init=init)
             self.address = '127.0.0.1:%d' % self.server.port
         if kind == 'front':
             self.front = Front(self)
@@ -291,12 +294,12 @@ class World:
 class Server:
     """A server directory and the process that serves it."""
 
-    def __init__(self, world, front=False):
+    def __init__(self, world, front=False, init=()):
         self.world = world
         self.path = world.path('server')
         self.port = 0
         self.running = None
-        self.pin = world.tarsnapd('init', self.path).out.strip()
+        self.pin = world.tarsnapd('init', self.path, *init).out.strip()
         if front:
             with open(os.path.join(self.path, 'tarsnapd.conf'), 'a') as file:
                 file.write('front-certificate = tls.crt\n')

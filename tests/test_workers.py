@@ -1,0 +1,199 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
+"""The processes that deflate and seal: every block comes back, whatever its
+size and however many; one that dies or seals wrongly ends the run with one
+line; none outlives the process that forked it.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import unittest
+from unittest import mock
+
+import lab
+import world
+from lab import tarsnap
+from world import KIB, MIB
+
+CHUNK, INDEX = tarsnap.CHUNK, tarsnap.INDEX
+
+
+def alive(pid):
+    """True if there is a process `pid` that has not ended."""
+    try:
+        with open('/proc/%d/stat' % pid) as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
+class Crew(unittest.TestCase):
+
+    def setUp(self):
+        self.key = tarsnap.key_make('', 'box')
+        self.names = tarsnap.Names(self.key)
+        self.opener = tarsnap.Opener(self.key)
+        self.seed = world.seed_choose(self.id())
+        self.dice = random.Random(self.seed)
+        self.back = {}
+
+    def crew(self, **options):
+        crew = tarsnap.Crew(self.key, **options)
+        crew.put = self.put
+        return crew
+
+    def put(self, sealed, name, parts):
+        self.assertNotIn(name, self.back)
+        self.back[name] = sealed, parts
+
+    def add(self, crew, size, cls=CHUNK):
+        parts = (self.dice.randbytes(size),)
+        if cls == INDEX:
+            parts = (self.dice.randbytes(size // 2), bytes(size))
+        name = self.names.chunk(b''.join(parts))
+        crew.add(cls, name, parts, name, parts)
+        return name, cls, parts
+
+    def check(self, added):
+        self.assertEqual(len(self.back), len(added))
+        for name, cls, parts in added:
+            sealed, _ = self.back[name]
+            self.assertEqual(self.opener.open(cls, name, sealed),
+                             list(parts))
+
+    def test_every_block_comes_back(self):
+        crew = self.crew()
+        try:
+            sizes = [1, 2, 100, 80 * KIB, 256 * KIB, 256 * KIB - 1] * 5 + \
+                [self.dice.randrange(1, 256 * KIB) for _ in range(60)]
+            self.dice.shuffle(sizes)
+            added = [self.add(crew, size) for size in sizes]
+            added += [self.add(crew, 256 * KIB, INDEX) for _ in range(5)]
+            crew.finish()
+        finally:
+            crew.close()
+        self.check(added)
+
+    def test_many_small_ones(self):
+        crew = self.crew()
+        try:
+            added = [self.add(crew, 20) for _ in range(5000)]
+            crew.finish()
+        finally:
+            crew.close()
+        self.check(added)
+
+    def test_what_was_dropped_does_not_come_back(self):
+        crew = self.crew()
+        try:
+            for _ in range(40):
+                self.add(crew, 100 * KIB)
+            crew.drop()
+            self.back.clear()
+            added = [self.add(crew, 100 * KIB) for _ in range(40)]
+            crew.finish()
+        finally:
+            crew.close()
+        self.check(added)
+
+    def test_no_process_is_left(self):
+        crew = self.crew()
+        pids = set(crew.workers)
+        self.add(crew, MIB // 4)
+        self.assertTrue(all(map(alive, pids)))
+        crew.close()
+        self.assertFalse(any(map(alive, pids)))
+
+    def test_one_that_is_killed(self):
+        crew = self.crew()
+        try:
+            with self.assertRaisesRegex(tarsnap.Error, 'ended by itself'):
+                for pid in crew.workers:
+                    os.kill(pid, signal.SIGKILL)
+                for _ in range(200):
+                    self.add(crew, 256 * KIB)
+                crew.finish()
+        finally:
+            crew.close()
+
+    def test_one_that_seals_wrongly(self):
+        real = tarsnap.Sealer.encrypt
+
+        def wrong(sealer, cls, name, parts):
+            sealed = bytearray(real(sealer, cls, name, parts))
+            sealed[-1] ^= 1
+            return bytes(sealed)
+
+        with mock.patch.object(tarsnap.Sealer, 'encrypt', wrong):
+            crew = self.crew()
+        try:
+            self.add(crew, 1000)
+            with self.assertRaisesRegex(tarsnap.Error, 'worker process'):
+                crew.finish()
+        finally:
+            crew.close()
+        self.assertEqual(self.back, {})
+
+
+class Program(unittest.TestCase):
+    """The same by the real program."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.world = world.World(cls, 'dir')
+        cls.world.keygen()
+        for number in range(12):
+            world.write(cls.world.path('tree', 'f%02d' % number),
+                        world.noise(4 * MIB, number))
+
+    def start(self, name):
+        """A backup under way: (Popen, its workers)."""
+        w = self.world
+        running = subprocess.Popen(
+            [sys.executable, os.path.join(lab.HERE, '..', 'tarsnap.py'),
+             '--no-default-config', '--keyfile', w.path('key'), '--cachedir',
+             w.path('cache'), '-c', '-f', name, '-C', w.root, 'tree'],
+            stderr=subprocess.PIPE)
+        self.addCleanup(running.stderr.close)
+        children = '/proc/%d/task/%d/children' % (running.pid, running.pid)
+        workers = []
+        while running.poll() is None and len(workers) < min(
+                tarsnap.WORKERS_MOST, tarsnap.processors()):
+            with open(children) as file:
+                workers = list(map(int, file.read().split()))
+            time.sleep(0.01)
+        return running, workers
+
+    def ended(self, pids):
+        """Wait for processes that are not ours."""
+        until = time.monotonic() + 60
+        while any(map(alive, pids)) and time.monotonic() < until:
+            time.sleep(0.01)
+        self.assertFalse(any(map(alive, pids)))
+
+    def test_parent_killed(self):
+        running, workers = self.start('killed')
+        running.kill()
+        running.wait()
+        self.assertTrue(workers)
+        self.ended(workers)
+
+    def test_worker_killed(self):
+        running, workers = self.start('failed')
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        _, err = running.communicate()
+        self.assertEqual(running.returncode, 1, err)
+        self.assertIn(b'a worker process ended by itself', err)
+        self.assertNotIn(b'Traceback', err)
+        self.ended(workers)
+        self.assertEqual(self.world.names(), [])
+        self.world.ok('-c', '-f', 'whole', '-C', self.world.root, 'tree')
+        self.world.ok('-d', '-f', 'whole')
+
+
+if __name__ == '__main__':
+    unittest.main()
