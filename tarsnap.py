@@ -417,13 +417,12 @@ class Sealer:
     repeat a key for equal content, and its nonces are random besides.
     """
 
-    __slots__ = ('key', 'fresh', 'lock', 'pad', 'level')
+    __slots__ = ('key', 'fresh', 'pad', 'level')
 
     def __init__(self, key, level=2, pad=True):
         self.key = key                  # Key
         self.pad = pad                  # zeros up to a PADME length
         self.level = level              # deflate level
-        self.lock = threading.Lock()    # guards fresh
         self.fresh = None               # (process, epk, recipient -> S)
 
     def ephemeral(self):
@@ -432,21 +431,18 @@ class Sealer:
         if fresh and fresh[0] == os.getpid():
             return fresh[1:]
         from cryptography.hazmat.primitives.asymmetric import x25519
-        with self.lock:
-            if self.fresh and self.fresh[0] == os.getpid():
-                return self.fresh[1:]       # another thread made it
-            esk = x25519.X25519PrivateKey.generate()
-            epk = raw_public(esk)
-            secrets = {}
-            for recipient, pk, mix in ((TO_DATA, self.key.data_pub,
-                                        self.key.mix_data),
-                                       (TO_REFS, self.key.refs_pub,
-                                        self.key.mix_refs)):
-                peer = x25519.X25519PublicKey.from_public_bytes(pk)
-                secrets[recipient] = shared_secret(esk.exchange(peer), pk,
-                                                   epk, mix, recipient)
-            self.fresh = (os.getpid(), epk, secrets)
-            return epk, secrets
+        esk = x25519.X25519PrivateKey.generate()
+        epk = raw_public(esk)
+        secrets = {}
+        for recipient, pk, mix in ((TO_DATA, self.key.data_pub,
+                                    self.key.mix_data),
+                                   (TO_REFS, self.key.refs_pub,
+                                    self.key.mix_refs)):
+            peer = x25519.X25519PublicKey.from_public_bytes(pk)
+            secrets[recipient] = shared_secret(esk.exchange(peer), pk,
+                                               epk, mix, recipient)
+        self.fresh = (os.getpid(), epk, secrets)
+        return epk, secrets
 
     def seal(self, cls, name, parts, level=None):
         """The sealed block for plain `parts` (bytes each) named `name`."""
@@ -3663,7 +3659,7 @@ class QuitKey:
             termios.tcsetattr(self.fd, termios.TCSANOW, modes)
         except (OSError, termios.error):
             return
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, self.die)
 
@@ -4016,11 +4012,10 @@ def database(path, script, synchronous):
     """Open the SQLite file `path`, made and brought up to `script`.
 
     Rollback journal: nothing lies beside the file, and it works on network
-    homes.  Used from several threads, always under a lock of the caller.
+    homes.
     """
     import sqlite3
-    db = sqlite3.connect(path, timeout=300, isolation_level=None,
-                         check_same_thread=False)
+    db = sqlite3.connect(path, timeout=300, isolation_level=None)
     db.execute('PRAGMA synchronous=%s' % synchronous)
     os.chmod(path, 0o600)
     database_limit(db, DATABASE_CACHE)
@@ -4152,7 +4147,7 @@ class Cache:
     """An open cache directory.
 
     Everything here is about committed state; `pending` belongs to the
-    Transaction.  `lock` guards the database between threads.
+    Transaction.
     """
 
     def __init__(self, path, key, lock=True, wait=0):
@@ -4162,7 +4157,6 @@ class Cache:
         import sqlite3
         self.path = path
         self.key = key
-        self.lock = threading.RLock()
         self.lockf = cachedir_lock(path, wait) if lock else None
         self.db = None
         try:
@@ -4236,16 +4230,14 @@ class Cache:
         """(cls, count, plain, stored, tplain, tstored) of a block, or None."""
         if self.blank:
             return None
-        with self.lock:
-            return self.db.execute(
-                'SELECT cls, count, plain, stored, tplain, tstored '
-                'FROM blocks WHERE name = ?', (name,)).fetchone()
+        return self.db.execute(
+            'SELECT cls, count, plain, stored, tplain, tstored '
+            'FROM blocks WHERE name = ?', (name,)).fetchone()
 
     def kids(self, name):
         """The Kids of an index block or record; None if not known."""
-        with self.lock:
-            row = self.db.execute('SELECT kids FROM blocks WHERE name = ?',
-                                  (name,)).fetchone()
+        row = self.db.execute('SELECT kids FROM blocks WHERE name = ?',
+                              (name,)).fetchone()
         if row is None or row[0] is None:
             return None
         return [Kid(*fields) for fields in KID.iter_unpack(row[0])]
@@ -4254,22 +4246,19 @@ class Cache:
         """[(chunk, its length, offset, length)] of a small file, or None."""
         if self.blank:
             return None
-        with self.lock:
-            row = self.db.execute('SELECT extents FROM small '
-                                  'WHERE digest = ?', (digest,)).fetchone()
+        row = self.db.execute('SELECT extents FROM small '
+                              'WHERE digest = ?', (digest,)).fetchone()
         return row and small_unpack(digest, row[0])
 
     def archives(self):
         """Live archives: id -> (record, lineage, state, receive time)."""
-        with self.lock:
-            return {row[0]: row[1:] for row in self.db.execute(
-                'SELECT id, record, lineage, state, time FROM archives')}
+        return {row[0]: row[1:] for row in self.db.execute(
+            'SELECT id, record, lineage, state, time FROM archives')}
 
     def empty(self):
         """True if no block is known."""
-        with self.lock:
-            return self.db.execute('SELECT 1 FROM blocks LIMIT 1'
-                                   ).fetchone() is None
+        return self.db.execute('SELECT 1 FROM blocks LIMIT 1'
+                               ).fetchone() is None
 
     # Catching up with what others committed.
 
@@ -4283,18 +4272,17 @@ class Cache:
         moved = False
         archives = self.archives()
         for change in changes:
-            with self.lock:
-                self.db.execute('BEGIN IMMEDIATE')
-                try:
-                    archives_apply(archives, change)
-                    self.absorb(change)
-                    self.archives_save(archives)
-                    self.save()
-                    self.db.execute('COMMIT')
-                except BaseException:
-                    self.db.execute('ROLLBACK')
-                    self.load()
-                    raise
+            self.db.execute('BEGIN IMMEDIATE')
+            try:
+                archives_apply(archives, change)
+                self.absorb(change)
+                self.archives_save(archives)
+                self.save()
+                self.db.execute('COMMIT')
+            except BaseException:
+                self.db.execute('ROLLBACK')
+                self.load()
+                raise
             moved = True
         if moved:
             self.publish()
@@ -4346,25 +4334,24 @@ class Cache:
 
     def learn(self, blocks):
         """Enter what blocks refer to: [(name, plain length, kids)]."""
-        with self.lock:
-            self.db.execute('BEGIN IMMEDIATE')
-            for name, plain, kids in blocks:
+        self.db.execute('BEGIN IMMEDIATE')
+        for name, plain, kids in blocks:
+            self.db.execute(
+                'UPDATE blocks SET plain = coalesce(?, plain), kids = ? '
+                'WHERE name = ?',
+                (plain, b''.join(kid.pack() for kid in kids), name))
+            for kid in {kid.name: kid for kid in kids}.values():
                 self.db.execute(
-                    'UPDATE blocks SET plain = coalesce(?, plain), kids = ? '
-                    'WHERE name = ?',
-                    (plain, b''.join(kid.pack() for kid in kids), name))
-                for kid in {kid.name: kid for kid in kids}.values():
+                    'UPDATE blocks SET count = count + 1, '
+                    'plain = coalesce(plain, ?) WHERE name = ?',
+                    (kid.plain, kid.name))
+                if kid.cls == CHUNK:
                     self.db.execute(
-                        'UPDATE blocks SET count = count + 1, '
-                        'plain = coalesce(plain, ?) WHERE name = ?',
-                        (kid.plain, kid.name))
-                    if kid.cls == CHUNK:
-                        self.db.execute(
-                            'UPDATE blocks SET tplain = plain, tstored = '
-                            'stored WHERE name = ?', (kid.name,))
-            self.partial = self.unread() is not None
-            self.save()
-            self.db.execute('COMMIT')
+                        'UPDATE blocks SET tplain = plain, tstored = '
+                        'stored WHERE name = ?', (kid.name,))
+        self.partial = self.unread() is not None
+        self.save()
+        self.db.execute('COMMIT')
 
     def total(self, name):
         """(plain, stored) bytes of a block and everything below it.
@@ -4396,9 +4383,8 @@ class Cache:
                 stack += missing
                 continue
             stack.pop()
-            with self.lock:
-                self.db.execute('UPDATE blocks SET tplain = ?, tstored = ? '
-                                'WHERE name = ?', (plain, stored, at))
+            self.db.execute('UPDATE blocks SET tplain = ?, tstored = ? '
+                            'WHERE name = ?', (plain, stored, at))
         row = self.find(name)
         return row[4], row[5]
 
@@ -4411,10 +4397,9 @@ class Cache:
 
     def unique(self):
         """(plain, stored) bytes of all blocks."""
-        with self.lock:
-            return self.db.execute(
-                'SELECT coalesce(sum(plain), 0), coalesce(sum(stored), 0) '
-                'FROM blocks').fetchone()
+        return self.db.execute(
+            'SELECT coalesce(sum(plain), 0), coalesce(sum(stored), 0) '
+            'FROM blocks').fetchone()
 
     # Committing what a transaction of ours did.
 
@@ -4427,33 +4412,32 @@ class Cache:
         if self.n >= change.commit.n:
             return
         db = self.db
-        with self.lock:
-            db.execute('ATTACH ? AS p', (os.fsencode(pending),))
+        db.execute('ATTACH ? AS p', (os.fsencode(pending),))
+        try:
+            db.execute('BEGIN IMMEDIATE')
             try:
-                db.execute('BEGIN IMMEDIATE')
-                try:
-                    self.apply_blocks()
-                    archives = self.archives()
-                    archives_apply(archives, change)
-                    for link in change.commit.unlinked:
-                        self.recount(link[1], -1)
-                    for link in change.commit.linked:
-                        self.recount(link[1], 1)
-                        self.meta['lineage'] = link[2]
-                    self.forget(change.removed)
-                    self.archives_save(archives)
-                    self.n, self.head = change.commit.n, change.hash
-                    if change.commit.note:
-                        self.totals = note_open(self.key, change.commit)
-                    self.partial = self.unread() is not None
-                    self.save()
-                    db.execute('COMMIT')
-                except BaseException:
-                    db.execute('ROLLBACK')
-                    self.load()
-                    raise
-            finally:
-                db.execute('DETACH p')
+                self.apply_blocks()
+                archives = self.archives()
+                archives_apply(archives, change)
+                for link in change.commit.unlinked:
+                    self.recount(link[1], -1)
+                for link in change.commit.linked:
+                    self.recount(link[1], 1)
+                    self.meta['lineage'] = link[2]
+                self.forget(change.removed)
+                self.archives_save(archives)
+                self.n, self.head = change.commit.n, change.hash
+                if change.commit.note:
+                    self.totals = note_open(self.key, change.commit)
+                self.partial = self.unread() is not None
+                self.save()
+                db.execute('COMMIT')
+            except BaseException:
+                db.execute('ROLLBACK')
+                self.load()
+                raise
+        finally:
+            db.execute('DETACH p')
 
     def archives_save(self, archives):
         """The table is small: one row for each archive."""
@@ -4505,7 +4489,6 @@ class Memo:
     def __init__(self, path):
         import sqlite3
         self.path = os.path.join(path, 'cache')
-        self.lock = threading.RLock()
         try:
             self.open()
         except (sqlite3.Error, ValueError, TypeError):
@@ -4698,26 +4681,23 @@ class Pending:
             self.db = database(self.path, SQL_PENDING, 'OFF')
             self.meta = {}
         self.rows = {'delta': [], 'small': [], 'memo': [], 'borrowed': []}
-        self.lock = threading.Lock()        # guards rows
 
     def add(self, table, row):
-        with self.lock:
-            self.rows[table].append(row)
-            full = len(self.rows[table]) >= 5000
+        self.rows[table].append(row)
+        full = len(self.rows[table]) >= 5000
         if full:
             self.flush()
 
     def flush(self):
         """Move collected rows into the file."""
-        with self.lock:
-            self.db.execute('BEGIN')
-            for table, rows in self.rows.items():
-                if rows:
-                    marks = ', '.join('?' * len(rows[0]))
-                    self.db.executemany('INSERT OR IGNORE INTO %s VALUES(%s)'
-                                        % (table, marks), rows)
-                    rows.clear()
-            self.db.execute('COMMIT')
+        self.db.execute('BEGIN')
+        for table, rows in self.rows.items():
+            if rows:
+                marks = ', '.join('?' * len(rows[0]))
+                self.db.executemany('INSERT OR IGNORE INTO %s VALUES(%s)'
+                                    % (table, marks), rows)
+                rows.clear()
+        self.db.execute('COMMIT')
 
     def set(self, **fields):
         """Store meta fields (bytes; None drops one)."""
@@ -4745,18 +4725,16 @@ class Pending:
 
     def reset(self):
         """Forget all rows, keep the transaction's identity."""
-        with self.lock:
-            for table, rows in self.rows.items():
-                rows.clear()
-                self.db.execute('DELETE FROM %s' % table)
+        for table, rows in self.rows.items():
+            rows.clear()
+            self.db.execute('DELETE FROM %s' % table)
         if 'commit' in self.meta:
             self.set(commit=None)
 
     def small(self, digest):
         """Packed extents of a small file of this run."""
-        with self.lock:
-            row = self.db.execute('SELECT extents FROM small WHERE '
-                                  'digest = ?', (digest,)).fetchone()
+        row = self.db.execute('SELECT extents FROM small WHERE '
+                              'digest = ?', (digest,)).fetchone()
         return row and row[0]
 
     def borrowed(self, names):
@@ -4806,12 +4784,10 @@ class Sink:
 
     def __init__(self, cache):
         self.cache = cache              # Cache, or None
-        self.lock = threading.RLock()   # guards everything of a sink
         self.own = {}                   # name -> Own, since the last commit
         self.sums = {}                  # name -> totals() of others' blocks
         self.plains = {}                # name -> length of others' chunks
         self.smalls = {}                # digest -> packed extents
-        self.over = False               # the walk under way is given up
         self.new = [0, 0]               # New data since the last commit
         self.sent_bytes = 0             # of blocks, in the whole run
         self.slow = False               # the network, not the processor, is
@@ -4822,69 +4798,55 @@ class Sink:
     def meet(self, kid, below):
         """Another archive has this block, with `below` bytes under it."""
 
-    def check(self):
-        """Restart in every thread, once one of them met it: what this run
-        put may be neither in `own` nor in the cache then.
-        """
-        if self.over:
-            raise Restart
-
     def claim(self, name, cls, plain):
         """None if the caller must make and put this block; else its Own or
         its row in the cache, which is then borrowed.
         """
-        with self.lock:
-            self.check()
-            own = self.own.get(name)
-            if own is not None and own.used:
-                return own
-            if own is not None:         # put before a restart, noted anew
-                own.used, own.plain = True, plain
-                return None
-            row = self.cache and self.cache.find(name)
-            if row is not None:
-                self.borrow(name)
-                return row
-            self.own[name] = Own(cls, plain)
+        own = self.own.get(name)
+        if own is not None and own.used:
+            return own
+        if own is not None:         # put before a restart, noted anew
+            own.used, own.plain = True, plain
             return None
+        row = self.cache and self.cache.find(name)
+        if row is not None:
+            self.borrow(name)
+            return row
+        self.own[name] = Own(cls, plain)
+        return None
 
     def plain(self, name):
         """Plain length of a stored block, borrowed by this; None if there
         is none, or it is not known.
         """
-        with self.lock:
-            own = self.own.get(name)
-            if own is not None:
-                return own.plain if own.used else None
-            row = self.cache and self.cache.find(name)
-            plain = row and (row[2] or self.plains.get(name))
-            if plain is not None:
-                self.borrow(name)
-            return plain
+        own = self.own.get(name)
+        if own is not None:
+            return own.plain if own.used else None
+        row = self.cache and self.cache.find(name)
+        plain = row and (row[2] or self.plains.get(name))
+        if plain is not None:
+            self.borrow(name)
+        return plain
 
     def totals(self, name):
         """(plain, stored) of a block with everything below it.
 
         None while another thread is making it.
         """
-        with self.lock:
-            self.check()
-            own = self.own.get(name)
-            if own is not None:
-                return (own.tplain, own.tstored) if own.tstored else None
-            if name in self.sums:
-                return self.sums[name]
+        own = self.own.get(name)
+        if own is not None:
+            return (own.tplain, own.tstored) if own.tstored else None
+        if name in self.sums:
+            return self.sums[name]
         return self.cache.total(name)
 
     def chunk_totals(self, kid):
         """totals() of a chunk: another host's length stands in its parents
         only.
         """
-        with self.lock:
-            self.check()
-            own = self.own.get(kid.name)
-            if own is not None:
-                return (kid.plain, own.stored) if own.stored else None
+        own = self.own.get(kid.name)
+        if own is not None:
+            return (kid.plain, own.stored) if own.stored else None
         row = self.cache.find(kid.name)
         if row is None:
             raise inconsistent()
@@ -4940,7 +4902,6 @@ class Transaction(Sink):
         self.pace = [time.monotonic(), 0.0]     # since when, waited so long
         self.changed = False            # the server's state, by us
         self.channel = None
-        self.refused = None             # why it cannot be resumed
         self.memory = MEMORY[None]      # limit_memory() sets another
         self.pending = Pending(cache.path)
         self.tid = self.pending.meta.get('tid') or os.urandom(16)
@@ -4964,13 +4925,12 @@ class Transaction(Sink):
 
     def begin(self):
         """Open the transaction, adopting what the server holds of it."""
-        with self.lock:
-            while True:
-                try:
-                    self.adopt(self.begin_once())
-                    return
-                except ChannelLost:
-                    continue
+        while True:
+            try:
+                self.adopt(self.begin_once())
+                return
+            except ChannelLost:
+                continue
 
     def begin_once(self):
         """BEGIN on a connected channel; [(name, cls, stored)] it holds."""
@@ -4991,7 +4951,7 @@ class Transaction(Sink):
         return held
 
     def resume(self):
-        """Go on after a lost connection; the lock is held.
+        """Go on after a lost connection.
 
         What the server holds must be a beginning of what was put; the rest
         is sent again if it is still here, else the input is walked again
@@ -5008,7 +4968,6 @@ class Transaction(Sink):
                 if not self.order.startswith(names) or \
                         not all(name in puts for name in missing):
                     self.adopt(held)
-                    self.over = True
                     raise Restart
                 self.window.clear()
                 self.window_bytes = 0
@@ -5019,9 +4978,6 @@ class Transaction(Sink):
                 return
             except ChannelLost:
                 continue
-            except Error as e:
-                self.refused = e
-                raise
 
     def adopt(self, held):
         """Own exactly what the server holds; nothing of it is used yet."""
@@ -5041,8 +4997,6 @@ class Transaction(Sink):
 
     def send(self, kind, body):
         """Send a frame that has no answer; waits while the window is full."""
-        if self.refused:        # another thread was told
-            raise self.refused
         try:
             self.enqueue(kind, body)
             start = time.monotonic()
@@ -5087,20 +5041,18 @@ class Transaction(Sink):
         `kids` are the Kids it names, `totals` its (plain, stored) with
         everything below; for a chunk both are left out.
         """
-        with self.lock:
-            self.check()
-            own = self.own[name]
-            fresh = not own.stored
-            own.stored = own.stored or len(sealed)
-            self.note(name, cls, own, plain, kids, totals)
-            if fresh or self.cache.find(name) is None:
-                self.new[0] += plain
-                self.new[1] += own.stored
-            if fresh:
-                self.order += name
-                self.gone.discard(name)
-                self.sent_bytes += len(sealed)
-                self.send(PUT, name + cls + sealed)
+        own = self.own[name]
+        fresh = not own.stored
+        own.stored = own.stored or len(sealed)
+        self.note(name, cls, own, plain, kids, totals)
+        if fresh or self.cache.find(name) is None:
+            self.new[0] += plain
+            self.new[1] += own.stored
+        if fresh:
+            self.order += name
+            self.gone.discard(name)
+            self.sent_bytes += len(sealed)
+            self.send(PUT, name + cls + sealed)
 
     def note(self, name, cls, own, plain, kids, totals):
         """The rows of a new block in `pending`."""
@@ -5162,29 +5114,26 @@ class Transaction(Sink):
 
     def again(self):
         """Start the walk over: what was put stays, what was noted goes."""
-        with self.lock:
-            self.over = False
-            self.pending.reset()
-            self.sums.clear()
-            self.smalls.clear()
-            self.spilled = bytearray()
-            self.new = [0, 0]
-            for own in self.own.values():
-                own.used = False
+        self.pending.reset()
+        self.sums.clear()
+        self.smalls.clear()
+        self.spilled = bytearray()
+        self.new = [0, 0]
+        for own in self.own.values():
+            own.used = False
 
     def withdraw(self, names):
         """Take back puts that will not be linked."""
-        with self.lock:
-            self.gone.update(names)     # before: resume() must know
-            self.order = bytearray(b''.join(
-                name for name in names_split(self.order)
-                if name not in self.gone))
-            for name in names:
-                del self.own[name]
-            try:
-                self.withdraw_post(names)
-            except ChannelLost:
-                self.resume()
+        self.gone.update(names)     # before: resume() must know
+        self.order = bytearray(b''.join(
+            name for name in names_split(self.order)
+            if name not in self.gone))
+        for name in names:
+            del self.own[name]
+        try:
+            self.withdraw_post(names)
+        except ChannelLost:
+            self.resume()
 
     def withdraw_post(self, names):
         for start in range(0, len(names), CEILING['names']):
@@ -5201,10 +5150,9 @@ class Transaction(Sink):
         checkpoint; the transaction goes on) or PARTIAL.  Raises Restart where
         the input must be walked again.
         """
-        with self.lock:
-            unused = [name for name, own in self.own.items() if not own.used]
-            if unused:
-                self.withdraw(unused)
+        unused = [name for name, own in self.own.items() if not own.used]
+        if unused:
+            self.withdraw(unused)
         while True:
             record = make_record(self.base)
             raw = self.commit_object(record, state)
@@ -5248,9 +5196,8 @@ class Transaction(Sink):
         """
         while True:
             try:
-                with self.lock:
-                    self.drain(0)
-                    answer = self.channel.call(kind, raw)[1]
+                self.drain(0)
+                answer = self.channel.call(kind, raw)[1]
                 return commit_answer(answer, raw, self.key)
             except ChannelLost:
                 found = commit_decided(self.remote, self.base, raw)
@@ -5273,13 +5220,11 @@ class Transaction(Sink):
         still commit it.  Then nothing of it is held, and its archive exists.
         """
         try:
-            with self.lock:
-                self.resume()
+            self.resume()
         except (Restart, Refused):
             found = commit_decided(self.remote, self.base, raw)
             if not found:
                 raise
-            self.over, self.refused = False, None
             self.remote.close()         # what goes on begins anew
             return found
         return None
@@ -5294,18 +5239,17 @@ class Transaction(Sink):
         self.cache.catch_up(changes)
         if self.part and self.part[0] not in self.cache.archives():
             self.part = None            # somebody deleted our checkpoint
-        with self.lock:
-            if self.channel.failed:
-                self.resume()
-            self.withdraw([record.name])
-            # What others put as well is theirs: the first copy counts.
-            new = [own for name, own in self.own.items()
-                   if own.used and self.cache.find(name) is None]
-            self.new = [sum(own.plain for own in new),
-                        sum(own.stored for own in new)]
-            self.pending.flush()
-            self.pending.db.execute('DELETE FROM delta WHERE name = ?1 OR '
-                                    'parent = ?1', (record.name,))
+        if self.channel.failed:
+            self.resume()
+        self.withdraw([record.name])
+        # What others put as well is theirs: the first copy counts.
+        new = [own for name, own in self.own.items()
+               if own.used and self.cache.find(name) is None]
+        self.new = [sum(own.plain for own in new),
+                    sum(own.stored for own in new)]
+        self.pending.flush()
+        self.pending.db.execute('DELETE FROM delta WHERE name = ?1 OR '
+                                'parent = ?1', (record.name,))
         removed = [name for change in changes for name in change.removed]
         if any(change.commit.kind == KIND_NUKE for change in changes) or \
                 (removed and self.pending.borrowed(removed)):
@@ -6243,6 +6187,8 @@ class Crew:
                 raise Error('a worker process ended by itself (status %d; '
                             'out of memory?)'
                             % os.waitstatus_to_exitcode(status))
+        if not self.workers:
+            raise Error('the worker processes have ended')
 
     def wait(self):
         """Have more put; False if nothing was left to put."""
@@ -7657,12 +7603,11 @@ class DryRun(Sink):
     lineage = tid = bytes(16)
 
     def put(self, name, cls, sealed, plain, kids=(), totals=None):
-        with self.lock:
-            own = self.own[name]
-            own.plain, own.stored = plain, len(sealed)
-            own.tplain, own.tstored = totals or (plain, len(sealed))
-            self.new[0] += plain
-            self.new[1] += len(sealed)
+        own = self.own[name]
+        own.plain, own.stored = plain, len(sealed)
+        own.tplain, own.tstored = totals or (plain, len(sealed))
+        self.new[0] += plain
+        self.new[1] += len(sealed)
 
     def meet(self, kid, below):
         """Where no cache directory knows the block, it counts as it is
@@ -11871,9 +11816,8 @@ def release(cache, records):
     every existing parent of each of them.
     """
     counts, dead, sums = {}, [], [0, 0]
-    with cache.lock:
-        garbage = [row[0] for row in cache.db.execute(
-            'SELECT name FROM blocks WHERE count = 0')]
+    garbage = [row[0] for row in cache.db.execute(
+        'SELECT name FROM blocks WHERE count = 0')]
     for stack, wanted in ((garbage, False), (list(records), True)):
         while stack:
             name = stack.pop()
@@ -11911,13 +11855,12 @@ def release_check(cache, dead):
     """
     gone = set(dead)
     rows = {(name,) for name in dead}       # as KID_NAME unpacks them
-    with cache.lock:
-        for name, kids in cache.db.execute(
-                'SELECT name, kids FROM blocks INDEXED BY parents '
-                'WHERE kids IS NOT NULL'):
-            if name not in gone and not rows.isdisjoint(
-                    KID_NAME.iter_unpack(kids)):
-                raise inconsistent()
+    for name, kids in cache.db.execute(
+            'SELECT name, kids FROM blocks INDEXED BY parents '
+            'WHERE kids IS NOT NULL'):
+        if name not in gone and not rows.isdisjoint(
+                KID_NAME.iter_unpack(kids)):
+            raise inconsistent()
 
 
 class Deletion:
@@ -12468,8 +12411,7 @@ class Fsck:
             return
         try:
             old.damaged = True
-            with old.lock:
-                old.save()
+            old.save()
         finally:
             old.close()
 
@@ -12533,10 +12475,9 @@ class Fsck:
                 return
 
     def unread(self, cls, last):
-        with self.cache.lock:
-            return [row[0] for row in self.cache.db.execute(
-                'SELECT name FROM blocks WHERE kids IS NULL AND cls = ? '
-                'AND name > ? ORDER BY name LIMIT 4096', (cls, last))]
+        return [row[0] for row in self.cache.db.execute(
+            'SELECT name FROM blocks WHERE kids IS NULL AND cls = ? '
+            'AND name > ? ORDER BY name LIMIT 4096', (cls, last))]
 
     def learn(self, cls, names):
         """Read and enter the index blocks or records `names`."""
@@ -12560,18 +12501,16 @@ class Fsck:
         """Where the content of each small file is; without it all small
         files would be sent again.
         """
-        with self.cache.lock:
-            self.cache.db.execute('BEGIN IMMEDIATE')
-            self.cache.db.executemany(
-                'INSERT OR IGNORE INTO small VALUES(?, ?)', smalls)
-            self.cache.db.execute('COMMIT')
+        self.cache.db.execute('BEGIN IMMEDIATE')
+        self.cache.db.executemany(
+            'INSERT OR IGNORE INTO small VALUES(?, ?)', smalls)
+        self.cache.db.execute('COMMIT')
 
     def chunks(self):
         """Read every chunk, and say so now and then."""
-        with self.cache.lock:
-            rows = self.cache.db.execute(
-                "SELECT name, plain FROM blocks WHERE cls = 'c' AND plain"
-                ).fetchall()
+        rows = self.cache.db.execute(
+            "SELECT name, plain FROM blocks WHERE cls = 'c' AND plain"
+            ).fetchall()
         said = time.monotonic()
         kids = (Kid(CHUNK, *row) for row in rows)
         for number, (slot, _) in enumerate(self.fetcher.ahead(
@@ -12602,13 +12541,12 @@ class Fsck:
         found, before = set(names), -1
         while len(found) != before and names:
             before = len(found)
-            with self.cache.lock:
-                for name, kids in self.cache.db.execute(
-                        'SELECT name, kids FROM blocks INDEXED BY parents '
-                        'WHERE kids IS NOT NULL'):
-                    if name not in found and any(
-                            kid[1] in found for kid in KID.iter_unpack(kids)):
-                        found.add(name)
+            for name, kids in self.cache.db.execute(
+                    'SELECT name, kids FROM blocks INDEXED BY parents '
+                    'WHERE kids IS NOT NULL'):
+                if name not in found and any(
+                        kid[1] in found for kid in KID.iter_unpack(kids)):
+                    found.add(name)
         return found
 
     def decide(self, doomed):
@@ -12630,10 +12568,9 @@ class Fsck:
 
     def finish(self):
         """What was found is what the cache directory holds from now on."""
-        with self.cache.lock:
-            self.cache.db.execute('BEGIN IMMEDIATE')
-            self.cache.save()
-            self.cache.db.execute('COMMIT')
+        self.cache.db.execute('BEGIN IMMEDIATE')
+        self.cache.save()
+        self.cache.db.execute('COMMIT')
         self.cache.publish()
         if not self.damage and self.opt.key.can(ROLE_WRITE):
             parts_settle(self.remote, self.cache)
@@ -13770,7 +13707,7 @@ def run(argv):
 
 def mode_run(opt):
     """The mode itself; its status, once what ends a failure was said."""
-    signals_ignore()
+    signals_set(opt)
     try:
         status = RUN[opt.letter](opt)
         sys.stdout.flush()
@@ -13825,11 +13762,17 @@ def limits_set():
     gc.set_threshold(50000)         # few cycles are made; most is refcounted
 
 
-def signals_ignore():
-    """What -c and -x answer does no harm in other modes."""
+def signals_set(opt):
+    """What -c and -x answer does no harm in other modes.  Ctrl-C ends -c at
+    once, which is safe at any moment: the interpreter would look at its next
+    step, and that may never come while a pipe is silent.
+    """
     import signal
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if opt.letter == 'c' and \
+            signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def output_end():

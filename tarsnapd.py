@@ -3505,14 +3505,16 @@ def server_create(path, options=()):
         files = FileStore(path, os.path.join(path, 'tmp'))
         files.put('secret', os.urandom(32))
         files.put('identity.key', identity_make())
-        # Last of what makes it a server directory.
         options = dict({'listen': '[::]:%d' % PORT}, **dict(options))
-        files.put('tarsnapd.conf', (CONF % '\n'.join(
-            '%s = %s' % option for option in options.items())).encode())
-        store = store_open(path, conf_read(path), True)
+        store = store_open(
+            path, conf_read(path) if is_server(path) else options, True)
         store.prepare()
         store.put('store-id', os.urandom(16).hex().encode() + b'\n')
         store.close()
+        # Last of what makes it a server directory: an init that failed on
+        # its options can be repeated with others.
+        files.put('tarsnapd.conf', (CONF % '\n'.join(
+            '%s = %s' % option for option in options.items())).encode())
     except OSError as e:
         raise ServerError('%s: %s' % (path, e.strerror)) from None
     except (StoreError, ValueError) as e:

@@ -351,8 +351,8 @@ def xattrs(path):
 
 def ascii_only(text):
     """`text` without what a terminal would take for a command."""
-    return ''.join(c if c.isprintable() else '?' for c in text.encode(
-        'utf-8', 'replace').decode())
+    return ''.join(c if c.isprintable() else '?' for c in
+                   text.expandtabs().encode('utf-8', 'replace').decode())
 
 
 def commas(number):

@@ -87,6 +87,12 @@ class Commands(unittest.TestCase):
         with open(os.path.join(self.path, 'tarsnapd.conf')) as file:
             self.assertEqual(file.read(), before)
 
+    def test_init_that_failed_binds_to_nothing(self):
+        self.fails('init', self.path, '--store', 's3://', says='s3://')
+        self.init()
+        with open(os.path.join(self.path, 'tarsnapd.conf')) as file:
+            self.assertNotIn('s3://', file.read())
+
     def test_a_new_certificate_keeps_the_fingerprint(self):
         first = self.init()
         serve = Serve(self.path)
