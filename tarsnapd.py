@@ -619,6 +619,10 @@ class FileStore:
         assert not key.startswith('/') and '..' not in key, key
         return os.path.join(self.root, key)
 
+    def _shared(self):
+        """True if the group of the root may write, and so may read all."""
+        return os.stat(self.root).st_mode & 0o020
+
     @staticmethod
     def _walk_error(error):
         if not isinstance(error, FileNotFoundError):
@@ -636,6 +640,8 @@ class FileStore:
             self._directories(above)
             try:
                 os.mkdir(path, 0o700)
+                if self._shared():
+                    os.chmod(path, 0o2770)
             except FileExistsError:
                 pass
             fsync_dir(above)
@@ -649,6 +655,8 @@ class FileStore:
                      | os.O_CLOEXEC, 0o600)
         try:
             try:
+                if self._shared():
+                    os.fchmod(fd, 0o660)
                 write_all(fd, data)
                 os.fsync(fd)
             finally:
@@ -2384,7 +2392,8 @@ def check_live(commit, rows):
 # Versioned objects: a change is a new object under the same prefix, and names
 # count down so that the newest lists first.  All functions that touch the
 # store are steps.  The server never learns a password when one is used: it
-# keeps a verifier (RFC 5802, with scrypt for PBKDF2).
+# keeps a verifier (RFC 5802, with scrypt for PBKDF2).  An account has an id
+# for life; addresses and machines are claims, which may change hands.
 ##############################################################################
 
 SCRYPT = (15, 8, 1)             # logN, r, p: 32 MiB, about 0.1 s
@@ -2425,14 +2434,33 @@ def versioned_put(prefix, version, value):
     return (yield ('put', key, data))
 
 
-def account_prefix(user):
-    return 'account/%s/' % sha256(user.encode('utf-8')).hex()
+def address_prefix(address):
+    """Where claims to an address are kept; letters' case is no difference."""
+    return 'address/%s/' % sha256(address.lower().encode('utf-8')).hex()
 
 
-def account_get(user):
-    """Steps: (version, account) or None; a deleted account is None too."""
-    found = yield from versioned_get(account_prefix(user))
-    return None if found is None or found[1].get('deleted') else found
+def account_prefix(ident):
+    return 'account/%s/' % ident
+
+
+def account_load(ident):
+    """Steps: (version, account) of that id, or None."""
+    return (yield from versioned_get(account_prefix(ident)))
+
+
+def account_get(address):
+    """Steps: (version, account) of an open account, or None.
+
+    A claim to an address counts while the account it names has it.
+    """
+    claim = yield from versioned_get(address_prefix(address))
+    if claim is None or not claim[1].get('account'):
+        return None
+    found = yield from account_load(claim[1]['account'])
+    if found is None or found[1].get('closed') or \
+            found[1]['address'].lower() != address.lower():
+        return None
+    return found
 
 
 def account_verifier(password, salt):
@@ -2445,46 +2473,157 @@ def account_verifier(password, salt):
             'stored': stored.hex()}
 
 
-def account_set(user, password, fresh):
-    """Steps: give `user` a password; durable on return.
+def account_check(account, password):
+    """True if `password` is the account's."""
+    key = hashlib.scrypt(password, salt=bytes.fromhex(account['salt']),
+                         n=1 << account['logN'], r=account['r'],
+                         p=account['p'], maxmem=256 * MIB, dklen=32)
+    stored = sha256(hmac.digest(key, b'client', 'sha256'))
+    return hmac.compare_digest(stored.hex(), account['stored'])
 
-    `fresh` says that the account must not exist; else it must.
+
+def account_address_check(address):
+    """ServerError unless it can be an account's name."""
+    if not 0 < len(address.encode('utf-8', 'surrogateescape')) < 256 or \
+            not address.isprintable():
+        raise ServerError('a user name has 1 to 255 printable bytes')
+
+
+def account_claim(address, ident):
+    """Steps: have the address name account `ident`; ServerError if another
+    open account has it, or somebody else takes it now.
     """
-    found = yield from versioned_get(account_prefix(user))
-    exists = found is not None and not found[1].get('deleted')
-    if fresh == exists:
-        raise ServerError('user %s %s' % (
-            user, 'exists already' if exists else 'does not exist'))
-    salt = yield ('random', 32)
-    value = dict(account_verifier(password, salt), user=user)
-    yield from account_write(user, found, value)
-
-
-def account_write(user, found, value):
-    """Steps: the next version of an account after `found`."""
-    version = found[0] + 1 if found else 0
-    created = yield from versioned_put(account_prefix(user), version, value)
+    if (yield from account_get(address)) is not None:
+        raise ServerError('user %s exists already' % address)
+    prefix = address_prefix(address)
+    claim = yield from versioned_get(prefix)
+    created = yield from versioned_put(
+        prefix, claim[0] + 1 if claim else 0, {'account': ident})
     if not created:
-        raise ServerError('user %s is being changed by somebody else' % user)
+        raise ServerError('user %s is being made by somebody else' % address)
 
 
-def account_delete(user):
-    """Steps: no new machine can be registered by `user`."""
-    found = yield from account_get(user)
+def account_create(address, password):
+    """Steps: a new account; its id.  Durable on return.
+
+    The account is written before the claim that makes it count, so a crash
+    leaves at most one that nothing names.
+    """
+    account_address_check(address)
+    if (yield from account_get(address)) is not None:
+        raise ServerError('user %s exists already' % address)
+    ident = (yield ('random', 8)).hex()
+    salt = yield ('random', 32)
+    value = dict(account_verifier(password, salt), id=ident, address=address,
+                 created=(yield ('now',)))
+    yield from versioned_put(account_prefix(ident), 0, value)
+    yield from account_claim(address, ident)
+    return ident
+
+
+def account_need(address):
+    """Steps: (version, account), or ServerError."""
+    found = yield from account_get(address)
     if found is None:
-        raise ServerError('user %s does not exist' % user)
-    yield from account_write(user, found, {'user': user, 'deleted': True})
+        raise ServerError('user %s does not exist' % address)
+    return found
+
+
+def account_write(found, **changes):
+    """Steps: the next version of an account after `found`, with `changes`;
+    one that is None goes.  ServerError if somebody else was faster.
+    """
+    value = {name: value for name, value in {**found[1], **changes}.items()
+             if value is not None}
+    created = yield from versioned_put(account_prefix(value['id']),
+                                       found[0] + 1, value)
+    if not created:
+        raise ServerError('user %s is being changed by somebody else'
+                          % value['address'])
+    return found[0] + 1, value
+
+
+def account_password(found, password):
+    """Steps: give the account a new password."""
+    salt = yield ('random', 32)
+    return (yield from account_write(found,
+                                     **account_verifier(password, salt)))
+
+
+def account_move(found, address):
+    """Steps: give the account another address.
+
+    The claim comes first: until the account says the same, it counts for
+    nothing; the old claim counts no more after that.
+    """
+    account_address_check(address)
+    if address.lower() != found[1]['address'].lower():
+        yield from account_claim(address, found[1]['id'])
+    return (yield from account_write(found, address=address))
+
+
+def account_close(address):
+    """Steps: no login and no new machine from now on; the ledger stays."""
+    found = yield from account_need(address)
+    yield from account_write(found, closed=(yield ('now',)))
+
+
+def account_ids():
+    """Steps: ids of all accounts, also closed and unclaimed ones."""
+    keys = yield ('list', 'account/')
+    return sorted({key.split('/')[1] for key in keys})
 
 
 def account_list():
-    """Steps: names of users, sorted."""
-    keys = yield ('list', 'account/')
-    users = []
-    for prefix in sorted({key.rpartition('/')[0] + '/' for key in keys}):
-        found = yield from versioned_get(prefix)
-        if not found[1].get('deleted'):
-            users.append(found[1]['user'])
-    return sorted(users)
+    """Steps: the open accounts, by address."""
+    accounts = []
+    for ident in (yield from account_ids()):
+        _, account = yield from account_load(ident)
+        found = yield from account_get(account['address'])
+        if found and found[1]['id'] == ident:
+            accounts.append(account)
+    return sorted(accounts, key=lambda account: account['address'])
+
+
+def owner_prefix(number):
+    return 'owner/%016x/' % number
+
+
+def owner_get(number, before=None):
+    """Steps: id of the account a machine belongs to, or None; as it was
+    before the second `before`, if that is given.
+    """
+    for key in (yield ('list', owner_prefix(number))):
+        data = yield ('get', key, 0, None)
+        try:
+            value = json.loads(data)
+        except ValueError:
+            raise Damaged('read', key, 'not valid JSON') from None
+        if before is None or value['time'] < before:
+            return value['account']
+    return None
+
+
+def owner_set(number, ident):
+    """Steps: the machine belongs to account `ident` from now on."""
+    found = yield from versioned_get(owner_prefix(number))
+    if found and found[1]['account'] == ident:
+        return
+    created = yield from versioned_put(
+        owner_prefix(number), found[0] + 1 if found else 0,
+        {'account': ident, 'time': (yield ('now',))})
+    if not created:
+        raise ServerError('machine %016x is being moved by somebody else'
+                          % number)
+
+
+def owner_machines():
+    """Steps: {machine number: account id} now."""
+    keys = yield ('list', 'owner/')
+    owners = {}
+    for number in sorted({int(key.split('/')[1], 16) for key in keys}):
+        owners[number] = yield from owner_get(number)
+    return owners
 
 
 def machine_load(number):
@@ -2523,6 +2662,9 @@ def machine_create(user, name, keys):
     value = {'name': name, 'user': user, 'keys': keys.hex(),
              'time': (yield ('now',))}
     yield from versioned_put('machine/%016x/' % number, 0, value)
+    found = (yield from account_get(user)) if user else None
+    if found and not (yield ('list', owner_prefix(number))):
+        yield from owner_set(number, found[1]['id'])
     return number
 
 
@@ -3438,22 +3580,25 @@ def say(line):
     print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
 
 
-CONF_OPTIONS = {'listen', 'store', 'workers', 'front-certificate',
+CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
                 's3-access-key', 's3-secret-key', 's3-session-token',
                 's3-checksum', 's3-ca-bundle'}
 # Those that init may write.  A secret is no word for a command line.
-INIT_OPTIONS = ('listen', 'store', 's3-endpoint', 's3-region',
+INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
-             'store', 'spool', 'index', 'tmp'}
+             'store', 'accounts', 'spool', 'index', 'tmp'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'delete')
+# What is in the store of accounts, where that is not the store of blocks.
+ACCOUNT_PLACES = {'account', 'address', 'owner'}
 
 CONF = '''\
 # tarsnapd.conf(5)
 [server]
 %s
 #store = store
+#accounts =
 #workers = 1
 #front-certificate =
 '''
@@ -3511,6 +3656,10 @@ def server_create(path, options=()):
         store.prepare()
         store.put('store-id', os.urandom(16).hex().encode() + b'\n')
         store.close()
+        if options.get('accounts'):
+            store = store_open(path, options, True, 'accounts')
+            store.prepare()
+            store.close()
         # Last of what makes it a server directory: an init that failed on
         # its options can be repeated with others.
         files.put('tarsnapd.conf', (CONF % '\n'.join(
@@ -3521,15 +3670,16 @@ def server_create(path, options=()):
         raise ServerError('%s: %s' % (ascii(path)[1:-1], e)) from None
 
 
-def store_open(path, conf, create=False):
-    """The store of a server directory with configuration `conf`.
+def store_open(path, conf, create=False, name='store'):
+    """The store of a server directory with configuration `conf`, or the one
+    that option `name` says.
 
     A configured directory that is not there is not made in passing: it may be
     a disk that is not mounted, and a new store is another store.
     """
-    if '://' in conf.get('store', ''):
-        return S3Store(conf['store'], conf)
-    store = os.path.join(path, conf.get('store', 'store'))
+    if '://' in conf.get(name, ''):
+        return S3Store(conf[name], conf)
+    store = os.path.join(path, conf.get(name, 'store'))
     temporary = os.path.join(path, 'tmp')
     if store != os.path.join(path, 'store'):
         temporary = os.path.join(store, '.tmp')
@@ -3679,7 +3829,9 @@ class Server:
         self.cert_hash = ZERO32
         self.serial = 0
         self.temporary = None           # directory to remove at the end
-        self.store = store_open(path, self.conf)
+        self.store = self.accounts = store_open(path, self.conf)
+        if self.conf.get('accounts'):
+            self.accounts = store_open(path, self.conf, name='accounts')
         self.spools = SpoolDir(os.path.join(path, 'spool'))
         self.read_only = not all(os.access(x, os.W_OK) for x in (
             path, self.spools.root)) or not self.store.writable()
@@ -3715,6 +3867,8 @@ class Server:
         try:
             if not self.read_only:
                 self.store.prepare()
+                if self.accounts is not self.store:
+                    self.accounts.prepare()
         except Forbidden as e:
             self.read_only = True
             self.perform_here(('log', 'read-only: %s' % e))
@@ -3751,7 +3905,10 @@ class Server:
         """
         verb = wish[0]
         if verb in STORE_VERBS:
-            return getattr(self.store, verb)(*wish[1:])
+            store = self.store
+            if wish[1].partition('/')[0] in ACCOUNT_PLACES:
+                store = self.accounts
+            return getattr(store, verb)(*wish[1:])
         if verb == 'index':
             return self.indexes.call(wish[1], wish[2], wish[3:])
         if verb == 'spool':
@@ -3793,6 +3950,7 @@ class Server:
         """Close what is open; nothing is lost if it is not called."""
         self.indexes.close()
         self.store.close()
+        self.accounts.close()
         if self.temporary:
             import shutil
             shutil.rmtree(self.temporary, ignore_errors=True)
@@ -4580,12 +4738,15 @@ def serve_child(server, listener, context, parent):
 
 USAGE = '''\
 usage: tarsnapd.py init SRV [--listen HOST:PORT]
-                   [--store DIR | s3://BUCKET/PREFIX] [--s3-endpoint URL]
+                   [--store DIR | s3://BUCKET/PREFIX]
+                   [--accounts DIR | s3://BUCKET/PREFIX] [--s3-endpoint URL]
                    [--s3-region REGION] [--s3-addressing auto|path|virtual]
                    [--s3-profile NAME]
        tarsnapd.py fingerprint | cert | stat | rebuild SRV
        tarsnapd.py serve SRV [--listen HOST:PORT] [--workers N]
-       tarsnapd.py user SRV add | passwd | delete NAME
+       tarsnapd.py user SRV add | passwd | show | close NAME
+       tarsnapd.py user SRV address NAME NEW
+       tarsnapd.py user SRV move-machine MACHINE NAME
        tarsnapd.py user SRV list
        tarsnapd.py machine SRV list
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
@@ -4612,6 +4773,8 @@ def command_init(args):
     options = {name[2:]: value for name, value in options.items()}
     if is_server(path):
         init_check(path, options)
+    elif '://' not in options.get('store', ''):
+        options.setdefault('accounts', 'accounts')
     server_create(path, options)
     if certificate_serial(path) == 0:
         certificate_renew(path)
@@ -4648,21 +4811,66 @@ def command_cert(args):
 
 def command_user(args):
     """Accounts: who may register machines."""
-    _, words = take_options(args, {}, 2, 3)
-    path, verb, name = (words + [''])[:3]
-    if (verb == 'list') != (len(words) == 2) or verb not in (
-            'add', 'passwd', 'delete', 'list'):
-        raise ServerError('user SRV add|passwd|delete NAME, or user SRV list')
-    server = open_server(path)
-    if verb == 'list':
-        for user in server.run(account_list()):
-            print(user)
-    elif verb == 'delete':
-        server.run(account_delete(name))
-    else:
-        if not 0 < len(name.encode()) < 256 or not name.isprintable():
-            raise ServerError('a user name has 1 to 255 printable bytes')
-        server.run(account_set(name, read_password(), verb == 'add'))
+    _, words = take_options(args, {}, 2, 4)
+    verb = words[1]
+    if verb not in USER_VERBS or len(words) != USER_VERBS[verb][1] + 2:
+        raise ServerError('user SRV add|passwd|show|close NAME, user SRV '
+                          'address NAME NEW, user SRV move-machine MACHINE '
+                          'NAME, or user SRV list')
+    server = open_server(words[0])
+    USER_VERBS[verb][0](server, *words[2:])
+    server.close()
+
+
+def user_add(server, name):
+    account_address_check(name)
+    server.run(account_create(name, read_password()))
+
+
+def user_passwd(server, name):
+    found = server.run(account_need(name))
+    server.run(account_password(found, read_password()))
+
+
+def user_address(server, name, new):
+    server.run(account_move(server.run(account_need(name)), new))
+
+
+def user_close(server, name):
+    server.run(account_close(name))
+
+
+def user_move_machine(server, machine, name):
+    number = machine_need(server, machine)
+    _, account = server.run(account_need(name))
+    server.run(owner_set(number, account['id']))
+
+
+def user_list(server):
+    for account in server.run(account_list()):
+        print(account['address'])
+
+
+def user_show(server, name):
+    _, account = server.run(account_need(name))
+    print('account %s' % account['id'])
+    print('address %s' % account['address'])
+    print('created %s' % moment(account['created']))
+    for number, ident in server.run(owner_machines()).items():
+        if ident == account['id']:
+            print('machine %016x %s' % (
+                number, printable(server.run(machine_load(number)).name)))
+
+
+def moment(seconds):
+    """A time as UTC, to the second."""
+    return time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime(seconds))
+
+
+USER_VERBS = {                          # what it does, number of words
+    'add': (user_add, 1), 'passwd': (user_passwd, 1), 'show': (user_show, 1),
+    'close': (user_close, 1), 'address': (user_address, 2),
+    'move-machine': (user_move_machine, 2), 'list': (user_list, 0)}
 
 
 def read_password():
@@ -4681,15 +4889,27 @@ def read_password():
 
 
 def command_machine(args):
-    """Registered machines: number, user, name."""
+    """Registered machines: number, address of the account, name."""
     _, words = take_options(args, {}, 2)
     if words[1] != 'list':
         raise ServerError('machine SRV list')
     server = open_server(words[0])
+    owners = server.run(owner_machines())
+    addresses = {ident: server.run(account_load(ident))[1]['address']
+                 for ident in set(owners.values())}
     for number in server.run(machine_numbers()):
         machine = server.run(machine_load(number))
-        print('%016x %s %s' % (number, machine.user or '-',
+        print('%016x %s %s' % (number, addresses.get(owners.get(number), '-'),
                                printable(machine.name)))
+    server.close()
+
+
+def machine_need(server, text):
+    """The number of a registered machine, or ServerError."""
+    number = machine_number(text)
+    if server.run(machine_load(number)) is None:
+        raise ServerError('no machine %s' % text)
+    return number
 
 
 def printable(text):
@@ -4723,9 +4943,7 @@ def command_index_dump(args):
     """The index of a machine as text."""
     _, (path, machine) = take_options(args, {}, 2)
     server = open_server(path)
-    number = machine_number(machine)
-    if server.run(machine_load(number)) is None:
-        raise ServerError('no machine %s' % machine)
+    number = machine_need(server, machine)
     server.run(catch_up(number))
     for line in server.perform(('index', number, 'dump')):
         print(line)

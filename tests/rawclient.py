@@ -503,6 +503,6 @@ def server_directory(case):
     tarsnapd.server_create(path)
     tarsnapd.certificate_renew(path)
     server = tarsnapd.Server(path)
-    server.run(tarsnapd.account_set('joe', b'pw', True))
+    server.run(tarsnapd.account_create('joe', b'pw'))
     server.close()
     return path

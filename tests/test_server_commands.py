@@ -121,9 +121,9 @@ class Commands(unittest.TestCase):
         self.fails('user', self.path, 'passwd', 'eve', stdin=b'x\n',
                    says='eve')
         self.fails('user', self.path, 'add', 'eve', says='empty password')
-        self.fails('user', self.path, 'delete', 'eve', says='eve')
+        self.fails('user', self.path, 'close', 'eve', says='eve')
         self.fails('user', self.path, 'rename', 'eve')
-        self.assertEqual(run('user', self.path, 'delete', 'ann'),
+        self.assertEqual(run('user', self.path, 'close', 'ann'),
                          (0, '', ''))
         self.assertEqual(run('user', self.path, 'list'), (0, 'zoe\n', ''))
         self.assertEqual(run('user', self.path, 'add', 'ann', stdin=b'c'),
@@ -155,7 +155,7 @@ class Commands(unittest.TestCase):
         self.assertEqual((status, err), (0, ''))
         self.assertIn('%016x zoe host\n' % host.machine, out)
         self.assertEqual(out.count('\n'), 2)
-        run('user', self.path, 'delete', 'zoe')
+        run('user', self.path, 'close', 'zoe')
         with self.assertRaises(Error):
             self.register(serve, b'new')
 
