@@ -25,7 +25,7 @@ of it, or have the error thrown in.  A driver carries the wishes out: at once
 loop), or in whatever order a test finds cruel.  The wishes are
 
     ('get', key, offset, length)  ('put', key, data)      the store
-    ('list', prefix)  ('size', key)  ('delete', key)
+    ('list', prefix)  ('size', key)  ('made', key)  ('delete', key)
     ('spool', method, ...)                                open segments
     ('index', machine, method, ...)                       the index
     ('now',)  ('random', n)  ('wait', seconds)            clock and chance
@@ -44,6 +44,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     history               the rules a commit must pass
     accounts, machines    who may register, and who did
     session               one connection's requests, without I/O
+    cleaner               gives back the space of deleted blocks
     server directory      keys, configuration, and what carries wishes out
     drivers               at once: embedded and on a pipe
     event loop            many connections over TLS
@@ -595,6 +596,17 @@ class FileStore:
         """An object's size in bytes, or None if it is not there."""
         try:
             return os.stat(self._path(key)).st_size
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise StoreError('size', key, e.strerror) from None
+
+    def made(self, key):
+        """When an object was made, in seconds by the store's clock; None if
+        it is not there.
+        """
+        try:
+            return int(os.stat(self._path(key)).st_mtime)
         except FileNotFoundError:
             return None
         except OSError as e:
@@ -1405,6 +1417,14 @@ class S3Store:
         return None if answer.status == 404 else int(
             answer.headers.get('Content-Length', 0))
 
+    def made(self, key):
+        """As FileStore.made."""
+        import email.utils
+        answer = self._request('size', key, 'HEAD', good=(200, 404))
+        when = answer.headers.get('Last-Modified')
+        return None if answer.status == 404 or not when else int(
+            email.utils.parsedate_to_datetime(when).timestamp())
+
     def close(self):
         """Close the connections; the next request opens one again."""
         self.bucket.close()
@@ -1539,6 +1559,87 @@ def segment_lists(segment, cls):
                               'list %d is damaged' % number)
             out.append((number, split_names(data)))
     return out
+
+
+# What a commit put and deleted must be known for as long as a client may ask,
+# also when the blocks are gone.  So before a segment of a transaction may be
+# dropped, an extract of its table is put under a key made from its own.
+
+EXTRACT_MAGIC = b'tarsnap-extract1'
+EXTRACT_ROW = struct.Struct('>32scI')   # name, class, length
+CLEANER = b'cleaner\0'      # begins the transaction ids of the cleaner's own
+
+
+def extract_key(key):
+    """Where the extract of segment `key` is; None for one of the cleaner's.
+
+    Such a segment holds what other segments put.
+    """
+    if key.split('/')[2].startswith(CLEANER.hex()):
+        return None
+    return 'list' + key[len('seg'):]
+
+
+def extract_size(count, lists):
+    """Bytes of the extract of `count` rows and `lists` bytes of lists."""
+    return len(EXTRACT_MAGIC) + 4 + EXTRACT_ROW.size * count + lists + 32
+
+
+def extract_encode(table, lists):
+    """The extract of a table; `lists` holds the data of its rows of names.
+
+    It is a function of the segment: whoever makes it makes the same.
+    """
+    rows = [EXTRACT_ROW.pack(name, cls, length) for name, cls, _, length, _
+            in ROW.iter_unpack(table)]
+    data = b''.join([EXTRACT_MAGIC, U32.pack(len(rows))] + rows + lists)
+    return data + sha256(data)
+
+
+def extract_decode(key, data):
+    """(table, lists) of the extract in `data`, read from `key`.
+
+    The digests in the table are zeros.  `lists` as segment_past.
+    """
+    if sha256(data[:-32]) != data[-32:] or not data.startswith(
+            EXTRACT_MAGIC):
+        raise Damaged('read extract', key, 'checksum does not match')
+    pos = len(EXTRACT_MAGIC) + 4
+    end = pos + EXTRACT_ROW.size * U32.unpack_from(data, pos - 4)[0]
+    table, lists, offset = [], [], len(SEGMENT_MAGIC)
+    for number, (name, cls, length) in enumerate(
+            EXTRACT_ROW.iter_unpack(data[pos:end])):
+        table.append(ROW.pack(name, cls, offset + ENTRY.size, length, ZERO32))
+        offset += ENTRY.size + length
+        if cls not in BLOCK_CLASSES:
+            lists.append((number, cls, split_names(data[end:end + length])))
+            end += length
+    return b''.join(table), lists
+
+
+def segment_past(key, size, digest):
+    """Steps: (table, lists) of a segment of the log, which may be gone.
+
+    `lists` is [(row number, class, names)].  NoObject if there is neither the
+    segment nor an extract of it.
+    """
+    try:
+        segment = yield from segment_load(key, size)
+        if segment.table_hash != digest:
+            raise Damaged('read segment', key, 'its table is another one')
+        lists = []
+        for cls in (DELETED_LIST, WITHDRAWN_LIST):
+            for i, names in (yield from segment_lists(segment, cls)):
+                lists.append((i, cls, names))
+        return segment.table, lists
+    except NoObject:
+        if extract_key(key) is None:
+            raise
+    try:
+        data = yield ('get', extract_key(key), 0, None)
+    except NoObject:
+        raise NoObject('read', key) from None
+    return extract_decode(extract_key(key), data)
 
 
 ##############################################################################
@@ -1735,7 +1836,8 @@ class SpoolDir:
         directory = self._directory(machine)
         for name in os.listdir(directory):
             stem, _, kind = name.partition('.')
-            if kind != 'lock' or stem in {x.hex() for x in ours}:
+            if kind != 'lock' or stem in {x.hex() for x in ours} or (
+                    stem.startswith(CLEANER.hex())):
                 continue
             try:
                 fd = os.open(os.path.join(directory, name),
@@ -1779,7 +1881,9 @@ def same_file(fd, path):
 # Entry k of a machine's log is one small object, made by put-if-absent, never
 # changed and never deleted.  It holds the client's commit object verbatim and
 # names segments, not blocks.  Records of the server's own (an abort that drops
-# segments) have a place in the log and an empty commit object.
+# segments, cleaning) have a place in the log and an empty commit object; if
+# such a record has segments, each of their blocks was copied from one of the
+# segments it drops.
 ##############################################################################
 
 LOG_MAGIC = b'tarsnap-log-1\0\0\0'
@@ -1872,14 +1976,38 @@ class Loaded:
     def __init__(self, entry):
         self.entry = entry
         self.commit = commit_decode(entry.commit) if entry.commit else None
-        self.tables = []            # rows of each of its segments
+        self.tables = []            # rows of each of its segments; None for
+        #                             one of the cleaner's that is gone
         self.deleted = []           # names
 
 
-def log_load(machine, k, previous):
+class Ahead:
+    """What the log drops after the entry that is being read."""
+
+    __slots__ = ('k', 'drops')
+
+    def __init__(self):
+        self.k = 0                  # entries up to it have been looked at
+        self.drops = set()          # keys
+
+    def find(self, machine, k, key):
+        """Steps: True if an entry from k on drops segment `key`."""
+        self.k = max(self.k, k - 1)
+        while key not in self.drops:
+            try:
+                data = yield ('get', log_key(machine, self.k + 1), 0, None)
+            except NoObject:
+                return False
+            self.k += 1
+            self.drops.update(log_decode(machine, self.k, data).drops)
+        return True
+
+
+def log_load(machine, k, previous, ahead):
     """Steps: entry k as Loaded, or None if the log ends before it.
 
     `previous` is entry k-1's hash; an entry that does not follow is Damaged.
+    `ahead` is an Ahead for all of one catching up.
     """
     key = log_key(machine, k)
     try:
@@ -1891,14 +2019,18 @@ def log_load(machine, k, previous):
         raise Damaged('read log entry', key, 'does not follow the one before')
     loaded = Loaded(entry)
     for key, size, digest, _, _ in entry.segments:
-        segment = yield from segment_load(key, size)
-        if segment.table_hash != digest:
-            raise Damaged('read segment', key, 'its table is another one')
-        loaded.tables.append(segment.table)
+        try:
+            table, lists = yield from segment_past(key, size, digest)
+        except NoObject:
+            # What a later entry copied again may be gone, if nothing else.
+            if extract_key(key) or not (yield from ahead.find(
+                    machine, k + 1, key)):
+                raise
+            table, lists = None, ()
+        loaded.tables.append(table)
         if loaded.commit and loaded.commit.kind == KIND_DELETE:
-            for _, names in (yield from segment_lists(segment,
-                                                      DELETED_LIST)):
-                loaded.deleted += names
+            for _, cls, names in lists:
+                loaded.deleted += names if cls == DELETED_LIST else ()
     return loaded
 
 
@@ -1911,7 +2043,7 @@ def log_load(machine, k, previous):
 # comes second finds k taken.  Called by the driver only, from any thread.
 ##############################################################################
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_TABLES = ('meta', 'commits', 'archives', 'segments', 'blocks')
 INDEX_SCHEMA = '''
 CREATE TABLE meta (id INTEGER PRIMARY KEY, k INTEGER, log_hash BLOB,
@@ -1921,7 +2053,7 @@ CREATE TABLE commits (n INTEGER PRIMARY KEY, hash BLOB, k INTEGER,
 CREATE TABLE archives (id BLOB PRIMARY KEY, record BLOB, lineage BLOB,
     state INTEGER, time INTEGER) WITHOUT ROWID;
 CREATE TABLE segments (seg INTEGER PRIMARY KEY, key TEXT UNIQUE, k INTEGER,
-    size INTEGER, count INTEGER, live INTEGER, bytes INTEGER,
+    size INTEGER, count INTEGER, lists INTEGER, live INTEGER, bytes INTEGER,
     dropped INTEGER);
 CREATE TABLE blocks (name BLOB PRIMARY KEY, seg INTEGER, offset INTEGER,
     length INTEGER, class BLOB) WITHOUT ROWID;
@@ -2044,6 +2176,64 @@ class Index:
             'SELECT key, dropped FROM segments WHERE key >= ? AND key < ?',
             (prefix, prefix + '\x7f')).fetchall()
 
+    def segments_live(self):
+        """[(key, size, count, lists, live, bytes)] of those not dropped, in
+        log order: bytes, rows, bytes of lists, live blocks, their bytes.
+        """
+        return self.db.execute(
+            'SELECT key, size, count, lists, live, bytes FROM segments '
+            'WHERE dropped = 0 ORDER BY seg').fetchall()
+
+    def survivors(self, key, table):
+        """Numbers of the rows of segment `key` that are live copies."""
+        ask = self.db.execute
+        found = ask('SELECT seg FROM segments WHERE key = ?', (key,)
+                    ).fetchone()
+        return [i for i, (name, cls, offset, _, _)
+                in enumerate(ROW.iter_unpack(table))
+                if cls in BLOCK_CLASSES and ask(
+                    'SELECT seg, offset FROM blocks WHERE name = ?',
+                    (name,)).fetchone() == (found[0], offset)]
+
+    def check_move(self, k, sources, tables, copies):
+        """(sources that can be dropped, bitmap of dead rows of each table)
+        if this index stands at k, else None.
+
+        `tables` are those of segments `copies`, into which the live blocks of
+        segments `sources` have been copied.  Nothing can be dropped if one of
+        the copies was.
+        """
+        self.db.execute('BEGIN')
+        try:
+            if self.state().k != k:
+                return None
+            return self._check_move(sources, tables, copies)
+        finally:
+            self.db.execute('ROLLBACK')
+
+    def _check_move(self, sources, tables, copies):
+        ask = self.db.execute
+        left = {}               # number -> [key, live blocks not copied]
+        known = [ask('SELECT 1 FROM segments WHERE key = ?', (key,)
+                     ).fetchone() for key in copies]
+        for key in sources:
+            seg, live, dropped = ask('SELECT seg, live, dropped FROM segments'
+                                     ' WHERE key = ?', (key,)).fetchone()
+            if not dropped and not any(known):
+                left[seg] = [key, live]
+        # Of another length it is another copy of the same block.
+        homes = [[ask('SELECT seg FROM blocks WHERE name = ? AND length = ?',
+                      (row[0], row[3])).fetchone()
+                  for row in ROW.iter_unpack(table)] for table in tables]
+        for home in itertools.chain(*homes):
+            if home and home[0] in left:
+                left[home[0]][1] -= 1
+        # One that holds more than was copied stays as it is.
+        empty = {seg for seg in left if left[seg][1] == 0}
+        return ([left[seg][0] for seg in sorted(empty)],
+                [bitmap_of([not (home and home[0] in empty) for home in part])
+                 for part in homes])
+
     def check(self, k, change):
         """history_check against this index if it stands at k, else None."""
         self.db.execute('BEGIN')
@@ -2098,8 +2288,8 @@ class Index:
         entry, commit = loaded.entry, loaded.commit
         state = self.state()
         blocks, size = state.blocks, state.bytes
-        numbers = [self._add_segment(entry.k, *segment[:4])
-                   for segment in entry.segments]
+        numbers = [self._add_segment(entry.k, table, *segment[:4])
+                   for segment, table in zip(entry.segments, loaded.tables)]
         if commit and commit.kind == KIND_NUKE:
             blocks, size = self._remove_all()
         if commit and commit.kind == KIND_WRITE:
@@ -2116,6 +2306,10 @@ class Index:
         self._move_archives(entry, commit)
         for key in entry.drops:
             self._drop_segment(entry.k, key)
+        if commit is None:
+            for number, segment, table in zip(numbers, entry.segments,
+                                              loaded.tables):
+                self._move_blocks(number, table or b'', segment[4])
         n, head = state.n, state.head
         if commit:
             n, head = commit.n, commit.hash
@@ -2126,17 +2320,53 @@ class Index:
             'blocks = ?, bytes = ?', (entry.k, entry.hash, n, head,
                                       entry.time, blocks, size))
 
-    def _add_segment(self, k, key, size, _, count):
+    def _add_segment(self, k, table, key, size, _, count):
+        lists = sum(row[3] for row in ROW.iter_unpack(table or b'')
+                    if row[1] not in BLOCK_CLASSES)
         return self.db.execute(
-            'INSERT INTO segments (key, k, size, count, live, bytes, dropped)'
-            ' VALUES (?, ?, ?, ?, 0, 0, 0)', (key, k, size, count)).lastrowid
+            'INSERT INTO segments (key, k, size, count, lists, live, bytes, '
+            'dropped) VALUES (?, ?, ?, ?, ?, 0, 0, 0)',
+            (key, k, size, count, lists)).lastrowid
 
     def _drop_segment(self, k, key):
         # A segment that was never committed is known from its drop on.
         self.db.execute(
-            'INSERT INTO segments (key, k, size, count, live, bytes, dropped)'
-            ' VALUES (?, ?, 0, 0, 0, 0, 1) ON CONFLICT (key) '
-            'DO UPDATE SET dropped = 1', (key, k))
+            'INSERT INTO segments (key, k, size, count, lists, live, bytes, '
+            'dropped) VALUES (?, ?, 0, 0, 0, 0, 0, ?) ON CONFLICT (key) '
+            'DO UPDATE SET dropped = excluded.dropped', (key, k, k))
+
+    def _move_blocks(self, number, table, dead):
+        """The live copies of these blocks are in segment `number` now.
+
+        Each was in a segment that is dropped by now.  Not always by the same
+        entry: a copy made in between may be gone before this index saw it.
+        """
+        run = self.db.execute
+        for i, row in enumerate(ROW.iter_unpack(table)):
+            if bit(dead, i):
+                continue
+            name, _, offset, length, _ = row
+            found = run('SELECT b.seg, b.length, s.dropped FROM blocks b '
+                        'JOIN segments s ON s.seg = b.seg WHERE name = ?',
+                        (name,)).fetchone()
+            if found is None or found[1] != length or not found[2]:
+                raise Damaged('index', name.hex(), 'cannot have been moved')
+            run('UPDATE blocks SET seg = ?, offset = ? WHERE name = ?',
+                (number, offset, name))
+            run('UPDATE segments SET live = live - 1, bytes = bytes - ? '
+                'WHERE seg = ?', (length, found[0]))
+            run('UPDATE segments SET live = live + 1, bytes = bytes + ? '
+                'WHERE seg = ?', (length, number))
+
+    def stranded(self, k):
+        """Key of a dropped segment that has live blocks, or None.
+
+        There is none if k is the end of the log.
+        """
+        found = self.db.execute(
+            'SELECT key FROM segments, meta WHERE meta.k = ? AND dropped '
+            'AND live LIMIT 1', (k,)).fetchone()
+        return found and found[0]
 
     def _add_blocks(self, number, table, dead):
         rows = sorted((name, number, offset, length, cls)
@@ -2185,23 +2415,35 @@ def catch_up(machine):
     """
     state = yield ('index', machine, 'state')
     heard = yield ('now',)
+    ahead, start = Ahead(), state.k
     while True:
         batch, rows = [], 0
         k, previous = state.k, state.log_hash
         while rows < 100000 and len(batch) < 256:
-            loaded = yield from log_load(machine, k + 1, previous)
+            loaded = yield from log_load(machine, k + 1, previous, ahead)
             if loaded is None:
                 break
             batch.append(loaded)
-            rows += sum(len(t) for t in loaded.tables) // ROW.size
+            rows += sum(len(t or b'') for t in loaded.tables) // ROW.size
             k, previous = k + 1, loaded.entry.hash
         if not batch:
+            if state.k > start:
+                yield from check_stranded(machine, state.k)
             return state
         state = yield ('index', machine, 'apply', batch)
         now = yield ('now',)
         if now >= heard + 5:
             heard = now
             yield ('answer', BUSY, U64.pack(state.k) + U64.pack(0))
+
+
+def check_stranded(machine, k):
+    """Steps: Damaged if a dropped segment holds live blocks at the log's end.
+    """
+    key = yield ('index', machine, 'stranded', k)
+    if key:
+        raise Damaged('index', '%016x' % machine,
+                      'segment %s was dropped with live blocks' % key)
 
 
 ##############################################################################
@@ -2776,20 +3018,25 @@ def droppable(machine, keys):
 
 
 def log_drop(machine, keys):
-    """Steps: the log says that nothing may use segments `keys`; then, and
-    not before, they are deleted."""
-    while keys:
+    """Steps: the log says that nothing may use a transaction's segments
+    `keys`, and only then they may be deleted: those it says so of."""
+    while True:
         state = yield from catch_up(machine)
         keys = yield from droppable(machine, keys)
-        now = yield ('now',)
-        entry = Entry(machine, state.k + 1, state.log_hash,
-                      max(now, state.time))
-        entry.blocks, entry.bytes = state.blocks, state.bytes
+        if not keys:
+            return []
+        entry = yield from log_next(machine, state)
         entry.drops = keys
         if (yield from log_put(entry)):
-            break
-    for key in keys:
-        yield ('delete', key)
+            return keys
+
+
+def log_next(machine, state):
+    """Steps: an Entry to follow `state` that changes no total."""
+    now = yield ('now',)
+    entry = Entry(machine, state.k + 1, state.log_hash, max(now, state.time))
+    entry.blocks, entry.bytes = state.blocks, state.bytes
+    return entry
 
 
 def range_plan(places):
@@ -3123,15 +3370,14 @@ class Session:
     def _lists(entry):
         """Steps: (tables, withdrawn, deleted names) of a log entry."""
         tables, withdrawn, deleted, rows = [], {}, set(), 0
-        for key, size, _, count, _ in entry.segments:
-            segment = yield from segment_load(key, size)
-            for i, names in (yield from segment_lists(segment,
-                                                      WITHDRAWN_LIST)):
-                withdrawn.update(dict.fromkeys(names, rows + i + 1))
-            for _, names in (yield from segment_lists(segment,
-                                                      DELETED_LIST)):
-                deleted.update(names)
-            tables.append(segment.table)
+        for key, size, digest, count, _ in entry.segments:
+            table, lists = yield from segment_past(key, size, digest)
+            for i, cls, names in lists:
+                if cls == WITHDRAWN_LIST:
+                    withdrawn.update(dict.fromkeys(names, rows + i + 1))
+                else:
+                    deleted.update(names)
+            tables.append(table)
             rows += count
         return tables, withdrawn, deleted
 
@@ -3249,6 +3495,8 @@ class Session:
             reader.take(BEGIN_HEAD.size))
         if kind not in (KIND_WRITE, KIND_DELETE) or count > 2:
             raise Refused(E_BAD, 'BEGIN of unknown kind')
+        if tid.startswith(CLEANER):
+            raise Refused(E_BAD, 'this transaction id is the server\'s own')
         ids = [reader.take(32) for _ in range(count)]
         reader.end()
         self._need(KIND_ROLE[kind])
@@ -3426,8 +3674,10 @@ class Session:
         self._need(KIND_ROLE[tx.kind])
         self.batch, self.batch_bytes, self.busy = [], 0, True
         try:
-            yield from log_drop(self.machine.number,
-                                [s.key for s in tx.segments])
+            dropped = yield from log_drop(self.machine.number,
+                                          [s.key for s in tx.segments])
+            for key in dropped:
+                yield ('delete', key)
             yield ('spool', tx.spool, 'close', True)
             self._forget()
         finally:
@@ -3568,6 +3818,279 @@ class Session:
 
 
 ##############################################################################
+# Cleaner
+#
+# Gives back the space of dead blocks: copies the live ones out of segments
+# that are little used, has the log drop these, and deletes them one round
+# later.  Merges small segments, too, and drops what dead transactions left.
+#
+#     round: catch up -> delete what the log dropped before this round
+#                     -> drop segments nobody will commit any more
+#                     -> for each batch of segments:
+#            copy live blocks to segments of an own transaction
+#                     -> extract of each source's table, put if absent
+#                     -> log entry k+1 (copies, drops), put if absent
+#
+# Nothing is lost whoever else does what at the same time, or if it ends in
+# between: a source stays until the entry that drops it exists, and copies that
+# no entry names are dropped like those of any dead transaction.  Whoever loses
+# the put looks again at what of the copies is still good.  All are steps.
+##############################################################################
+
+
+class Policy:
+    """What is worth cleaning.  Nothing of it matters for safety."""
+
+    def __init__(self):
+        self.used = 70              # per cent; segments used less are copied
+        self.gain = 4 * KIB         # bytes; less is not worth the writing
+        self.merge = 8              # so many small segments become one
+        self.batch = 64 * MIB       # copied for one log entry
+        self.sources = 256          # segments dropped by one log entry
+        self.rate = 0               # bytes copied a second; 0: no limit
+        # Seconds since its last segment after which a transaction is dead:
+        self.dead = 30 * 86400
+        self.overtaken = 7 * 86400  # if another one was committed since
+        self.copies = 3600          # of a cleaner; one batch takes minutes
+        self.abandon = False        # all that no process here has open
+
+
+class Cleaned:
+    """What a round did; bytes unless it says otherwise."""
+
+    FIELDS = ('deleted', 'deleted_bytes', 'dropped', 'dropped_bytes',
+              'copied', 'copied_bytes', 'orphans', 'orphan_bytes',
+              'damaged')
+
+    def __init__(self):
+        self.deleted = 0            # objects, that earlier rounds dropped
+        self.deleted_bytes = 0
+        self.dropped = 0            # segments, to be deleted by the next
+        self.dropped_bytes = 0
+        self.copied = 0             # blocks
+        self.copied_bytes = 0
+        self.orphans = 0            # segments not committed, and left alone
+        self.orphan_bytes = 0
+        self.damaged = 0            # segments that could not be copied
+
+
+def clean(machine, policy, done):
+    """Steps: one round over a machine; adds to `done`, a Cleaned."""
+    yield from catch_up(machine)
+    known = dict((yield ('index', machine, 'segments_of',
+                         'seg/%016x/' % machine)))
+    orphans = {}                    # tid -> keys
+    for key in (yield ('list', 'seg/%016x/' % machine)):
+        if key not in known:
+            orphans.setdefault(bytes.fromhex(key.split('/')[2]),
+                               []).append(key)
+        elif known[key]:
+            done.deleted += 1
+            done.deleted_bytes += (yield ('size', key)) or 0
+            yield ('delete', key)
+    for tid, keys in orphans.items():
+        yield from clean_orphans(machine, policy, tid, keys, done)
+    for sources in clean_plan(policy, (
+            yield ('index', machine, 'segments_live'))):
+        yield from clean_batch(machine, policy, sources, done)
+
+
+def clean_orphans(machine, policy, tid, keys, done):
+    """Steps: drop the segments of an uncommitted transaction if it is dead.
+    """
+    dead = yield from transaction_dead(machine, policy, tid, keys)
+    dropped = (yield from log_drop(machine, keys)) if dead else []
+    for key in keys:
+        size = (yield ('size', key)) or 0
+        if key in dropped:
+            done.dropped += 1
+            done.dropped_bytes += size
+        else:
+            done.orphans += 1
+            done.orphan_bytes += size
+
+
+def transaction_dead(machine, policy, tid, keys):
+    """Steps: True if nobody is likely to commit these segments any more.
+
+    If somebody does, he hears EXPIRED and sends them again.
+    """
+    spool = yield ('spool', None, 'open', machine, tid)
+    if spool is None:
+        return False                # in use
+    yield ('spool', spool, 'close')
+    made = yield ('made', keys[-1])
+    age = (yield ('now',)) - (made or 0)
+    if tid.startswith(CLEANER):
+        return age > policy.copies
+    state = yield ('index', machine, 'state')
+    return (policy.abandon or age > policy.dead
+            or age > policy.overtaken and state.time > (made or 0))
+
+
+def clean_plan(policy, rows):
+    """Batches of segments to clean, of `rows` as segments_live.
+
+    Yields lists of (key, size).  A segment is taken if dropping it frees
+    enough of it, or with others of its size class (powers of `merge`).
+    """
+    poor, classes = [], {}
+    for row in rows:
+        key, size, count, lists, live, length = row
+        kept = length + live * (ENTRY.size + ROW.size)
+        if extract_key(key):
+            kept += extract_size(count, lists)
+        if size - kept >= max(policy.gain, size * (100 - policy.used) / 100):
+            poor.append(row)
+        elif live and size * policy.merge <= LIMIT['segment']:
+            level = 0
+            while size < LIMIT['segment'] / policy.merge ** (level + 1):
+                level += 1
+            classes.setdefault(level, []).append(row)
+    for level in sorted(classes):
+        same = classes[level]
+        poor += same[:len(same) // policy.merge * policy.merge]
+    batch, size = [], 0
+    for row in poor:
+        if batch and (size + row[5] > policy.batch
+                      or len(batch) == policy.sources):
+            yield batch
+            batch, size = [], 0
+        batch.append(row[:2])
+        size += row[5]
+    if batch:
+        yield batch
+
+
+class Copies:
+    """The segments a cleaner makes of one batch."""
+
+    def __init__(self, machine, tid, spool):
+        self.machine = machine
+        self.tid = tid
+        self.spool = spool
+        self.segments = []
+
+    def add(self, entries):
+        """Steps: write `entries` as Spool.append."""
+        yield ('spool', self.spool, 'append', entries)
+        if (self.spool.size >= LIMIT['segment'] or len(self.spool.table)
+                >= LIMIT['segment entries'] * ROW.size):
+            yield from self.close_segment()
+
+    def close_segment(self):
+        """Steps: make the open segment an object, durable on return."""
+        if not self.spool.table:
+            return
+        path, segment = yield ('spool', self.spool, 'finish')
+        segment.key = segment_key(self.machine, self.tid, self.spool.number)
+        if not (yield ('put', segment.key, path)):
+            # By nobody else: the id is our own.
+            found = yield from segment_load(segment.key)
+            assert found.table_hash == segment.table_hash, segment.key
+        self.segments.append(segment)
+        yield ('spool', self.spool, 'drop')
+
+
+def clean_batch(machine, policy, sources, done):
+    """Steps: copy what is live in segments `sources`, and drop them."""
+    tid = CLEANER + (yield ('random', 16 - len(CLEANER)))
+    spool = yield ('spool', None, 'open', machine, tid)
+    copies, ready = Copies(machine, tid, spool), []
+    try:
+        for key, size in sources:
+            try:
+                yield from clean_copy(copies, policy, key, size, done)
+            except (NoObject, Damaged) as e:
+                # Somebody else may have dropped it; else it stays for those
+                # who can still read a part of it.
+                if not (yield from clean_gone(machine, key)):
+                    done.damaged += 1
+                    yield ('log', str(e))
+                continue
+            ready.append((key, size))
+        yield from copies.close_segment()
+        yield from clean_commit(copies, ready, done)
+    except StoreError:
+        yield ('spool', spool, 'close', True)
+        raise
+    yield ('spool', spool, 'close', True)
+
+
+def clean_gone(machine, key):
+    """Steps: True if the log has dropped segment `key` by now."""
+    yield from catch_up(machine)
+    return dict((yield ('index', machine, 'segments_of', key))).get(key)
+
+
+def clean_copy(copies, policy, key, size, done):
+    """Steps: copy the live blocks of segment `key`, each compared with its
+    SHA-256, and put the extract of its table.
+    """
+    segment = yield from segment_load(key, size)
+    rows = [ROW.unpack_from(segment.table, ROW.size * i) for i in (
+        yield ('index', copies.machine, 'survivors', key, segment.table))]
+    places = [(key, row[2], row[3], row[1]) for row in rows]
+    for _, start, end, members in range_plan(places):
+        data = memoryview((yield ('get', key, start, end - start)))
+        entries = []
+        for name, cls, offset, length, digest in (rows[i] for i in members):
+            block = data[offset - start:offset - start + length]
+            if sha256(block) != digest:
+                raise Damaged('read segment', key, 'block %s is damaged'
+                              % name.hex())
+            entries.append((cls, name, block))
+            done.copied += 1
+            done.copied_bytes += length
+        yield from copies.add(entries)
+        if policy.rate:
+            yield ('wait', (end - start) / policy.rate)
+    if extract_key(key):
+        yield from extract_put(segment)
+
+
+def extract_put(segment):
+    """Steps: the extract of a segment is in the store, durably."""
+    lists = []
+    for name, cls, offset, length, digest in ROW.iter_unpack(segment.table):
+        if cls not in BLOCK_CLASSES:
+            data = yield ('get', segment.key, offset, length)
+            if sha256(data) != digest:
+                raise Damaged('read segment', segment.key,
+                              'a list is damaged')
+            lists.append(data)
+    key, data = extract_key(segment.key), extract_encode(segment.table, lists)
+    if not (yield ('put', key, data)) and (
+            yield ('get', key, 0, None)) != data:
+        raise Damaged('write extract', key, 'there is another one')
+
+
+def clean_commit(copies, sources, done):
+    """Steps: the log says where the blocks are now, and drops `sources`."""
+    machine, sizes = copies.machine, dict(sources)
+    keys = [segment.key for segment in copies.segments]
+    while True:
+        state = yield from catch_up(machine)
+        found = yield ('index', machine, 'check_move', state.k, list(sizes),
+                       [segment.table for segment in copies.segments], keys)
+        if found is None:
+            continue
+        drops, dead = found
+        if not drops:               # others did it all
+            yield from log_drop(machine, keys)
+            return
+        entry = yield from log_next(machine, state)
+        entry.segments = [(s.key, s.size, s.table_hash, s.count, bits)
+                          for s, bits in zip(copies.segments, dead)]
+        entry.drops = drops
+        if (yield from log_put(entry)):
+            break
+    done.dropped += len(drops)
+    done.dropped_bytes += sum(sizes[key] for key in drops)
+    yield from catch_up(machine)
+
+
+##############################################################################
 # Server directory
 #
 # tarsnapd.conf, the keys, store/, spool/, index/, tmp/; and perform(), which
@@ -3589,7 +4112,7 @@ INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp'}
-STORE_VERBS = ('get', 'put', 'list', 'size', 'delete')
+STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner'}
 
@@ -3940,6 +4463,9 @@ class Server:
                 return e.value
             value = error = None
             if wish[0] == 'answer':
+                continue
+            if wish[0] == 'wait':
+                time.sleep(wish[1])
                 continue
             try:
                 value = self.perform(wish)
@@ -4743,6 +5269,8 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
                    [--s3-region REGION] [--s3-addressing auto|path|virtual]
                    [--s3-profile NAME]
        tarsnapd.py fingerprint | cert | stat | rebuild SRV
+       tarsnapd.py clean SRV [--machine N] [--used PERCENT] [--rate BYTES]
+                   [--abandon]
        tarsnapd.py serve SRV [--listen HOST:PORT] [--workers N]
        tarsnapd.py user SRV add | passwd | show | close NAME
        tarsnapd.py user SRV address NAME NEW
@@ -4939,6 +5467,40 @@ def command_rebuild(args):
     server.close()
 
 
+def command_clean(args):
+    """One round of cleaning; figures on stdout."""
+    options, (path,) = take_options(args, {
+        '--machine': True, '--used': True, '--rate': True,
+        '--abandon': False}, 1)
+    policy = Policy()
+    policy.used = option_number(options, '--used', policy.used, 0, 99)
+    policy.rate = option_number(options, '--rate', policy.rate, 0, 1 << 40)
+    policy.abandon = '--abandon' in options
+    server = open_server(path)
+    if server.read_only:
+        raise ServerError('%s: the store is read-only' % path)
+    numbers, done = server.run(machine_numbers()), Cleaned()
+    if '--machine' in options:
+        number = machine_number(options['--machine'])
+        if number not in numbers:
+            raise ServerError('no machine %s' % options['--machine'])
+        numbers = [number]
+    for number in numbers:
+        server.run(clean(number, policy, done))
+    for name in Cleaned.FIELDS:
+        print(name.replace('_', ' '), getattr(done, name))
+    server.close()
+
+
+def option_number(options, name, default, least, most):
+    """The value of an option that is a number."""
+    text = options.get(name, str(default))
+    if not text.isdigit() or not least <= int(text) <= most:
+        raise ServerError('%s must be a number from %d to %d'
+                          % (name, least, most))
+    return int(text)
+
+
 def command_index_dump(args):
     """The index of a machine as text."""
     _, (path, machine) = take_options(args, {}, 2)
@@ -5038,6 +5600,7 @@ COMMANDS = {
     'serve': command_serve,
     'session': command_session,
     'rebuild': command_rebuild,
+    'clean': command_clean,
     'index-dump': command_index_dump,
     'stat': command_stat,
 }

@@ -33,8 +33,10 @@ class Rebuild(unittest.TestCase):
         """Commits of all kinds; the set of names that must be live."""
         live, archives = {}, {}
         for step in range(steps):
-            what = rng.choice('wwwwddcn' if step > 5 else 'ww')
-            if what == 'd' and archives:
+            what = rng.choice('wwwwddcnkk' if step > 5 else 'ww')
+            if what == 'k':
+                self.clean()
+            elif what == 'd' and archives:
                 self.delete(rng, live, archives)
             elif what == 'n' and rng.random() < 0.2:
                 self.host.commit(self.client, bytes(16), frame='NUKE',
@@ -90,6 +92,15 @@ class Rebuild(unittest.TestCase):
         for name in gone:
             del live[name]
 
+    def clean(self):
+        """One round; nothing is too small to be copied."""
+        policy = tarsnapd.Policy()
+        policy.gain, policy.merge = 1, 3
+        server = tarsnapd.Server(self.path)
+        server.run(tarsnapd.clean(self.host.machine, policy,
+                                  tarsnapd.Cleaned()))
+        server.close()
+
     def test_many_commits(self):
         seed = random.randrange(1 << 32)
         print('test_server_rebuild: seed %d' % seed)
@@ -100,7 +111,7 @@ class Rebuild(unittest.TestCase):
         self.client.close()
         before = self.dump()
         self.assertEqual(before.count('\nblocks '), len(live))
-        in_segments = sum(int(line.split()[6]) for line in
+        in_segments = sum(int(line.split()[7]) for line in
                           before.splitlines() if line.startswith('segments'))
         self.assertEqual(in_segments, len(live))
         self.assertEqual(run('rebuild', self.path), (0, '', ''))
