@@ -45,7 +45,9 @@ Map of this file, bottom up; no section uses a name from a later one:
     accounts, machines    who may register, and who did
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
+    scrub                 everything stored against its hashes
     server directory      keys, configuration, and what carries wishes out
+    scrub, kept           how far it came, for a command and for serve
     drivers               at once: embedded and on a pipe
     event loop            many connections over TLS
     commands, main        the command line
@@ -117,6 +119,7 @@ class StoreError(Exception):
 
     def __init__(self, operation, key, reason):
         super().__init__('%s %s: %s' % (operation, key, reason))
+        self.reason = str(reason)
 
 
 class NoObject(StoreError):
@@ -1302,6 +1305,9 @@ def body_size(body):
 ##############################################################################
 
 
+PROBE = b'The second of these is refused.\n'
+
+
 class S3Store:
     """The store s3://BUCKET/PREFIX."""
 
@@ -1441,7 +1447,7 @@ class S3Store:
         overwriting each other rests on that; some servers ignore it.
         """
         for _ in range(2):
-            if not self.put('probe', b'The second of these is refused.\n'):
+            if not self.put('probe', PROBE):
                 return
         raise ServerError('%s: this S3 server replaces objects despite '
                           '"If-None-Match: *"; a store there could lose data'
@@ -2640,6 +2646,11 @@ def check_live(commit, rows):
 
 SCRYPT = (15, 8, 1)             # logN, r, p: 32 MiB, about 0.1 s
 VERSIONS = 10 ** 12
+# Members of objects that were made before there was a sum.
+WITHOUT_SUM = {frozenset(x.split()) for x in (
+    'name user keys time', 'id address created salt logN r p stored',
+    'id address created closed salt logN r p stored', 'account',
+    'account time')}
 
 
 class Machine:
@@ -2663,17 +2674,44 @@ def versioned_get(prefix):
     if not keys:
         return None
     data = yield ('get', keys[0], 0, None)
+    return versioned_number(keys[0]), versioned_decode(keys[0], data)
+
+
+def versioned_number(key):
+    """Which version of its prefix a key is; Damaged if of none."""
+    last = key.rpartition('/')[2]
+    if len(last) != 12 or not last.isdigit():
+        raise Damaged('read', key, 'not the name of a version')
+    return VERSIONS - 1 - int(last)
+
+
+def versioned_encode(key, value):
+    """The object `key` for a dict; it holds a sum over both.
+
+    So neither a damaged byte nor two objects exchanged go unnoticed.
+    """
+    data = json.dumps(value, sort_keys=True).encode()
+    value = dict(value, sum=sha256(key.encode() + b'\n' + data).hex())
+    return json.dumps(value, sort_keys=True, indent=1).encode() + b'\n'
+
+
+def versioned_decode(key, data):
+    """The dict in object `key`; Damaged if that is not what was put."""
     try:
-        return VERSIONS - 1 - int(keys[0].rpartition('/')[2]), json.loads(data)
-    except ValueError:
-        raise Damaged('read', keys[0], 'not valid JSON') from None
+        value = json.loads(data)
+        found = value.pop('sum', None)
+        if found is None and frozenset(value) in WITHOUT_SUM or (
+                versioned_encode(key, value) == data):
+            return value
+    except (ValueError, AttributeError, TypeError):
+        raise Damaged('read', key, 'not valid JSON') from None
+    raise Damaged('read', key, 'checksum does not match')
 
 
 def versioned_put(prefix, version, value):
     """Steps: write `value` as that version; False if there is one."""
-    data = json.dumps(value, sort_keys=True, indent=1).encode() + b'\n'
     key = '%s%012d' % (prefix, VERSIONS - 1 - version)
-    return (yield ('put', key, data))
+    return (yield ('put', key, versioned_encode(key, value)))
 
 
 def address_prefix(address):
@@ -2837,10 +2875,7 @@ def owner_get(number, before=None):
     """
     for key in (yield ('list', owner_prefix(number))):
         data = yield ('get', key, 0, None)
-        try:
-            value = json.loads(data)
-        except ValueError:
-            raise Damaged('read', key, 'not valid JSON') from None
+        value = versioned_decode(key, data)
         if before is None or value['time'] < before:
             return value['account']
     return None
@@ -2884,6 +2919,25 @@ def machine_numbers():
     return sorted({int(key.split('/')[1], 16) for key in keys})
 
 
+def number_decode(key, data):
+    """The machine number in object keys/HASH."""
+    try:
+        number = int(data, 16)
+    except ValueError:
+        number = -1
+    if data != b'%016x' % number:
+        raise Damaged('read', key, 'not a machine number')
+    return number
+
+
+def store_id_decode(data):
+    """The 16 bytes in object store-id."""
+    if len(data) != 33 or data[32:] != b'\n' or (
+            set(data[:32]) - set(b'0123456789abcdef')):
+        raise Damaged('read', 'store-id', 'not a store id')
+    return bytes.fromhex(data[:32].decode())
+
+
 def machine_create(user, name, keys):
     """Steps: the number of the machine with these keys, made if needed.
 
@@ -2893,7 +2947,7 @@ def machine_create(user, name, keys):
     place = 'keys/' + sha256(keys).hex()
     while True:
         try:
-            number = int((yield ('get', place, 0, None)), 16)
+            number = number_decode(place, (yield ('get', place, 0, None)))
             break
         except NoObject:
             pass
@@ -2904,6 +2958,9 @@ def machine_create(user, name, keys):
     value = {'name': name, 'user': user, 'keys': keys.hex(),
              'time': (yield ('now',))}
     yield from versioned_put('machine/%016x/' % number, 0, value)
+    machine = yield from machine_load(number)
+    if machine.keys != keys:
+        raise Damaged('read', place, 'names a machine with other keys')
     found = (yield from account_get(user)) if user else None
     if found and not (yield ('list', owner_prefix(number))):
         yield from owner_set(number, found[1]['id'])
@@ -4088,6 +4145,418 @@ def clean_commit(copies, sources, done):
     done.dropped += len(drops)
     done.dropped_bytes += sum(sizes[key] for key in drops)
     yield from catch_up(machine)
+##############################################################################
+# Scrub
+#
+# Re-reads what is stored and holds it against the hashes stored with it.  It
+# needs no key and replaces nothing; of each segment found whole it puts the
+# extract, so that what the segment held is known even if it is lost.  A round
+# goes over every object in an order that lets it stop anywhere and go on
+# later: what belongs to no machine, then each machine's log, then its
+# segments.  Who calls it keeps `saved()`.
+##############################################################################
+
+# key; machine in 16 digits or ''; what is wrong; names of blocks lost, in hex.
+Damage = collections.namedtuple('Damage', 'key machine what blocks')
+
+
+def segment_rows(table):
+    """Runs of rows of a table, to be read at once: (from, to, rows).
+
+    A row is (number, name, class, offset, length, SHA-256); `from` is the
+    header of the first.
+    """
+    rows, start = [], len(SEGMENT_MAGIC)
+    for number, row in enumerate(ROW.iter_unpack(table)):
+        end = row[2] + row[3]
+        if rows and end - start > LIMIT['read']:
+            last = rows[-1][3] + rows[-1][4]
+            yield start, last, rows
+            start, rows = last, []
+        rows.append((number,) + row)
+    if rows:
+        yield start, rows[-1][3] + rows[-1][4], rows
+
+
+def segment_rotten(segment, pace):
+    """Steps: {row number: what is wrong with that entry}, -1 for the start.
+
+    `pace` is called as steps with the number of bytes of each read.
+    """
+    bad = {}
+    start = yield ('get', segment.key, 0, len(SEGMENT_MAGIC))
+    if start != SEGMENT_MAGIC:
+        bad[-1] = 'its first bytes are damaged'
+    for start, end, rows in segment_rows(segment.table):
+        try:
+            data = memoryview((yield ('get', segment.key, start,
+                                      end - start)))
+        except Damaged:
+            bad.update((row[0], 'is cut off') for row in rows)
+            continue
+        yield from pace(end - start)
+        for number, name, cls, offset, length, digest in rows:
+            pos = offset - start
+            body = data[pos:pos + length]
+            if sha256(body) != digest:
+                bad[number] = 'is damaged'
+            elif data[pos - ENTRY.size:pos] != ENTRY.pack(
+                    ENTRY_MAGIC, cls, name, length, zlib.crc32(
+                        body, zlib.crc32(ENTRY_SUM.pack(
+                            ENTRY_MAGIC, cls, name, length)))):
+                bad[number] = 'has a damaged header'
+    return bad
+
+
+class Scrub:
+    """A round, where it stands, and all damage known.
+
+    `saved` is what saved() gave, from JSON; `rate` is in bytes a second at
+    most, None for as fast as it goes.  With `read_only` nothing is put.
+    """
+
+    def __init__(self, saved=None, rate=None, read_only=False):
+        saved = saved or {}
+        self.rate = rate
+        self.read_only = read_only
+        self.place = saved.get('place')     # [machine, key] done last, or
+        #                                     None before a round
+        self.started = saved.get('started', 0)      # of the round, seconds
+        self.finished = saved.get('finished', 0)    # of the last whole round
+        self.heads = saved.get('heads', {})     # machine -> [k, hash] of its
+        #                                         log when last seen
+        self.damage = {key: Damage(key, *rest)
+                       for key, *rest in saved.get('damage', [])}
+        self.objects = 0            # looked at by this object
+        self.segments = 0
+        self.bytes = 0
+        self.queue = None           # segments of self.machine yet to do
+        self.machine = None         # whose log has been read, 16 digits
+        self.known = {}             # segment -> (size, table hash, count)
+        self.past = set()           # segments committed and dropped
+        self.extracts = set()       # keys of those there are
+        self.unreadable = 0         # in a row, for what may be no damage
+
+    def saved(self):
+        """What the next Scrub needs to go on, for JSON."""
+        return {'place': self.place, 'started': self.started,
+                'finished': self.finished, 'heads': self.heads,
+                'damage': sorted(self.damage.values())}
+
+    def begin(self):
+        """Steps: what every run begins with: all that belongs to no machine,
+        and what is known as damaged once more.
+        """
+        if self.place is None:
+            self.started = yield ('now',)
+            self.place = ['', '']
+        yield from self._small()
+        for machine in sorted({x.machine for x in self.damage.values()
+                               if x.machine}):
+            yield from self._log(machine)
+            for key in [x for x in self.damage
+                        if x.startswith('seg/%s/' % machine)]:
+                yield from self._segment(key)
+
+    def step(self):
+        """Steps: do the next segment, or log; False at the end of a round."""
+        if not self.queue:
+            if not (yield from self._next_machine()):
+                self.place, self.machine = None, None
+                self.finished = yield ('now',)
+                return False
+            return True
+        key = self.queue.popleft()
+        yield from self._segment(key)
+        self.place = [self.machine, key]
+        return True
+
+    def _next_machine(self):
+        """Steps: read the log of the machine whose turn it is."""
+        machine, last = self.place
+        numbers = yield from scrub_machines()
+        if self.machine == machine:
+            last, numbers = '', [x for x in numbers if x > machine]
+        else:
+            numbers = [x for x in numbers if x >= machine and x]
+        if not numbers:
+            return False
+        if numbers[0] != machine:
+            last = ''
+        self.machine = numbers[0]
+        yield from self._log(self.machine)
+        keys = set((yield ('list', 'seg/%s/' % self.machine)))
+        keys.update('seg' + x[len('list'):] for x in self.extracts)
+        self.queue = collections.deque(sorted(
+            x for x in keys | set(self.known) | self.past if x > last))
+        self.place = [self.machine, last]
+        return True
+
+    def _pace(self, size):
+        """Steps: not faster than asked."""
+        self.bytes += size
+        if self.rate:
+            yield ('wait', size / self.rate)
+
+    def _say(self, key, machine, what, blocks=()):
+        self.damage[key] = Damage(key, machine, what, list(blocks))
+
+    def _get(self, key, machine=''):
+        """Steps: a small object whole, or None if that cannot be read."""
+        self.damage.pop(key, None)
+        self.objects += 1
+        try:
+            data = yield ('get', key, 0, None)
+        except StoreError as e:
+            self._failed(key, machine, e)
+            return None
+        self.unreadable = 0
+        yield from self._pace(len(data))
+        return data
+
+    def _failed(self, key, machine, error, blocks=()):
+        """A read failed: damage, unless all of them do."""
+        if not isinstance(error, (NoObject, Damaged)):
+            self.unreadable += 1
+            if self.unreadable >= 3:
+                raise error
+        self._say(key, machine, reason_of(error), blocks)
+
+    # What belongs to no machine.
+
+    def _small(self):
+        """Steps: accounts, machines, their keys, and the store's own."""
+        for key in [x for x in self.damage if not x.startswith('seg/')]:
+            if not self.damage[key].machine:
+                del self.damage[key]
+        owners = {}
+        for key in (yield ('list', 'machine/')):
+            value = yield from self._versioned(key)
+            if value:
+                number = key.split('/')[1]
+                owners[number] = value['keys']
+        for prefix in ('account/', 'address/', 'owner/'):
+            for key in (yield ('list', prefix)):
+                yield from self._versioned(key)
+        for key in (yield ('list', 'keys/')):
+            yield from self._keys(key, owners)
+        yield from self._store()
+
+    def _versioned(self, key):
+        data = yield from self._get(key)
+        if data is None:
+            return None
+        try:
+            versioned_number(key)
+            return versioned_decode(key, data)
+        except Damaged as e:
+            self._say(key, '', reason_of(e))
+        return None
+
+    def _keys(self, key, owners):
+        """Steps: keys/HASH leads to the machine with these keys."""
+        data = yield from self._get(key)
+        if data is None:
+            return
+        try:
+            number = '%016x' % number_decode(key, data)
+        except Damaged as e:
+            self._say(key, '', reason_of(e))
+            return
+        prefix = 'machine/%s/' % number
+        if number in owners:
+            if key != 'keys/' + sha256(
+                    bytes.fromhex(owners[number])).hex():
+                self._say(key, '', 'names a machine with other keys')
+        elif not any(x.startswith(prefix) for x in self.damage):
+            # Registering ends with it: it may be on its way.
+            yield ('wait', 1)
+            if not (yield ('list', prefix)):
+                self._say(key, '', 'names machine %s, which is missing'
+                          % number)
+
+    def _store(self):
+        """Steps: the id of the store, and what S3 is tried out with."""
+        data = yield from self._get('store-id')
+        if data is not None:
+            try:
+                store_id_decode(data)
+            except Damaged as e:
+                self._say('store-id', '', reason_of(e))
+        if (yield ('size', 'probe')) is not None:
+            data = yield from self._get('probe')
+            if data not in (None, PROBE):
+                self._say('probe', '', 'is damaged')
+
+    # A machine.
+
+    def _log(self, machine):
+        """Steps: every log entry, and the chain they make."""
+        self.known, self.past = {}, set()
+        self.extracts = set((yield ('list', 'list/%s/' % machine)))
+        number = int(machine, 16)
+        for key in [x for x in self.damage
+                    if x.startswith('log/%s/' % machine)]:
+            del self.damage[key]
+        keys = yield ('list', 'log/%s/' % machine)
+        last = log_last(number, keys)
+        before, head = yield from self._log_head(number)
+        for k in range(1, last + 1):
+            key = log_key(number, k)
+            data = yield from self._get(key, machine)
+            entry = None
+            if data is not None:
+                try:
+                    entry = log_decode(number, k, data)
+                    head = self._entry(key, machine, entry, before, head)
+                except (Damaged, Refused) as e:
+                    self._say(key, machine, reason_of(e))
+            before = entry.hash if entry else None
+        seen, digest = self.heads.get(machine, [0, ''])
+        if last < seen:
+            self._say(log_key(number, seen), machine, 'is missing: the log '
+                      'ends at entry %d, it had %d' % (last, seen))
+        elif before and last == seen and before.hex() != digest:
+            self._say(log_key(number, seen), machine, 'is another one than '
+                      'it was')
+        elif before:
+            self.heads[machine] = [last, before.hex()]
+
+    def _log_head(self, number):
+        """Steps: what comes before entry 1: (its hash, H_0 or None)."""
+        try:
+            machine = yield from machine_load(number)
+            store = store_id_decode((yield ('get', 'store-id', 0, None)))
+        except StoreError:
+            machine = None
+        return ZERO32, machine and genesis(number, store, machine.keys)
+
+    def _entry(self, key, machine, entry, before, head):
+        """Note an entry's segments; H_n after it, None if that is unknown.
+
+        `before` and `head` are the hashes it must follow, if they are known.
+        """
+        if before not in (None, entry.previous):
+            self._say(key, machine, 'does not follow the one before')
+        for name, size, digest, count, _ in entry.segments:
+            self.known[name] = (size, digest, count)
+        for name in entry.drops:
+            if self.known.pop(name, None) and extract_key(name):
+                self.past.add(name)
+        if not entry.commit:
+            return head
+        commit = commit_decode(entry.commit)
+        if head not in (None, commit.previous):
+            if commit.n > 1:
+                self._say(key, machine,
+                          'its commit does not follow the one before')
+            elif 'store-id' not in self.damage:
+                self._say('store-id', '', 'not the one that machine %s was '
+                          'registered with' % machine)
+        return commit.hash
+
+    def _segment(self, key):
+        """Steps: one segment, against the log or else against itself, and
+        its extract.
+        """
+        machine = key.split('/')[1]
+        before = self.damage.pop(key, None)
+        self.damage.pop(extract_key(key), None)
+        self.segments += 1
+        segment = None
+        try:
+            segment = yield from self._segment_check(key, machine)
+            self.unreadable = 0
+        except NoObject as e:
+            # Dropped meanwhile, or never committed, it is nothing to lack.
+            if key in self.known:
+                yield from self._log(machine)
+            if key in self.known:
+                self._failed(key, machine, e)
+        except (StoreError, Refused) as e:
+            self._failed(key, machine, e)
+        if before and key in self.damage and not self.damage[key].blocks:
+            self.damage[key] = self.damage[key]._replace(
+                blocks=before.blocks)
+        if extract_key(key):
+            yield from self._extract(key, machine, segment)
+
+    def _extract(self, key, machine, segment):
+        """Steps: a segment's extract; `segment` is None if that is gone."""
+        extract = extract_key(key)
+        if extract not in self.extracts:
+            if segment and key in self.known and not self.read_only:
+                yield from extract_put(segment)
+                self.extracts.add(extract)
+            elif key in self.past and segment is None and (
+                    yield ('size', key)) is None:
+                self._say(extract, machine, 'is missing')
+            return
+        data = yield from self._get(extract, machine)
+        if data is None:
+            return
+        try:
+            extract_decode(extract, data)
+            if segment:
+                yield from extract_put(segment)
+        except (Damaged, struct.error) as e:
+            self._say(extract, machine, reason_of(e))
+
+    def _segment_check(self, key, machine):
+        """Steps: the Segment, None if it is damaged."""
+        known, wrong = self.known.get(key), []
+        size = yield ('size', key)
+        if size is None:
+            raise NoObject('read', key)
+        self.objects += 1
+        if known and size != known[0]:
+            wrong.append('%d bytes long, not %d' % (size, known[0]))
+        try:
+            segment = yield from segment_load(key, size)
+        except Damaged as e:
+            self._say(key, machine, '; '.join(wrong + [reason_of(e)])
+                      + (', of %d entries' % known[2] if known else
+                         ', not committed'))
+            return None
+        yield from self._pace(len(segment.table))
+        if known and segment.table_hash != known[1]:
+            wrong.append('it is another segment')
+        bad = yield from segment_rotten(segment, self._pace)
+        wrong += ['entry %d %s' % (i, bad[i]) if i >= 0 else bad[i]
+                  for i in sorted(bad)[:3]]
+        if len(bad) > 3:
+            wrong.append('%d entries in all' % len(bad))
+        if wrong:
+            rows = list(ROW.iter_unpack(segment.table))
+            self._say(key, machine, '; '.join(wrong), [
+                rows[i][0].hex() for i in sorted(bad)
+                if i >= 0 and 'header' not in bad[i]
+                and rows[i][1] in BLOCK_CLASSES])
+        return None if wrong else segment
+
+
+def reason_of(error):
+    """What a StoreError or Refused says after its object."""
+    return getattr(error, 'reason', str(error))
+
+
+def log_last(number, keys):
+    """The number of the last log entry among store keys."""
+    last = 0
+    for key in keys:
+        parts = key.split('/')[2:]
+        if len(parts) == 2 and all(x.isdigit() for x in parts):
+            last = max(last, int(parts[0]) * 1000 + int(parts[1]))
+    return last
+
+
+def scrub_machines():
+    """Steps: all machines there are traces of, in 16 digits, sorted."""
+    found = set()
+    for prefix in ('machine/', 'log/', 'seg/'):
+        found.update(x.split('/')[1] for x in (yield ('list', prefix)))
+    return sorted(x for x in found
+                  if len(x) == 16 and not set(x) - set('0123456789abcdef'))
 
 
 ##############################################################################
@@ -4106,12 +4575,13 @@ def say(line):
 CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
                 's3-access-key', 's3-secret-key', 's3-session-token',
-                's3-checksum', 's3-ca-bundle'}
+                's3-checksum', 's3-ca-bundle', 'scrub-rate'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
-             'store', 'accounts', 'spool', 'index', 'tmp'}
+             'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
+             'scrub.lock'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner'}
@@ -4124,6 +4594,7 @@ CONF = '''\
 #accounts =
 #workers = 1
 #front-certificate =
+#scrub-rate = 1M
 '''
 
 
@@ -4386,7 +4857,7 @@ class Server:
             ser.Encoding.Raw, ser.PublicFormat.Raw)
 
     def _load_store(self, path):
-        self.store_id = bytes.fromhex(self.store.get('store-id').decode())
+        self.store_id = store_id_decode(self.store.get('store-id'))
         try:
             if not self.read_only:
                 self.store.prepare()
@@ -4481,6 +4952,105 @@ class Server:
             import shutil
             shutil.rmtree(self.temporary, ignore_errors=True)
             self.temporary = None
+
+
+##############################################################################
+# Scrub, kept and repeated
+#
+# Where a round stands is in SRV/scrub, whatever ends the process; one process
+# at a time scrubs.  Either a command does, or a thread of `serve`.
+##############################################################################
+
+SCRUB_SAVE = 10                 # seconds between two writes of SRV/scrub
+SCRUB_AGAIN = 24 * 3600         # seconds from round to round, for `serve`
+
+
+class ScrubRun:
+    """The right to scrub a server directory, and its Scrub; close() it."""
+
+    def __init__(self, server, rate=None):
+        self.server = server
+        self.path = os.path.join(server.path, 'scrub')
+        self.lock = os.open(self.path + '.lock',
+                            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not lock_take(self.lock):
+            os.close(self.lock)
+            raise ServerError('%s: another process scrubs it' % server.path)
+        try:
+            saved = json.loads(read_file(self.path, 64 * MIB))
+        except (FileNotFoundError, ValueError):
+            saved = None                        # a round begins anew
+        try:
+            self.scrub = Scrub(saved, rate, server.read_only)
+        except (TypeError, AttributeError):
+            self.scrub = Scrub(None, rate, server.read_only)
+        self.when = time.monotonic()            # of the last save
+
+    def run(self, segments=None, heard=None):
+        """Go on with the round, or begin one, until its end or for so many
+        segments; True if it is over.  `heard` is called with each Damage
+        that is new.
+        """
+        scrub, known = self.scrub, {}
+        known.update(self.scrub.damage)
+        self.server.run(scrub.begin())
+        while True:
+            for damage in scrub.damage.values():
+                if heard and known.get(damage.key) != damage:
+                    heard(damage)
+            known.update(scrub.damage)
+            if segments is not None and scrub.segments >= segments and (
+                    scrub.queue):
+                return False
+            if time.monotonic() > self.when + SCRUB_SAVE:
+                self.save()
+            if not self.server.run(scrub.step()):
+                return True
+
+    def save(self):
+        """Durable on return."""
+        write_file(self.path, json.dumps(self.scrub.saved()).encode())
+        self.when = time.monotonic()
+
+    def close(self):
+        try:
+            self.save()
+        finally:
+            os.close(self.lock)
+
+
+def scrub_always(server, rate):
+    """Scrub in a thread of this process for as long as it lives, if no other
+    process of this directory does.
+    """
+    while True:
+        try:
+            run = ScrubRun(server, rate)
+            try:
+                wait = 0
+                if run.scrub.place is None:
+                    wait = run.scrub.started + SCRUB_AGAIN - time.time()
+                if wait <= 0:
+                    run.run(None, lambda damage: say(scrub_line(damage)))
+            finally:
+                run.close()
+        except ServerError:
+            pass                        # another one does
+        except (StoreError, OSError) as e:
+            say('scrub: %s' % e)
+        time.sleep(60)
+
+
+def scrub_line(damage):
+    """A Damage in words."""
+    text = 'damaged: %s: %s' % (damage.key, damage.what)
+    if damage.machine:
+        text += ', of machine %s' % damage.machine
+    if damage.blocks:
+        text += ', blocks %s' % ' '.join(x[:16] for x in damage.blocks[:4])
+    if len(damage.blocks) > 4:
+        text += ' and %d more' % (len(damage.blocks) - 4)
+    return text
 
 
 ##############################################################################
@@ -5204,6 +5774,10 @@ def serve_one(server, listener, context, parent=None):
     for number in signals:
         signal.signal(number, lambda *_: loop.stop())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    rate = server.conf.get('scrub-rate')
+    if rate and not server.read_only:
+        threading.Thread(target=scrub_always, daemon=True,
+                         args=(server, size_parse(rate))).start()
     if not parent:
         announce(listener)
     loop.run()
@@ -5277,6 +5851,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py user SRV move-machine MACHINE NAME
        tarsnapd.py user SRV list
        tarsnapd.py machine SRV list
+       tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
        tarsnapd.py index-dump SRV MACHINE
        tarsnapd.py --version | --help
@@ -5499,6 +6074,58 @@ def option_number(options, name, default, least, most):
         raise ServerError('%s must be a number from %d to %d'
                           % (name, least, most))
     return int(text)
+def command_scrub(args):
+    """Read everything again; status 2 if anything is damaged."""
+    options, (path,) = take_options(
+        args, {'--part': True, '--rate': True, '--json': False}, 1)
+    part = options.get('--part', '1')
+    if not part.isdigit() or not int(part):
+        raise ServerError('--part is a number from 1 up, not %s' % part)
+    rate = options.get('--rate')
+    server = open_server(path)
+    run = ScrubRun(server, size_parse(rate) if rate else None)
+    try:
+        share = None
+        if int(part) > 1:
+            total = len({x.partition('/')[2] for prefix in ('seg/', 'list/')
+                         for x in server.run(iter_list(prefix))})
+            share = -(-total // int(part))
+        over = run.run(share)
+    finally:
+        run.close()
+        server.close()
+    scrub = run.scrub
+    damage = sorted(scrub.damage.values())
+    if '--json' in options:
+        print(json.dumps({
+            'objects': scrub.objects, 'segments': scrub.segments,
+            'bytes': scrub.bytes, 'round': {
+                'started': scrub.started, 'over': over,
+                'finished': scrub.finished},
+            'damaged': [x._asdict() for x in damage]}))
+    else:
+        for one in damage:
+            say(scrub_line(one))
+        print('verified %d objects, %d of them segments, %d bytes: %d damaged'
+              '; %s' % (scrub.objects, scrub.segments, scrub.bytes,
+                        len(damage), 'the round is over' if over
+                        else 'the round goes on'))
+    return 2 if damage else 0
+
+
+def iter_list(prefix):
+    """Steps: all keys that begin with `prefix`."""
+    return (yield ('list', prefix))
+
+
+def size_parse(text):
+    """A number of bytes with or without k, M or G (1000s); ServerError."""
+    units = {'k': 10 ** 3, 'M': 10 ** 6, 'G': 10 ** 9}
+    unit = units.get(text[-1:], 1)
+    digits = text if unit == 1 else text[:-1]
+    if not (digits.isascii() and digits.isdigit()) or not int(digits):
+        raise ServerError('%s is not a number of bytes' % text)
+    return int(digits) * unit
 
 
 def command_index_dump(args):
@@ -5525,6 +6152,7 @@ def command_serve(args):
     options, (path,) = take_options(
         args, {'--listen': True, '--workers': True}, 1)
     server = open_server(path)
+    size_parse(server.conf.get('scrub-rate', '1'))
     server.certificate_load()
     context = None
     if not server.conf.get('front-certificate'):
@@ -5601,6 +6229,7 @@ COMMANDS = {
     'session': command_session,
     'rebuild': command_rebuild,
     'clean': command_clean,
+    'scrub': command_scrub,
     'index-dump': command_index_dump,
     'stat': command_stat,
 }
@@ -5624,9 +6253,9 @@ def main(argv=None):
         if not argv or argv[0] not in COMMANDS:
             raise ServerError('%s; see --help' % (
                 'unknown command %s' % argv[0] if argv else 'no command'))
-        COMMANDS[argv[0]](argv[1:])
+        status = COMMANDS[argv[0]](argv[1:])
         sys.stdout.flush()
-        return 0
+        return status or 0
     except BrokenPipeError:
         sys.stderr.close()
         return 1
