@@ -114,7 +114,11 @@ class Rebuild(unittest.TestCase):
         in_segments = sum(int(line.split()[7]) for line in
                           before.splitlines() if line.startswith('segments'))
         self.assertEqual(in_segments, len(live))
-        self.assertEqual(run('rebuild', self.path), (0, '', ''))
+        status, said, _ = run('rebuild', self.path)
+        self.assertEqual(status, 0)
+        self.assertRegex(
+            said, r'^\d+ entries in [0-9.]+ seconds, \d+ a second$')
+        print(said, end='')
         self.assertEqual(self.dump(), before)
         for name in os.listdir(os.path.join(self.path, 'index')):
             os.unlink(os.path.join(self.path, 'index', name))
