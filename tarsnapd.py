@@ -1888,6 +1888,18 @@ class SpoolDir:
             os.close(fd)
         return count
 
+    def held(self, machine):
+        """Bytes of a machine's open segments."""
+        directory, size = self._directory(machine), 0
+        for name in os.listdir(directory):
+            try:
+                st = os.stat(os.path.join(directory, name))
+            except FileNotFoundError:
+                continue
+            if st.st_nlink == 1 and not name.startswith(CLEANER.hex()):
+                size += st.st_size      # else it is in the store
+        return size
+
     def _directory(self, machine):
         path = os.path.join(self.root, '%016x' % machine)
         os.makedirs(path, 0o700, exist_ok=True)
@@ -2744,15 +2756,20 @@ WITHOUT_SUM = {frozenset(x.split()) for x in (
 
 
 class Machine:
-    """A registered machine: number, name, user, and its four public keys."""
+    """A registered machine: number, name, user, its four public keys, and
+    what its operator allows.
+    """
 
-    __slots__ = ('number', 'name', 'user', 'keys')
+    __slots__ = ('number', 'name', 'user', 'keys', 'quota', 'read_only')
 
-    def __init__(self, number, name, user, keys):
+    def __init__(self, number, value):
         self.number = number
-        self.name = name
-        self.user = user
-        self.keys = keys            # R, W, D, N: 32 bytes each, joined
+        self.name = value['name']
+        self.user = value['user']
+        # R, W, D, N: 32 bytes each, joined
+        self.keys = bytes.fromhex(value['keys'])
+        self.quota = value.get('quota')         # bytes, or None
+        self.read_only = value.get('read-only', False)
 
     def key(self, role):
         return self.keys[32 * (role - 1):32 * role]
@@ -2998,9 +3015,58 @@ def machine_load(number):
     found = yield from versioned_get('machine/%016x/' % number)
     if found is None:
         return None
-    value = found[1]
-    return Machine(number, value['name'], value['user'],
-                   bytes.fromhex(value['keys']))
+    return Machine(number, found[1])
+
+
+def machine_set(number, **changes):
+    """Steps: change what is kept of a machine; what is None goes."""
+    version, value = yield from versioned_get('machine/%016x/' % number)
+    value.update({name.replace('_', '-'): x for name, x in changes.items()})
+    value = {name: x for name, x in value.items() if x is not None}
+    if not (yield from versioned_put('machine/%016x/' % number, version + 1,
+                                     value)):
+        raise ServerError('machine %016x is being changed by somebody else'
+                          % number)
+
+
+def machine_held(number):
+    """Steps: bytes of a machine's live blocks, and of all that arrived and is
+    not committed.
+    """
+    state = yield from catch_up(number)
+    prefix, size = 'seg/%016x/' % number, state.bytes
+    known = dict((yield ('index', number, 'segments_of', prefix)))
+    for key in (yield ('list', prefix)):
+        if key not in known and extract_key(key):
+            size += (yield ('size', key)) or 0
+    return size + (yield ('spool', None, 'held', number))
+
+
+Quota = collections.namedtuple('Quota', 'whose most used')  # bytes
+
+
+def quotas(machine):
+    """Steps: the Quotas that a write of a Machine is under."""
+    found = []
+    owner = yield from owner_get(machine.number)
+    if machine.quota is not None:
+        found.append(Quota('machine', machine.quota, (
+            yield from machine_held(machine.number))))
+    account = (yield from account_load(owner)) if owner else None
+    if account and account[1].get('quota') is not None:
+        used = 0
+        for number, ident in (yield from owner_machines()).items():
+            if ident == owner:
+                used += yield from machine_held(number)
+        found.append(Quota('account', account[1]['quota'], used))
+    return found
+
+
+def quota_refusal(quota, size):
+    """The Refused for `size` bytes more than `quota` has room for."""
+    return Refused(E_QUOTA, 'quota of the %s is %d bytes, %d are used, and '
+                   'this takes %d more' % (quota.whose, quota.most,
+                                           quota.used, size))
 
 
 def machine_numbers():
@@ -3249,6 +3315,8 @@ class Session:
         self.batch = []                 # entries not yet in the spool
         self.batch_bytes = 0
         self.arrived = 0                # puts and the like since BEGIN
+        self.quotas = []                # Quotas that hold for tx
+        self.arrived_bytes = 0          # of blocks, since these were measured
 
     @property
     def ceiling(self):
@@ -3363,6 +3431,9 @@ class Session:
                           % ' or '.join(letters))
         if writes and self.server.read_only:
             raise Refused(E_READONLY, 'the store is read-only')
+        if writes and self.server.frozen:
+            raise Refused(E_READONLY, 'the server is read-only for now: '
+                          'archives can be read, not stored or deleted')
         return getattr(self, method) if method else None
 
     def _need(self, role):
@@ -3455,7 +3526,9 @@ class Session:
         self.genesis = genesis(number, self.server.store_id, machine.keys)
         self.roles += letter
         yield ('answer', AUTHOK, self._head(state)
-               + U64.pack(state.archives) + bytes([self.server.read_only]))
+               + U64.pack(state.archives) + bytes([
+                   self.server.read_only or self.server.frozen
+                   or machine.read_only]))
 
     # Looking.
 
@@ -3647,6 +3720,9 @@ class Session:
         ids = [reader.take(32) for _ in range(count)]
         reader.end()
         self._need(KIND_ROLE[kind])
+        if kind == KIND_WRITE and self.machine.read_only:
+            raise Refused(E_READONLY, 'this machine is read-only: archives '
+                          'can be read and deleted, not stored')
         if self.tx and self.tx.tid != tid:
             raise Refused(E_BUSY, 'this connection has another transaction')
         state = yield from self._current()
@@ -3654,12 +3730,19 @@ class Session:
         if ids and (yield self._ask('archives', ids)):
             raise Refused(E_EXISTS, 'an archive of this name exists')
         yield from self._open(tid, kind, lineage)
+        yield from self._measure()
         puts = list(linked_puts(self.tx.tables(), self.tx.withdrawn))
         digest = sha256(b''.join(put[2] for put in puts))
         yield ('answer', BEGUN, self._head(state)
                + U64.pack(len(puts)) + digest)
         yield from many(ADDED, [ADDED_ROW.pack(*put[2:]) for put in puts])
         yield ('answer', OK, b'')
+
+    def _measure(self):
+        """Steps: learn how much more may be put."""
+        self.quotas, self.arrived_bytes = [], 0
+        if self.tx.kind == KIND_WRITE:
+            self.quotas = yield from quotas(self.machine)
 
     def _place(self, tid):
         """The key of a transaction in the table of open ones."""
@@ -3768,6 +3851,10 @@ class Session:
         if kind == PUT:
             entry = (body[32:33], body[:32], memoryview(body)[33:])
             block_check(entry[0], entry[2])
+            self.arrived_bytes += len(entry[2])
+            for quota in self.quotas:
+                if quota.used + self.arrived_bytes > quota.most:
+                    raise quota_refusal(quota, self.arrived_bytes)
         else:
             entry = self._take_names(tx, kind, body)
         tx.rows += 1
@@ -3906,6 +3993,11 @@ class Session:
         verdict = yield self._ask('check', state.k, change)
         if verdict is None:
             return None
+        # Others may have written since this was measured.
+        most = self.machine.quota
+        if tx and most is not None and verdict.bytes > max(most, state.bytes):
+            raise quota_refusal(Quota('machine', most, state.bytes),
+                                verdict.bytes - state.bytes)
         now = yield ('now',)
         entry = Entry(self.machine.number, state.k + 1, state.log_hash,
                       max(now, state.time), body)
@@ -3955,6 +4047,8 @@ class Session:
             return
         if frame == CHECKPOINT:
             tx.clear()
+            if self.quotas:
+                yield from self._measure()
             return
         garbage = [s.key for s in tx.segments] if (
             commit.kind == KIND_ABORT) else []
@@ -4665,7 +4759,7 @@ def say(line):
 CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
                 's3-access-key', 's3-secret-key', 's3-session-token',
-                's3-checksum', 's3-ca-bundle', 'scrub-rate'}
+                's3-checksum', 's3-ca-bundle', 'scrub-rate', 'read-only'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
@@ -4685,6 +4779,7 @@ CONF = '''\
 #workers = 1
 #front-certificate =
 #scrub-rate = 1M
+#read-only = no
 '''
 
 
@@ -4692,6 +4787,16 @@ def is_server(path):
     """True if `path` is a server directory."""
     return (os.path.isfile(os.path.join(path, 'tarsnapd.conf'))
             and os.path.isfile(os.path.join(path, 'identity.key')))
+
+
+def size_parse(text):
+    """A number of bytes with or without k, M or G (1000s); ServerError."""
+    units = {'k': 10 ** 3, 'M': 10 ** 6, 'G': 10 ** 9}
+    unit = units.get(text[-1:], 1)
+    digits = text if unit == 1 else text[:-1]
+    if not (digits.isascii() and digits.isdigit()) or not int(digits):
+        raise ServerError('%s is not a number of bytes' % text)
+    return int(digits) * unit
 
 
 def conf_read(path):
@@ -4910,6 +5015,10 @@ class Server:
         self.complain = complain        # called with one line, or None
         self.conf = conf_read(path)
         self.open = {}      # (machine, tid) -> Session that has it open
+        if self.conf.get('read-only', 'no') not in ('yes', 'no'):
+            raise ServerError('read-only is yes or no, not %s'
+                              % self.conf['read-only'])
+        self.frozen = self.conf.get('read-only') == 'yes'   # by its operator
         self.cert_hash = ZERO32
         self.serial = 0
         self.temporary = None           # directory to remove at the end
@@ -5965,8 +6074,11 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py user SRV add | passwd | show | close NAME
        tarsnapd.py user SRV address NAME NEW
        tarsnapd.py user SRV move-machine MACHINE NAME
+       tarsnapd.py user SRV quota NAME BYTES | none
        tarsnapd.py user SRV list
-       tarsnapd.py machine SRV list
+       tarsnapd.py machine SRV list | show MACHINE
+       tarsnapd.py machine SRV quota MACHINE BYTES | none
+       tarsnapd.py machine SRV read-only MACHINE on | off
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
        tarsnapd.py index-dump SRV MACHINE
@@ -6035,7 +6147,8 @@ def command_user(args):
     if verb not in USER_VERBS or len(words) != USER_VERBS[verb][1] + 2:
         raise ServerError('user SRV add|passwd|show|close NAME, user SRV '
                           'address NAME NEW, user SRV move-machine MACHINE '
-                          'NAME, or user SRV list')
+                          'NAME, user SRV quota NAME BYTES|none, or user SRV '
+                          'list')
     server = open_server(words[0])
     USER_VERBS[verb][0](server, *words[2:])
     server.close()
@@ -6070,11 +6183,23 @@ def user_list(server):
         print(account['address'])
 
 
+def user_quota(server, name, quota):
+    found = server.run(account_need(name))
+    server.run(account_write(found, quota=quota_parse(quota)))
+
+
+def quota_parse(text):
+    """Bytes, or None for the word none."""
+    return None if text == 'none' else size_parse(text)
+
+
 def user_show(server, name):
     _, account = server.run(account_need(name))
     print('account %s' % account['id'])
     print('address %s' % account['address'])
     print('created %s' % moment(account['created']))
+    if 'quota' in account:
+        print('quota %d' % account['quota'])
     for number, ident in server.run(owner_machines()).items():
         if ident == account['id']:
             print('machine %016x %s' % (
@@ -6089,7 +6214,8 @@ def moment(seconds):
 USER_VERBS = {                          # what it does, number of words
     'add': (user_add, 1), 'passwd': (user_passwd, 1), 'show': (user_show, 1),
     'close': (user_close, 1), 'address': (user_address, 2),
-    'move-machine': (user_move_machine, 2), 'list': (user_list, 0)}
+    'move-machine': (user_move_machine, 2), 'quota': (user_quota, 2),
+    'list': (user_list, 0)}
 
 
 def read_password():
@@ -6108,11 +6234,19 @@ def read_password():
 
 
 def command_machine(args):
-    """Registered machines: number, address of the account, name."""
-    _, words = take_options(args, {}, 2)
-    if words[1] != 'list':
-        raise ServerError('machine SRV list')
+    """Registered machines, and what they may store."""
+    _, words = take_options(args, {}, 2, 4)
+    verb = words[1]
+    if verb not in MACHINE_VERBS or len(words) != MACHINE_VERBS[verb][1] + 2:
+        raise ServerError('machine SRV list, machine SRV show MACHINE, '
+                          'machine SRV quota MACHINE BYTES|none, or '
+                          'machine SRV read-only MACHINE on|off')
     server = open_server(words[0])
+    MACHINE_VERBS[verb][0](server, *words[2:])
+    server.close()
+
+
+def machine_list(server):
     owners = server.run(owner_machines())
     addresses = {ident: server.run(account_load(ident))[1]['address']
                  for ident in set(owners.values())}
@@ -6120,7 +6254,32 @@ def command_machine(args):
         machine = server.run(machine_load(number))
         print('%016x %s %s' % (number, addresses.get(owners.get(number), '-'),
                                printable(machine.name)))
-    server.close()
+
+
+def machine_show(server, text):
+    machine = server.run(machine_load(machine_need(server, text)))
+    print('machine %016x' % machine.number)
+    print('name %s' % printable(machine.name))
+    print('bytes %d' % server.run(machine_held(machine.number)))
+    print('quota %s' % ('none' if machine.quota is None else machine.quota))
+    print('read-only %s' % ('on' if machine.read_only else 'off'))
+
+
+def machine_quota(server, text, quota):
+    server.run(machine_set(machine_need(server, text),
+                           quota=quota_parse(quota)))
+
+
+def machine_read_only(server, text, how):
+    if how not in ('on', 'off'):
+        raise ServerError('read-only is on or off, not %s' % how)
+    server.run(machine_set(machine_need(server, text),
+                           read_only=how == 'on' or None))
+
+
+MACHINE_VERBS = {                       # what it does, number of words
+    'list': (machine_list, 0), 'show': (machine_show, 1),
+    'quota': (machine_quota, 2), 'read-only': (machine_read_only, 2)}
 
 
 def machine_need(server, text):
@@ -6237,16 +6396,6 @@ def command_scrub(args):
 def iter_list(prefix):
     """Steps: all keys that begin with `prefix`."""
     return (yield ('list', prefix))
-
-
-def size_parse(text):
-    """A number of bytes with or without k, M or G (1000s); ServerError."""
-    units = {'k': 10 ** 3, 'M': 10 ** 6, 'G': 10 ** 9}
-    unit = units.get(text[-1:], 1)
-    digits = text if unit == 1 else text[:-1]
-    if not (digits.isascii() and digits.isdigit()) or not int(digits):
-        raise ServerError('%s is not a number of bytes' % text)
-    return int(digits) * unit
 
 
 def command_index_dump(args):
