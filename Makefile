@@ -19,13 +19,16 @@ STORE =
 # Arguments for tests/run.py, such as modules, or -p PATTERN.
 TESTS =
 
+# Arguments for tests/crash.py, such as --seconds 60, --seed N or parts.
+CRASH =
+
 # Arguments for the benchmarks, such as --runs 3, --json FILE or --help.
 BENCH =
 
 # What tests run besides Python, as command:package of Debian.
 TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
 	cpio:cpio \
-	sshd:openssh-server
+	sshd:openssh-server cc:gcc
 
 # What the benchmark compares with.
 PEERS = restic:restic borg:borgbackup rclone:rclone openssl:openssl
@@ -37,6 +40,8 @@ help:
 	@echo '                       directory and over the network;'
 	@echo '                       STORE=s3 keeps it all in a bucket'
 	@echo 'make test [TESTS=...]  run the tests'
+	@echo 'make crash [CRASH=...] kill and cut the power at any call, for ten'
+	@echo '                       minutes; nothing may be lost'
 	@echo 'make bench [BENCH=...] time it beside restic and borg: a small tree,'
 	@echo '                       a large one, one file of 1 GB; 5 rounds'
 	@echo 'make bench-quick       the small tree, one round'
@@ -52,6 +57,9 @@ demo:
 
 test: tools
 	@$(FIND) && exec "$$py" tests/run.py $(TESTS)
+
+crash: tools
+	@$(FIND) && exec "$$py" tests/crash.py $(CRASH)
 
 bench: peers
 	@$(FIND) && exec "$$py" bench/compare.py --tree small --tree large \
@@ -102,5 +110,5 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test bench bench-quick bench-growth bench-network \
+.PHONY: help demo test crash bench bench-quick bench-growth bench-network \
 	bench-load tools peers lint clean

@@ -65,8 +65,10 @@ def no_signals():
     return mock.patch.object(signal, 'signal', lambda *_: None)
 
 
-def run(argv):
-    """Run the client in this process; its Result.  A bug raises."""
+def run(argv, main=None):
+    """Run the client (or another program's `main`) in this process; its
+    Result.  A bug raises.
+    """
     status = 0
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, \
             no_fsync(), no_signals():
@@ -79,7 +81,8 @@ def run(argv):
             io.FileIO(fd, 'w', closefd=False), write_through=True)
             for fd in (1, 2))
         try:
-            tarsnap.main(['tarsnap'] + [os.fsdecode(arg) for arg in argv])
+            (main or tarsnap.main)(['tarsnap'] + [os.fsdecode(arg)
+                                                  for arg in argv])
         except SystemExit as e:
             status = e.code or 0
         finally:
