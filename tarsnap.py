@@ -3995,7 +3995,7 @@ CREATE INDEX IF NOT EXISTS uses_memo ON uses(memo);
 CREATE TABLE IF NOT EXISTS repack(chunk BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 
-DATABASE_CACHE = 8 * MIB    # of each database in memory
+DATABASE_CACHE = 4 * MIB    # of each database in memory
 CANDIDATES = 4              # memo pages kept for one first member
 PROFILE_RUNS = 20           # runs after which a profile not used is dropped
 LOCK_POLL = 0.2             # s between two looks at a lock that is held
@@ -4651,15 +4651,17 @@ class Memo:
 PUT_WINDOW = 8 * MIB        # bytes sent and not yet in the server's spool
 CHECKPOINT_BYTES = 10 * 10 ** 9
 CHECKPOINT_SECONDS = 3600
-SMALLS = 30000              # small files' places kept in memory
+SMALLS = 10000              # small files' places kept in memory
 SPILLED = 1 << 24           # bits that say which of them are in `pending`
 MEMORY = {
     # bytes sent and not yet in the server's spool, small files' places kept,
     # bytes kept of each database
     None: (PUT_WINDOW, SMALLS, DATABASE_CACHE),
     'normalmem': (PUT_WINDOW, SMALLS, DATABASE_CACHE),
-    'lowmem': (2 * MIB, 10000, 2 * MIB),
+    'lowmem': (2 * MIB, 5000, 2 * MIB),
     'verylowmem': (MIB, 1000, 512 * KIB)}
+# Rows of `pending` collected in memory; one of a page may have 100 KB.
+ROWS = {'delta': 5000, 'small': 5000, 'memo': 50, 'borrowed': 5000}
 PACE_SECONDS = 2            # over which waiting for the network is judged
 
 
@@ -4680,12 +4682,11 @@ class Pending:
             self.remove()
             self.db = database(self.path, SQL_PENDING, 'OFF')
             self.meta = {}
-        self.rows = {'delta': [], 'small': [], 'memo': [], 'borrowed': []}
+        self.rows = {table: [] for table in ROWS}
 
     def add(self, table, row):
         self.rows[table].append(row)
-        full = len(self.rows[table]) >= 5000
-        if full:
+        if len(self.rows[table]) >= ROWS[table]:
             self.flush()
 
     def flush(self):
@@ -4765,15 +4766,101 @@ def pending_exists(cache):
 class Own:
     """A block this transaction has put, or is about to."""
 
-    __slots__ = ('cls', 'plain', 'stored', 'tplain', 'tstored', 'used')
+    __slots__ = ('cls', 'plain', 'stored', 'sums', 'used')
 
     def __init__(self, cls, plain=0, stored=0, used=True):
         self.cls = cls
         self.plain = plain      # bytes of its own
         self.stored = stored    # bytes; 0 while it is being made
-        self.tplain = 0         # with everything below
-        self.tstored = 0        # 0 while it is not known
+        self.sums = None        # (plain, stored) with what is below an index
         self.used = used        # by the walk under way
+
+
+class Owned:
+    """The blocks of a run: name -> Own.
+
+    Flat, as one run may put a million chunks: what is known of a chunk that
+    was put takes 41 bytes here and 4 to 11 of a hash table; as an object in a
+    dict it would be 280.  A name is a hash already.
+    """
+
+    ROW = struct.Struct('=32sII?')      # name, plain, stored, used
+
+    def __init__(self):
+        import array
+        self.array = array.array
+        self.clear()
+
+    def clear(self):
+        self.making = {}                # name -> Own: the others
+        self.rows = bytearray()         # of chunks that were put
+        self.slots = self.array('I', bytes(4 * 1024))   # 1 + number of a row
+
+    def place(self, name):
+        """(slot of a name, where its row begins or -1)."""
+        slots, rows, size = self.slots, self.rows, self.ROW.size
+        mask = len(slots) - 1
+        slot = int.from_bytes(name[:8], 'big') & mask
+        while slots[slot]:
+            at = (slots[slot] - 1) * size
+            if rows.startswith(name, at):
+                return slot, at
+            slot = slot + 1 & mask
+        return slot, -1
+
+    def get(self, name):
+        """The Own of a block, or None; after a change it is set() anew."""
+        own = self.making.get(name)
+        if own is None:
+            at = self.place(name)[1]
+            if at >= 0:
+                _, plain, stored, used = self.ROW.unpack_from(self.rows, at)
+                # Nothing stored: it was dropped.
+                return Own(CHUNK, plain, stored, used) if stored else None
+        return own
+
+    def set(self, name, own):
+        """Enter a block, or what has become of it."""
+        if own.cls != CHUNK or not own.stored:
+            self.making[name] = own
+            return
+        self.making.pop(name, None)
+        slot, at = self.place(name)
+        if at < 0:
+            at = len(self.rows)
+            self.rows += bytes(self.ROW.size)
+            self.slots[slot] = at // self.ROW.size + 1
+        self.ROW.pack_into(self.rows, at, name, own.plain, own.stored,
+                           own.used)
+        if 3 * len(self.rows) > 2 * self.ROW.size * len(self.slots):
+            self.grow()
+
+    def grow(self):
+        """Twice as many slots."""
+        self.slots = self.array('I', bytes(8 * len(self.slots)))
+        for number, row in enumerate(self.ROW.iter_unpack(self.rows), 1):
+            self.slots[self.place(row[0])[0]] = number
+
+    def drop(self, name):
+        """Forget a block."""
+        self.making.pop(name, None)
+        at = self.place(name)[1]
+        if at >= 0:
+            self.ROW.pack_into(self.rows, at, name, 0, 0, False)
+
+    def items(self):
+        """(name, Own) of every block; do not set() or drop() meanwhile."""
+        yield from self.making.items()
+        for name, plain, stored, used in self.ROW.iter_unpack(self.rows):
+            if stored:
+                yield name, Own(CHUNK, plain, stored, used)
+
+    def unuse(self):
+        """No block is used by the walk that begins."""
+        for own in self.making.values():
+            own.used = False
+        size = self.ROW.size
+        self.rows[size - 1::size] = bytes(len(self.rows) // size)
 
 
 class Sink:
@@ -4784,7 +4871,7 @@ class Sink:
 
     def __init__(self, cache):
         self.cache = cache              # Cache, or None
-        self.own = {}                   # name -> Own, since the last commit
+        self.own = Owned()              # since the last commit
         self.sums = {}                  # name -> totals() of others' blocks
         self.plains = {}                # name -> length of others' chunks
         self.smalls = {}                # digest -> packed extents
@@ -4807,12 +4894,13 @@ class Sink:
             return own
         if own is not None:         # put before a restart, noted anew
             own.used, own.plain = True, plain
+            self.own.set(name, own)
             return None
         row = self.cache and self.cache.find(name)
         if row is not None:
             self.borrow(name)
             return row
-        self.own[name] = Own(cls, plain)
+        self.own.set(name, Own(cls, plain))
         return None
 
     def plain(self, name):
@@ -4835,7 +4923,7 @@ class Sink:
         """
         own = self.own.get(name)
         if own is not None:
-            return (own.tplain, own.tstored) if own.tstored else None
+            return own.sums
         if name in self.sums:
             return self.sums[name]
         return self.cache.total(name)
@@ -4987,7 +5075,7 @@ class Transaction(Sink):
         self.order.clear()
         self.gone.clear()
         for name, cls, stored in held:
-            self.own[name] = Own(cls, 0, stored, False)
+            self.own.set(name, Own(cls, 0, stored, False))
             self.order += name
 
     def enqueue(self, kind, body):
@@ -5041,10 +5129,12 @@ class Transaction(Sink):
         `kids` are the Kids it names, `totals` its (plain, stored) with
         everything below; for a chunk both are left out.
         """
-        own = self.own[name]
+        own = self.own.get(name)
         fresh = not own.stored
         own.stored = own.stored or len(sealed)
-        self.note(name, cls, own, plain, kids, totals)
+        own.plain, own.sums = plain, totals or (plain, own.stored)
+        self.own.set(name, own)
+        self.delta(name, cls, plain, own.stored, *own.sums, kids)
         if fresh or self.cache.find(name) is None:
             self.new[0] += plain
             self.new[1] += own.stored
@@ -5053,13 +5143,6 @@ class Transaction(Sink):
             self.gone.discard(name)
             self.sent_bytes += len(sealed)
             self.send(PUT, name + cls + sealed)
-
-    def note(self, name, cls, own, plain, kids, totals):
-        """The rows of a new block in `pending`."""
-        own.plain = plain
-        own.tplain, own.tstored = totals or (plain, own.stored)
-        self.delta(name, cls, plain, own.stored, own.tplain, own.tstored,
-                   kids)
 
     def delta(self, name, cls, plain, stored, tplain, tstored, kids):
         """What committing a block does to its row and to those it names."""
@@ -5119,8 +5202,7 @@ class Transaction(Sink):
         self.smalls.clear()
         self.spilled = bytearray()
         self.new = [0, 0]
-        for own in self.own.values():
-            own.used = False
+        self.own.unuse()
 
     def withdraw(self, names):
         """Take back puts that will not be linked."""
@@ -5129,7 +5211,7 @@ class Transaction(Sink):
             name for name in names_split(self.order)
             if name not in self.gone))
         for name in names:
-            del self.own[name]
+            self.own.drop(name)
         try:
             self.withdraw_post(names)
         except ChannelLost:
@@ -5243,10 +5325,11 @@ class Transaction(Sink):
             self.resume()
         self.withdraw([record.name])
         # What others put as well is theirs: the first copy counts.
-        new = [own for name, own in self.own.items()
-               if own.used and self.cache.find(name) is None]
-        self.new = [sum(own.plain for own in new),
-                    sum(own.stored for own in new)]
+        self.new = [0, 0]
+        for name, own in self.own.items():
+            if own.used and self.cache.find(name) is None:
+                self.new[0] += own.plain
+                self.new[1] += own.stored
         self.pending.flush()
         self.pending.db.execute('DELETE FROM delta WHERE name = ?1 OR '
                                 'parent = ?1', (record.name,))
@@ -6660,7 +6743,7 @@ def pread_paced(seconds):
 PAGE_ENTRIES = 4096
 PAGE_KIDS = 4096
 PAGE_ROWS = 128 * KIB       # bytes
-PAGES_WAITING = 64          # pages held open by the shared stream at most
+PAGES_WAITING = 16          # pages held open by the shared stream at most
 RACY = 2 * BILLION          # ns: a file this fresh may change unseen
 FIRST_TIME = -1 << 63       # ns since 1970: the year 1677
 LONGEST_KEY = 60000         # bytes of a member name in the memo
@@ -7603,9 +7686,9 @@ class DryRun(Sink):
     lineage = tid = bytes(16)
 
     def put(self, name, cls, sealed, plain, kids=(), totals=None):
-        own = self.own[name]
-        own.plain, own.stored = plain, len(sealed)
-        own.tplain, own.tstored = totals or (plain, len(sealed))
+        own = Own(cls, plain, len(sealed))
+        own.sums = totals or (plain, len(sealed))
+        self.own.set(name, own)
         self.new[0] += plain
         self.new[1] += len(sealed)
 
@@ -7613,11 +7696,12 @@ class DryRun(Sink):
         """Where no cache directory knows the block, it counts as it is
         before compression.
         """
-        if kid.name in self.own or self.cache and self.cache.find(kid.name):
+        if self.own.get(kid.name) or \
+                self.cache and self.cache.find(kid.name):
             return
-        own = self.own[kid.name] = Own(kid.cls)
-        own.plain = own.stored = kid.plain
-        own.tplain = own.tstored = kid.plain + below
+        own = Own(kid.cls, kid.plain, kid.plain)
+        own.sums = (kid.plain + below,) * 2
+        self.own.set(kid.name, own)
 
     def add_small(self, digest, extents):
         self.smalls[digest] = extents
