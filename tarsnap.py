@@ -253,7 +253,8 @@ PROTOCOL = 1
 
 # Client to server.
 HELLO, REGISTER1, REGISTER2, AUTH, STAT, CHANGES, LIST, GET, HAS = range(1, 10)
-BEGIN, PUT, WITHDRAW, DELETE, CHECKPOINT, COMMIT, ABORT, NUKE = range(10, 18)
+(BEGIN, PUT, WITHDRAW, DELETE, CHECKPOINT, COMMIT, ABORT, NUKE,
+ REVIVE) = range(10, 19)
 
 # Server to client.
 (STATEMENT, OK, ERROR, CHALLENGE, REGISTERED, AUTHOK, STATUS, COMMIT_OBJECT,
@@ -267,8 +268,9 @@ BEGIN, PUT, WITHDRAW, DELETE, CHECKPOINT, COMMIT, ABORT, NUKE = range(10, 18)
 ROLE_READ, ROLE_WRITE, ROLE_DELETE, ROLE_NUKE = 1, 2, 3, 4
 ROLE_NAME = {1: 'read', 2: 'write', 3: 'delete', 4: 'nuke'}
 
-KIND_WRITE, KIND_DELETE, KIND_NUKE, KIND_ABORT = 1, 2, 3, 4
-KIND_ROLE = {1: ROLE_WRITE, 2: ROLE_DELETE, 3: ROLE_NUKE, 4: ROLE_WRITE}
+KIND_WRITE, KIND_DELETE, KIND_NUKE, KIND_ABORT, KIND_UNDELETE = 1, 2, 3, 4, 5
+KIND_ROLE = {1: ROLE_WRITE, 2: ROLE_DELETE, 3: ROLE_NUKE, 4: ROLE_WRITE,
+             5: ROLE_DELETE}
 
 OPEN, PARTIAL, COMPLETE = 1, 2, 3
 
@@ -12217,6 +12219,286 @@ def expire_dry(opt, expire):
     return 1 if expire.errors else 0
 
 
+class Gone:
+    """An archive that was deleted, as the history tells it."""
+
+    __slots__ = ('archive', 'record', 'lineage', 'state', 'n', 'time')
+
+    def __init__(self, archive, link, change):
+        self.archive = archive          # id
+        self.record, self.lineage, self.state = link[:3]
+        self.n = change.commit.n        # who deleted it
+        self.time = change.time         # and when, by the server's clock
+
+
+def history_gone(remote):
+    """{archive id: Gone} of all archives that delete and nuke keys deleted
+    and that are not live now; from the whole history.
+    """
+    archives, gone = {}, {}
+    for change in history_changes(remote, (0, remote.key.genesis()), False):
+        commit = change.commit
+        lost = [link[0] for link in commit.unlinked]
+        if commit.kind == KIND_NUKE:
+            lost = list(archives)
+        if KIND_ROLE[commit.kind] in (ROLE_DELETE, ROLE_NUKE):
+            gone.update((archive, Gone(archive, archives[archive], change))
+                        for archive in lost if archive in archives)
+        archives_apply(archives, change)
+        for link in commit.linked:
+            gone.pop(link[0], None)
+    return gone
+
+
+class Revival:
+    """What an archive that was deleted needs: what of it still exists, and
+    what must be brought back, which is asked of the server in passing.
+    """
+
+    def __init__(self, remote, cache, gone):
+        self.channel = remote.connect()
+        self.cache = cache              # up to date and whole
+        self.gone = gone
+        self.record = None              # Record
+        self.blocks = {}    # name -> [class, plain, stored, kids], to revive
+        self.opener, self.names = Opener(cache.key), Names(cache.key)
+
+    def walk(self):
+        """Everything the record reaches that does not exist, from above; on
+        an open transaction.  Refused if some of it is kept no more.
+        """
+        level = {self.gone.record: None}
+        if self.cache.find(self.gone.record):
+            level = {}                  # cannot be: it was unlinked
+        while level:
+            names, below = list(level), {}
+            for i in range(0, len(names), 512):
+                self.revive({name: level[name] for name in names[i:i + 512]})
+                for name in names[i:i + 512]:
+                    for kid in self.blocks[name][3]:
+                        if kid.name not in self.blocks and \
+                                self.cache.find(kid.name) is None:
+                            below[kid.name] = kid.plain
+            level = {name: plain for name, plain in below.items()
+                     if name not in self.blocks}
+
+    def revive(self, some):
+        """Have the server bring back `some`, {name: plain length or None},
+        and read what they refer to.
+        """
+        rows = []
+        for kind, body in self.channel.stream(
+                self.channel.post(REVIVE, names_join(list(some)))):
+            if kind == ADDED:
+                rows += rows_unpack(body, ADDED_ROW, 'REVIVE')
+        if [row[0] for row in rows] != list(some):
+            raise CorruptError('REVIVE: the server brought back something '
+                               'else')
+        for name, cls, stored in rows:
+            self.blocks[name] = [cls, some[name], stored, ()]
+        names = [row[0] for row in rows if row[1] != CHUNK]
+        if not names:
+            return
+        for kind, body in self.channel.stream(
+                self.channel.post(GET, b'\x05', names_join(names))):
+            name = body[:32]
+            if kind != BLOCK or name not in some:
+                raise CorruptError('The server sent a block nobody asked for')
+            self.learn(name, body[32:])
+
+    def learn(self, name, sealed):
+        """Enter what an index block or a record refers to."""
+        row = self.blocks[name]
+        if name == self.gone.record:
+            self.record = deleted_record(self.opener, self.names, self.gone,
+                                         sealed)
+        _, plain, kids = refs_learn(self.opener, self.names, name, row[0],
+                                    sealed)
+        row[1] = row[1] if plain is None else plain
+        row[3] = kids
+
+    def learned(self):
+        """[(name, plain length, kids)] of index blocks and the record."""
+        return [(name, row[1], row[3]) for name, row in self.blocks.items()
+                if row[0] != CHUNK]
+
+    def whole(self):
+        """(plain, stored) of the archive, as Cache.total() has them."""
+        sums, stack = {}, [self.gone.record]
+        while stack:
+            _, plain, stored, kids = self.blocks[stack[-1]]
+            missing = [kid.name for kid in kids if kid.name in self.blocks
+                       and kid.name not in sums]
+            if missing:
+                stack += missing
+                continue
+            for kid in kids:
+                below = sums.get(kid.name) or self.cache.total(kid.name)
+                plain += kid.times * below[0]
+                stored += kid.times * below[1]
+            sums[stack.pop()] = plain, stored
+        return sums[self.gone.record]
+
+    def commit(self):
+        """C_n that links the archive again."""
+        cache, gone = self.cache, self.gone
+        # Nobody writes to an open archive any more.
+        state = PARTIAL if gone.state == OPEN else gone.state
+        commit = Commit(cache.key.machine, cache.n + 1, cache.head,
+                        KIND_UNDELETE, os.urandom(16))
+        commit.linked.append((gone.archive, gone.record, gone.lineage, state))
+        archives = cache.archives()
+        archives[gone.archive] = (gone.record, gone.lineage, state, 0)
+        commit.live = live_digest(archives)
+        commit.puts = counted(list(self.blocks))
+        whole = self.whole()
+        back = [sum(row[i] for row in self.blocks.values()) for i in (1, 2)]
+        totals = [a + b for a, b in zip(cache.totals, (*whole, *back))]
+        commit.note = note_seal(cache.key, commit.n, totals + [
+            *whole, *back, len(archives)])
+        return commit
+
+
+def deleted_record(opener, names, gone, sealed):
+    """The Record of an archive that was deleted, from its refs view."""
+    parts = opener.open(RECORD, gone.record, sealed, refs_only=True)
+    if names.record(parts[0]) != gone.record:
+        raise CorruptError('archive record %s: its content is another\'s'
+                           % gone.record.hex()[:16])
+    record = record_unpack(parts, gone.record, opener.key)
+    record_check(record, gone.archive, (gone.record, b'', gone.state))
+    return record
+
+
+def undelete_archive(remote, cache, gone):
+    """Bring back one archive; its Record.  Durable on return.
+
+    A conflict or a lost connection begins anew on the newest base; if the
+    lost commit was ours, the archive is there.
+    """
+    revival = None
+    while True:
+        cache.catch_up(history_changes(remote, cache_base(remote, cache)))
+        if revival:     # spares reading it again
+            cache.learn([row for row in revival.learned()
+                         if cache.find(row[0]) and cache.kids(row[0]) is None])
+        read_missing(remote, cache)
+        row = cache.archives().get(gone.archive)
+        if row and revival and row[0] == gone.record:
+            return revival.record
+        if row:
+            raise UserError('Another host has stored an archive of that name '
+                            'meanwhile')
+        revival = Revival(remote, cache, gone)
+        try:
+            undelete_once(revival)
+        except ChannelLost:
+            pass
+        except Refused as e:
+            if e.code == E_NOBLOCK:
+                raise UserError('An archive that commit %d deleted is kept no '
+                                'more: %s' % (gone.n, e)) from None
+            if e.code not in (E_CONFLICT, E_EXPIRED):
+                raise
+
+
+def undelete_once(revival):
+    """One attempt, in a transaction of its own."""
+    channel, cache = revival.channel, revival.cache
+    tid = os.urandom(16)
+    transaction_open(channel, KIND_DELETE, tid, bytes(16),
+                     (cache.n, cache.head))
+    try:
+        revival.walk()
+    except (Refused, CorruptError):
+        channel.call(ABORT)
+        raise
+    commit = revival.commit()
+    commit.tid = tid
+    transaction_commit(channel, commit_pack(commit, cache.key))
+
+
+def mode_undelete(opt):
+    """--undelete: archives that were deleted, back from what is kept."""
+    opt.key.need(ROLE_DELETE, opt.mode)
+    if opt.dry_run:
+        return undelete_dry(opt)
+    run = Deletion(opt)
+    try:
+        run.open()
+        for gone in gone_picked(opt, history_gone(run.remote)):
+            record = undelete_archive(run.remote, run.cache, gone)
+            opt.changed = True
+            if opt.verbose:
+                sys.stderr.write('Undeleted archive "%s"\n'
+                                 % show(record.title))
+        head_print(opt, run.cache)
+    finally:
+        run.close()
+    return 0
+
+
+def gone_picked(opt, gone):
+    """Those of `gone` that -f names, or --since-commit; the oldest first."""
+    if opt.since_commit is not None:
+        return sorted((row for row in gone.values()
+                       if row.n >= opt.since_commit),
+                      key=lambda row: (row.n, row.archive))
+    picked, names = [], Names(opt.key)
+    for name in opt.names:
+        row = gone.get(names.archive(name))
+        if row is not None:
+            picked += [row] if row not in picked else []
+            continue
+        error = UserError('No archive "%s" was deleted' % show(name))
+        if not opt.keep_going:
+            raise error
+        warn(str(error))
+    return picked
+
+
+def undelete_dry(opt):
+    """--undelete --dry-run: what could be brought back."""
+    remote = remote_open(opt, (ROLE_DELETE,))
+    opener, names = Opener(opt.key), Names(opt.key)
+    output = Output(1, b'\0' if opt.null_output else b'\n')
+    try:
+        rows = sorted(history_gone(remote).values(),
+                      key=lambda row: (row.n, row.archive))
+        if opt.names or opt.since_commit is not None:
+            rows = gone_picked(opt, {row.archive: row for row in rows})
+        delay = U32.unpack(remote.connect().call(STAT)[1][-4:])[0]
+        for gone in rows:
+            try:
+                found = remote.ask(GET, b'\x05', names_join([gone.record]))
+            except Refused as e:
+                if e.code != E_NOBLOCK:
+                    raise
+                continue                # it is kept no more
+            record = deleted_record(opener, names, gone, found[0][1][32:])
+            output.put(gone_line(opt, gone, record, delay))
+        output.flush()
+    finally:
+        remote.close()
+    return 0
+
+
+def gone_line(opt, gone, record, delay):
+    """A deleted archive: name, when, by which commit, and until when it is
+    sure to be kept, - if that is over.
+    """
+    until = gone.time + delay
+    if opt.json:
+        return json_line({
+            'type': 'deleted', 'name': record.title, 'commit': gone.n,
+            'deleted': json_time(gone.time * BILLION),
+            'kept_until': json_time(until * BILLION)})
+    between = b'\0\0' if opt.null_output else b'\t'
+    return between.join((
+        record.title, date_text(gone.time), b'%d' % gone.n,
+        date_text(until) if until > time.time() else b'-'))
+
+
 def mode_print_stats(opt):
     """--print-stats as a mode: from the cache directory alone, but for the
     names of archives, which it does not hold.
@@ -13012,11 +13294,12 @@ class Option:
 
 # Mode letters: c d t x r as such, a --list-archives, s --print-stats,
 # e --expire, f --fsck, i --initialize-cachedir, n --nuke, R --recover,
-# h --print-head, p --fsck-prune, v --verify-config, D --diff, V --verify.
+# h --print-head, p --fsck-prune, u --undelete, v --verify-config, D --diff, V --verify.
 MODES = [
     # long name, letter, mode letter, text
     ('create', 'c', 'c', 'create an archive'),
     ('delete', 'd', 'd', 'delete archives'),
+    ('undelete', '', 'u', 'bring back archives that were deleted'),
     ('expire', '', 'e', 'delete the archives that no --keep rule keeps'),
     ('list', 't', 't', 'list the contents of an archive'),
     ('extract', 'x', 'x', 'extract from an archive'),
@@ -13039,7 +13322,7 @@ MODE_WORDS = {row[2]: '-' + row[1] if row[1] and row[0] != 'print-stats'
 
 OPTIONS = [Option(*row) for row in (
     # name, letter, argument, modes, config, kind, text
-    ('file', 'f', 'NAME', 'cdtxrasDV!', False, many(os.fsencode, 'names'),
+    ('file', 'f', 'NAME', 'cdtxrasuDV!', False, many(os.fsencode, 'names'),
      'name of the archive'),
     ('keyfile', '', 'FILE', '', True, one(str), 'key file to use'),
     ('cachedir', '', 'DIR', '', True, one(str), 'cache directory'),
@@ -13047,7 +13330,7 @@ OPTIONS = [Option(*row) for row in (
      'another address of the key\'s server; the pin stays'),
     ('configfile', '', 'FILE', '', False, many(str, 'configs'),
      'read this configuration file too'),
-    ('archive-names', '', 'FILE', 'cdtxrasDV!', False, one(str, once=True),
+    ('archive-names', '', 'FILE', 'cdtxrasuDV!', False, one(str, once=True),
      'file with names of archives, one a line; - is standard input'),
     ('no-default-config', '', '', '', False, FLAG,
      'do not read the default configuration files'),
@@ -13128,7 +13411,9 @@ OPTIONS = [Option(*row) for row in (
      'keep what is at most SPAN (36h, 30d, 1y6m) older than the newest'),
     ('[no-]by-creation', '', '', 'e!', True, FLAG,
      'rules go by creation times, not by when the server received archives'),
-    ('dry-run', '', '', 'ce!', False, choice('dry_run', once=True),
+    ('since-commit', '', 'N', 'u!', False, one(count_parse),
+     'bring back all that commit N and later ones deleted'),
+    ('dry-run', '', '', 'ceu!', False, choice('dry_run', once=True),
      'only pretend'),
     ('dry-run-metadata', '', '', 'c!', False, choice('dry_run', once=True),
      'only pretend, and read no file'),
@@ -13191,8 +13476,8 @@ OPTIONS = [Option(*row) for row in (
     ('chroot', '', '', 'x', False, FLAG, 'chroot to the target first'),
     ('keep-going', '', '', '', False, FLAG, 'go on after a missing archive'),
     ('hashes', '', '', '', False, FLAG, 'list archive ids'),
-    ('null-output', '', '', 'aestxD!', False, FLAG, 'NUL ends each record'),
-    ('json', '', '', 'acdestxDV', False, FLAG,
+    ('null-output', '', '', 'aestuxD!', False, FLAG, 'NUL ends each record'),
+    ('json', '', '', 'acdestuxDV', False, FLAG,
      'print JSON, one object to a line, diagnostics too'),
     ('verify-share', '', 'SHARE', 'V!', False, one(share_parse),
      'verify so much of the file data a run, as in 10% or 5G'),
@@ -13626,11 +13911,11 @@ def help_print():
 # Main
 ##############################################################################
 
-NEEDS_CACHE = 'cdesfipR'
+NEEDS_CACHE = 'cdesfipuR'
 NEEDS_STATE = 'dsR'
 RUN = {'c': mode_create, 'd': mode_delete, 't': mode_read, 'x': mode_read,
        'r': mode_read, 'a': mode_read, 's': mode_print_stats,
-       'e': mode_expire,
+       'e': mode_expire, 'u': mode_undelete,
        'f': mode_fsck, 'p': mode_fsck, 'i': mode_initialize, 'n': mode_nuke,
        'R': mode_recover, 'h': mode_print_head, 'D': mode_read,
        'V': mode_read}
@@ -13639,6 +13924,7 @@ FAILED = {'c': 'Error creating archive', 'd': 'Error deleting archive',
           't': 'Error reading archive', 'x': 'Error extracting archive',
           'r': 'Error reading archive', 'a': 'Error listing archives',
           'e': 'Error expiring archives',
+          'u': 'Error undeleting archives',
           's': 'Error generating archive statistics',
           'f': 'Error fscking archives', 'p': 'Error fscking archives',
           'R': 'Error recovering archive',
@@ -13694,6 +13980,9 @@ def names_check(opt):
         opt.names = [b'(dry-run)']
     if letter in 'cdtxrD' and not opt.names:
         raise UserError('Archive name must be specified')
+    if letter == 'u' and (opt.names or not opt.dry_run) and \
+            bool(opt.names) != (opt.since_commit is None):
+        raise UserError('--undelete takes archive names or --since-commit')
     if letter in 'ctxr' and len(opt.names) > 1:
         raise UserError('Mode %s takes one archive name' % opt.mode)
     if letter == 'a' and opt.names and not opt.hashes:
@@ -13723,7 +14012,7 @@ def cachedir_check(opt):
     """A cache directory where one is needed, with something in it."""
     letter = opt.letter
     if letter in NEEDS_CACHE and not opt.cachedir \
-            and not (letter in 'ce' and opt.dry_run):
+            and not (letter in 'ceu' and opt.dry_run):
         raise UserError('Cache directory must be specified for %s (--cachedir'
                         ' or cachedir in tarsnap.conf)' % opt.mode)
     if letter in NEEDS_STATE and not os.path.exists(

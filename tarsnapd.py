@@ -101,6 +101,7 @@ LIMIT = {
     'seconds to drain': 60,         # a peer that reads nothing is let go
     'seconds to finish': 30,        # after SIGTERM
     'logins': 3,                    # wrong passwords on one connection
+    'seconds to freeze': 5,         # until a session hears of it
 }
 
 PORT = 9279
@@ -176,6 +177,7 @@ CHECKPOINT = 14
 COMMIT = 15
 ABORT = 16
 NUKE = 17
+REVIVE = 18
 
 # Server to client.
 STATEMENT = 128
@@ -217,8 +219,9 @@ ROLE_READ, ROLE_WRITE, ROLE_DELETE, ROLE_NUKE = 1, 2, 3, 4
 ROLE_LETTER = {ROLE_READ: 'r', ROLE_WRITE: 'w', ROLE_DELETE: 'd',
                ROLE_NUKE: 'n'}
 
-KIND_WRITE, KIND_DELETE, KIND_NUKE, KIND_ABORT = 1, 2, 3, 4
-KIND_ROLE = {1: ROLE_WRITE, 2: ROLE_DELETE, 3: ROLE_NUKE, 4: ROLE_WRITE}
+KIND_WRITE, KIND_DELETE, KIND_NUKE, KIND_ABORT, KIND_UNDELETE = 1, 2, 3, 4, 5
+KIND_ROLE = {1: ROLE_WRITE, 2: ROLE_DELETE, 3: ROLE_NUKE, 4: ROLE_WRITE,
+             5: ROLE_DELETE}
 
 OPEN, PARTIAL, COMPLETE = 1, 2, 3
 
@@ -338,8 +341,10 @@ class Frames:
         return kind, rid, body
 
 
+ADDED_ROW = struct.Struct('>32scI')     # name, class, stored length
+
 CHUNK, INDEX, RECORD = b'c', b'i', b'a'
-DELETED_LIST, WITHDRAWN_LIST = b'd', b'w'
+DELETED_LIST, WITHDRAWN_LIST, REVIVED_LIST = b'd', b'w', b'r'
 BLOCK_CLASSES = (CHUNK, INDEX, RECORD)
 BLOCK_BYTES = set(b''.join(BLOCK_CLASSES))
 
@@ -1586,7 +1591,10 @@ def table_classes(table):
 
 
 def segment_lists(segment, cls):
-    """Steps: [(row number, names)] of the lists of class `cls` in it."""
+    """Steps: [(row number, rows)] of the lists of class `cls` in it.
+
+    Rows are names; of a list of revived blocks, those of ADDED.
+    """
     out = []
     if cls not in table_classes(segment.table):     # quick: most have none
         return out
@@ -1597,8 +1605,15 @@ def segment_lists(segment, cls):
             if sha256(data) != digest:
                 raise Damaged('read segment', segment.key,
                               'list %d is damaged' % number)
-            out.append((number, split_names(data)))
+            out.append((number, list_rows(cls, data)))
     return out
+
+
+def list_rows(cls, data):
+    """What a list of class `cls` holds."""
+    if cls == REVIVED_LIST:
+        return list(ADDED_ROW.iter_unpack(data))
+    return split_names(data)
 
 
 # What a commit put and deleted must be known for as long as a client may ask,
@@ -1652,7 +1667,7 @@ def extract_decode(key, data):
         table.append(ROW.pack(name, cls, offset + ENTRY.size, length, ZERO32))
         offset += ENTRY.size + length
         if cls not in BLOCK_CLASSES:
-            lists.append((number, cls, split_names(data[end:end + length])))
+            lists.append((number, cls, list_rows(cls, data[end:end + length])))
             end += length
     return b''.join(table), lists
 
@@ -1660,7 +1675,7 @@ def extract_decode(key, data):
 def segment_past(key, size, digest, count):
     """Steps: (table, lists) of a segment of the log, which may be gone.
 
-    `lists` is [(row number, class, names)].  NoObject if there is neither the
+    `lists` is [(row number, class, rows)].  NoObject if there is neither the
     segment nor an extract of it.
     """
     try:
@@ -1668,7 +1683,7 @@ def segment_past(key, size, digest, count):
         if segment.table_hash != digest:
             raise Damaged('read segment', key, 'its table is another one')
         lists = []
-        for cls in (DELETED_LIST, WITHDRAWN_LIST):
+        for cls in (DELETED_LIST, WITHDRAWN_LIST, REVIVED_LIST):
             for i, names in (yield from segment_lists(segment, cls)):
                 lists.append((i, cls, names))
         return segment.table, lists
@@ -2023,7 +2038,7 @@ def log_parse(machine, k, data):
 class Loaded:
     """What the index needs to apply one log entry, read from the store."""
 
-    __slots__ = ('entry', 'commit', 'tables', 'deleted')
+    __slots__ = ('entry', 'commit', 'tables', 'deleted', 'revived')
 
     def __init__(self, entry):
         self.entry = entry
@@ -2031,13 +2046,17 @@ class Loaded:
         self.tables = []            # rows of each of its segments; None for
         #                             one of the cleaner's that is gone
         self.deleted = []           # names
+        self.revived = []           # rows of ADDED
 
     def add(self, table, lists):
         """The next segment, as segment_past returns it."""
         self.tables.append(table)
-        if self.commit and self.commit.kind == KIND_DELETE:
-            for _, cls, names in lists:
-                self.deleted += names if cls == DELETED_LIST else ()
+        kind = self.commit.kind if self.commit else None
+        for _, cls, rows in lists:
+            if (kind, cls) == (KIND_DELETE, DELETED_LIST):
+                self.deleted += rows
+            if (kind, cls) == (KIND_UNDELETE, REVIVED_LIST):
+                self.revived += rows
 
 
 class Ahead:
@@ -2112,13 +2131,15 @@ def log_load(machine, entries, ahead):
 # Index
 #
 # One SQLite file for each machine: live blocks and where they are, live
-# archives, commits, segments.  A function of the log, disposable.  All that
-# one log entry does, and its number k, is one SQLite transaction; whoever
-# comes second finds k taken.  Called by the driver only, from any thread.
+# archives, commits, segments; and `kept`, deleted blocks whose segment no log
+# entry has dropped, which can be revived.  A function of the log, disposable.
+# All that one log entry does, and its number k, is one SQLite transaction;
+# whoever comes second finds k taken.  Called by the driver only, from any
+# thread.
 ##############################################################################
 
 INDEX_VERSION = 2
-INDEX_TABLES = ('meta', 'commits', 'archives', 'segments', 'blocks')
+INDEX_TABLES = ('meta', 'commits', 'archives', 'segments', 'blocks', 'kept')
 INDEX_SCHEMA = '''
 CREATE TABLE meta (id INTEGER PRIMARY KEY, k INTEGER, log_hash BLOB,
     n INTEGER, head BLOB, time INTEGER, blocks INTEGER, bytes INTEGER);
@@ -2131,6 +2152,9 @@ CREATE TABLE segments (seg INTEGER PRIMARY KEY, key TEXT UNIQUE, k INTEGER,
     dropped INTEGER);
 CREATE TABLE blocks (name BLOB PRIMARY KEY, seg INTEGER, offset INTEGER,
     length INTEGER, class BLOB) WITHOUT ROWID;
+CREATE TABLE kept (name BLOB PRIMARY KEY, seg INTEGER, offset INTEGER,
+    length INTEGER, class BLOB, time INTEGER) WITHOUT ROWID;
+CREATE INDEX kept_segments ON kept (seg);
 INSERT INTO meta VALUES (1, 0, zeroblob(32), 0, x'', 0, 0, 0);
 '''
 
@@ -2238,12 +2262,30 @@ class Index:
                 out[name] = row
         return out
 
-    def find(self, names):
-        """For each name (segment key, offset, length, class), or None."""
+    def kept(self, names):
+        """{name: (class, stored length)} of deleted ones that are kept."""
+        places = zip(names, self.find(names, 'kept'))
+        return {name: (row[3], row[2]) for name, row in places if row}
+
+    def find(self, names, table='blocks'):
+        """For each name (segment key, offset, length, class), or None.
+
+        `table` is `blocks` for those that are live, or `kept`.
+        """
+        here = {'blocks': '', 'kept': 'AND s.dropped = 0'}[table]
         return [self.db.execute(
-            'SELECT s.key, b.offset, b.length, b.class FROM blocks b '
-            'JOIN segments s ON s.seg = b.seg WHERE name = ?',
-            (name,)).fetchone() for name in names]
+            'SELECT s.key, b.offset, b.length, b.class FROM %s b '
+            'JOIN segments s ON s.seg = b.seg WHERE name = ? %s'
+            % (table, here), (name,)).fetchone() for name in names]
+
+    def keeping(self, since):
+        """{segment key: stored bytes} of what was deleted at time `since`
+        or later: no log entry may drop these before the delete delay is over.
+        """
+        return dict(self.db.execute(
+            'SELECT s.key, sum(k.length) FROM kept k '
+            'JOIN segments s ON s.seg = k.seg AND s.dropped = 0 '
+            'WHERE k.time >= ? GROUP BY s.key', (since,)))
 
     def segments_of(self, prefix):
         """[(key, dropped)] of the log's segments whose key begins so."""
@@ -2275,31 +2317,32 @@ class Index:
                     'SELECT seg, offset FROM blocks WHERE name = ?',
                     (name,)).fetchone() == (found[0], offset)]
 
-    def check_move(self, k, sources, tables, copies):
+    def check_move(self, k, sources, tables, copies, since):
         """(sources that can be dropped, bitmap of dead rows of each table)
         if this index stands at k, else None.
 
         `tables` are those of segments `copies`, into which the live blocks of
         segments `sources` have been copied.  Nothing can be dropped if one of
-        the copies was.
+        the copies was, nor what holds a block deleted at `since` or later.
         """
         self.db.execute('BEGIN')
         try:
             if self.state().k != k:
                 return None
-            return self._check_move(sources, tables, copies)
+            return self._check_move(sources, tables, copies, since)
         finally:
             self.db.execute('ROLLBACK')
 
-    def _check_move(self, sources, tables, copies):
+    def _check_move(self, sources, tables, copies, since):
         ask = self.db.execute
         left = {}               # number -> [key, live blocks not copied]
+        keeping = self.keeping(since)
         known = [ask('SELECT 1 FROM segments WHERE key = ?', (key,)
                      ).fetchone() for key in copies]
         for key in sources:
             seg, live, dropped = ask('SELECT seg, live, dropped FROM segments'
                                      ' WHERE key = ?', (key,)).fetchone()
-            if not dropped and not any(known):
+            if not dropped and not any(known) and key not in keeping:
                 left[seg] = [key, live]
         # Of another length it is another copy of the same block.
         homes = [[ask('SELECT seg FROM blocks WHERE name = ? AND length = ?',
@@ -2386,15 +2429,17 @@ class Index:
         numbers = [self._add_segment(entry.k, table, *segment[:4])
                    for segment, table in zip(entry.segments, loaded.tables)]
         if commit and commit.kind == KIND_NUKE:
-            blocks, size = self._remove_all()
+            blocks, size = self._remove_all(entry.time)
         if commit and commit.kind == KIND_WRITE:
             for number, segment, table in zip(numbers, entry.segments,
                                               loaded.tables):
                 added = self._add_blocks(number, table, segment[4])
                 blocks, size = blocks + added[0], size + added[1]
         if loaded.deleted:
-            gone = self._remove_blocks(set(loaded.deleted))
+            gone = self._remove_blocks(set(loaded.deleted), entry.time)
             blocks, size = blocks - gone[0], size - gone[1]
+        back = self._revive_blocks(row[0] for row in loaded.revived)
+        blocks, size = blocks + back[0], size + back[1]
         if (blocks, size) != (entry.blocks, entry.bytes):
             raise Damaged('apply log entry', log_key(entry.machine, entry.k),
                           'totals differ from what it says')
@@ -2458,8 +2503,13 @@ class Index:
     def stranded(self, k):
         """Key of a dropped segment that has live blocks, or None.
 
-        There is none if k is the end of the log.
+        There is none if k is the end of the log.  Nor can what was in a
+        dropped one be revived from there on, so that is forgotten; before,
+        a copy of it that is gone by now could be.
         """
+        self.db.execute('DELETE FROM kept WHERE ? = (SELECT k FROM meta) AND '
+                        'seg IN (SELECT seg FROM segments WHERE dropped)',
+                        (k,))
         found = self.db.execute(
             'SELECT key FROM segments, meta WHERE meta.k = ? AND dropped '
             'AND live LIMIT 1', (k,)).fetchone()
@@ -2471,13 +2521,16 @@ class Index:
                       in enumerate(ROW.iter_unpack(table))
                       if cls in BLOCK_CLASSES and not bit(dead, i))
         self.db.executemany('INSERT INTO blocks VALUES (?, ?, ?, ?, ?)', rows)
+        if self.db.execute('SELECT 1 FROM kept LIMIT 1').fetchone():
+            self.db.executemany('DELETE FROM kept WHERE name = ?',
+                                [row[:1] for row in rows])
         size = sum(row[3] for row in rows)
         self.db.execute('UPDATE segments SET live = live + ?, '
                         'bytes = bytes + ? WHERE seg = ?',
                         (len(rows), size, number))
         return len(rows), size
 
-    def _remove_blocks(self, names):
+    def _remove_blocks(self, names, when):
         count = size = 0
         for name in sorted(names):
             row = self.db.execute('SELECT seg, length FROM blocks '
@@ -2485,16 +2538,35 @@ class Index:
             if row is None:
                 continue        # the totals will not add up
             count, size = count + 1, size + row[1]
+            self.db.execute('INSERT INTO kept SELECT *, ? FROM blocks '
+                            'WHERE name = ?', (when, name))
             self.db.execute('DELETE FROM blocks WHERE name = ?', (name,))
             self.db.execute('UPDATE segments SET live = live - 1, '
                             'bytes = bytes - ? WHERE seg = ?', row[::-1])
         return count, size
 
-    def _remove_all(self):
+    def _remove_all(self, when):
+        self.db.execute('INSERT INTO kept SELECT *, ? FROM blocks', (when,))
         self.db.execute('DELETE FROM blocks')
         self.db.execute('DELETE FROM archives')
         self.db.execute('UPDATE segments SET live = 0, bytes = 0')
         return 0, 0
+
+    def _revive_blocks(self, names):
+        count = size = 0
+        for name in names:
+            row = self.db.execute(
+                'SELECT name, seg, offset, length, class FROM kept '
+                'WHERE name = ?', (name,)).fetchone()
+            if row is None:
+                continue        # the totals will not add up
+            count, size = count + 1, size + row[3]
+            self.db.execute('INSERT INTO blocks VALUES (?, ?, ?, ?, ?)', row)
+            self.db.execute('DELETE FROM kept WHERE name = ?', (name,))
+            self.db.execute('UPDATE segments SET live = live + 1, '
+                            'bytes = bytes + ? WHERE seg = ?',
+                            (row[3], row[1]))
+        return count, size
 
     def _move_archives(self, entry, commit):
         if commit is None:
@@ -2565,14 +2637,17 @@ def check_stranded(machine, k):
 class Change:
     """What a commit claims and what its transaction really holds."""
 
-    __slots__ = ('commit', 'lineage', 'segments', 'withdrawn', 'deleted')
+    __slots__ = ('commit', 'lineage', 'segments', 'withdrawn', 'deleted',
+                 'revived')
 
-    def __init__(self, commit, lineage, segments, withdrawn, deleted):
+    def __init__(self, commit, lineage, segments, withdrawn, deleted,
+                 revived):
         self.commit = commit
         self.lineage = lineage          # of the transaction
         self.segments = segments        # tables, in order
         self.withdrawn = withdrawn      # {name: ordinal of its withdrawal}
         self.deleted = deleted          # set of names
+        self.revived = revived          # {name: (class, stored length)}
 
 
 class Verdict:
@@ -2622,7 +2697,10 @@ def history_check(index, state, change):
         return Verdict([], 0, 0)
     check_deletes(index, change)
     archives = check_archives(index, change)
-    verdict = check_puts(index, state, change)
+    if commit.kind == KIND_UNDELETE:
+        verdict = check_revived(index, state, change)
+    else:
+        verdict = check_puts(index, state, change)
     check_records(index, change, archives)
     check_live(commit, [(a, row[0], row[2]) for a, row in archives.items()])
     return verdict
@@ -2646,6 +2724,9 @@ def check_deletes(index, change):
                       '%d here' % len(names))
     if len(index.live(names)) != len(names):
         raise Refused(E_MISMATCH, 'a deleted block is not live')
+    if change.deleted and change.commit.kind == KIND_UNDELETE or (
+            change.revived and change.commit.kind != KIND_UNDELETE):
+        raise Refused(E_BAD, 'a commit of this kind does not list these')
 
 
 def check_archives(index, change):
@@ -2654,8 +2735,10 @@ def check_archives(index, change):
     archives = {row[0]: row[1:4] for row in index.archives()}
     linked = {x[0]: x for x in commit.linked}
     if len(linked) != len(commit.linked) or (
-            commit.linked and commit.kind != KIND_WRITE):
+            commit.linked and commit.kind == KIND_DELETE):
         raise Refused(E_BAD, 'archives linked twice, or by a delete')
+    if commit.unlinked and commit.kind == KIND_UNDELETE:
+        raise Refused(E_BAD, 'archives unlinked by an undelete')
     for archive, record in commit.unlinked:
         found = archives.pop(archive, None)
         if found is None or found[0] != record:
@@ -2710,6 +2793,20 @@ def check_puts(index, state, change):
                    state.bytes + size - gone)
 
 
+def check_revived(index, state, change):
+    """Rule 3 for what an undelete brings back: it is still kept."""
+    names = list(change.revived)
+    if change.commit.puts != (len(names), sha256(b''.join(names))):
+        raise Refused(E_MISMATCH, 'names revived are not those received: '
+                      '%d here' % len(names))
+    if index.kept(names) != change.revived:
+        raise Refused(E_NOBLOCK, 'a block to revive is not kept any more')
+    dead = [bitmap_of([1] * (len(table) // ROW.size))
+            for table in change.segments]
+    return Verdict(dead, state.blocks + len(names),
+                   state.bytes + sum(x[1] for x in change.revived.values()))
+
+
 def check_records(index, change, archives):
     """No archive may be left without its record.
 
@@ -2724,6 +2821,8 @@ def check_records(index, change, archives):
     for _, _, name, cls, _ in linked_puts(change.segments, change.withdrawn):
         if cls == RECORD:
             missing.discard(name)
+    missing -= {name for name, row in change.revived.items()
+                if row[0] == RECORD}
     found = index.lengths(missing)
     if any(name not in found or found[name][0] != RECORD
            for name in missing):
@@ -2760,7 +2859,8 @@ class Machine:
     what its operator allows.
     """
 
-    __slots__ = ('number', 'name', 'user', 'keys', 'quota', 'read_only')
+    __slots__ = ('number', 'name', 'user', 'keys', 'quota', 'read_only',
+                 'frozen', 'delays')
 
     def __init__(self, number, value):
         self.number = number
@@ -2770,9 +2870,30 @@ class Machine:
         self.keys = bytes.fromhex(value['keys'])
         self.quota = value.get('quota')         # bytes, or None
         self.read_only = value.get('read-only', False)
+        self.frozen = value.get('frozen', '')   # letters of roles
+        self.delays = value.get('delays', [])   # see delete_delay()
 
     def key(self, role):
         return self.keys[32 * (role - 1):32 * role]
+
+
+DAY = 86400
+MOST_DAYS = 3650
+
+
+def delete_delay(delays, now):
+    """Seconds for which what was deleted is kept; 0 if it need not be.
+
+    `delays` are [time from which, days], in order.  A shorter one counts only
+    when the longer one before it has passed since: else whoever can change it
+    could destroy everything at once after all.
+    """
+    longest = 0
+    for i, (_, days) in enumerate(delays):
+        last = i + 1 == len(delays)
+        if last or now < delays[i + 1][0] + days * DAY:
+            longest = max(longest, days * DAY)
+    return longest
 
 
 def versioned_get(prefix):
@@ -3018,15 +3139,57 @@ def machine_load(number):
     return Machine(number, found[1])
 
 
+def machine_change(number, change):
+    """Steps: the Machine as its new version has it; durable on return.
+
+    `change` is called with what is kept of it, a dict of JSON values, and
+    alters that.  ServerError if there is no such machine.
+    """
+    while True:
+        found = yield from versioned_get('machine/%016x/' % number)
+        if found is None:
+            raise ServerError('there is no machine %016x' % number)
+        version, value = found
+        change(value)
+        if (yield from versioned_put('machine/%016x/' % number, version + 1,
+                                     value)):
+            return Machine(number, value)
+
+
 def machine_set(number, **changes):
     """Steps: change what is kept of a machine; what is None goes."""
-    version, value = yield from versioned_get('machine/%016x/' % number)
-    value.update({name.replace('_', '-'): x for name, x in changes.items()})
-    value = {name: x for name, x in value.items() if x is not None}
-    if not (yield from versioned_put('machine/%016x/' % number, version + 1,
-                                     value)):
-        raise ServerError('machine %016x is being changed by somebody else'
-                          % number)
+    def change(value):
+        value.update({name.replace('_', '-'): x
+                      for name, x in changes.items()})
+        for name in [name for name, x in value.items() if x is None]:
+            del value[name]
+
+    yield from machine_change(number, change)
+
+
+def machine_delay(number, days):
+    """Steps: what the machine deletes is kept for `days` from now on."""
+    now = yield ('now',)
+
+    def change(value):
+        delays = value.get('delays', []) + [[now, days]]
+        # What counts no more can go, but for the one in force.
+        while len(delays) > 1 and (
+                now >= delays[1][0] + delays[0][1] * DAY):
+            del delays[0]
+        value['delays'] = delays
+
+    return (yield from machine_change(number, change))
+
+
+def machine_freeze(number, roles, frozen):
+    """Steps: take roles (letters) from a machine, or give them back."""
+    def change(value):
+        have = set(value.get('frozen', ''))
+        have = have | set(roles) if frozen else have - set(roles)
+        value['frozen'] = ''.join(x for x in 'rwdn' if x in have)
+
+    return (yield from machine_change(number, change))
 
 
 def machine_held(number):
@@ -3094,11 +3257,12 @@ def store_id_decode(data):
     return bytes.fromhex(data[:32].decode())
 
 
-def machine_create(user, name, keys):
+def machine_create(user, name, keys, days=0):
     """Steps: the number of the machine with these keys, made if needed.
 
     The number is decided by the object under the keys' hash; a second try
-    after a crash finds it there and completes the rest.
+    after a crash finds it there and completes the rest.  A new machine has a
+    delete delay of `days`.
     """
     place = 'keys/' + sha256(keys).hex()
     while True:
@@ -3111,8 +3275,10 @@ def machine_create(user, name, keys):
         prefix = 'machine/%016x/' % number
         if number and not (yield ('list', prefix)):
             yield ('put', place, b'%016x' % number)
-    value = {'name': name, 'user': user, 'keys': keys.hex(),
-             'time': (yield ('now',))}
+    now = yield ('now',)
+    value = {'name': name, 'user': user, 'keys': keys.hex(), 'time': now}
+    if days:
+        value['delays'] = [[now, days]]
     yield from versioned_put('machine/%016x/' % number, 0, value)
     machine = yield from machine_load(number)
     if machine.keys != keys:
@@ -3144,7 +3310,7 @@ class Transaction:
     """What a transaction holds since it began or was last checkpointed."""
 
     __slots__ = ('tid', 'kind', 'lineage', 'spool', 'segments', 'rows',
-                 'withdrawn', 'deleted')
+                 'withdrawn', 'deleted', 'revived')
 
     def __init__(self, tid, kind, lineage, spool):
         self.tid = tid
@@ -3160,6 +3326,7 @@ class Transaction:
         self.rows = 0               # entries so far, also those in the batch
         self.withdrawn = {}         # name -> rows when it was withdrawn
         self.deleted = set()        # names
+        self.revived = {}           # name -> (class, stored length)
 
     def tables(self):
         """The entry tables of all its segments, the open one last."""
@@ -3182,6 +3349,7 @@ REQUESTS = {
     PUT: (None, 'w', True),
     WITHDRAW: (None, 'w', True),
     DELETE: (None, 'd', True),
+    REVIVE: ('_revive', 'd', True),
     CHECKPOINT: ('_commit', 'w', True),
     COMMIT: ('_commit', 'wd', True),
     ABORT: ('_abort', 'wd', True),
@@ -3191,11 +3359,10 @@ UNANSWERED = (PUT, WITHDRAW, DELETE)
 
 # What a frame may commit.
 COMMIT_KINDS = {CHECKPOINT: (KIND_WRITE,), NUKE: (KIND_NUKE,),
-                COMMIT: (KIND_WRITE, KIND_DELETE, KIND_ABORT)}
+                COMMIT: (KIND_WRITE, KIND_DELETE, KIND_ABORT, KIND_UNDELETE)}
 
 AUTH_HEAD = struct.Struct('>HQB')
 BEGIN_HEAD = struct.Struct('>B16s16sQ32sB')
-ADDED_ROW = struct.Struct('>32scI')
 ARCHIVE_ROW = struct.Struct('>32s32s16sBQ')
 
 
@@ -3308,6 +3475,7 @@ class Session:
         self.machine = None             # Machine, since the first AUTH
         self.genesis = b''              # its H_0
         self.roles = ''                 # letters proven
+        self.heard = 0                  # when the machine was last looked at
         self.over = False               # say no more, hang up
         self.tx = None                  # Transaction
         self.busy = False               # tx is in use by running steps
@@ -3357,6 +3525,7 @@ class Session:
         """Steps: answer any other request."""
         try:
             method = self._allowed(kind)
+            yield from self._thaw(kind)
             yield from (method(kind, body) if kind in COMMIT_KINDS
                         else method(body))
         except Refused as e:
@@ -3480,7 +3649,8 @@ class Session:
         self.register1 = None           # one try for each challenge
         if not (user == '' and proof == ZERO32 and self._trusted()):
             yield from self._login(user, first, signed, proof)
-        number = yield from machine_create(user, name, keys)
+        number = yield from machine_create(user, name, keys,
+                                           self.server.delete_delay)
         yield ('answer', REGISTERED, U64.pack(number) + self.server.store_id)
 
     def _trusted(self):
@@ -3497,6 +3667,30 @@ class Session:
         self.logins += 1
         self.over = self.logins >= LIMIT['logins']
         raise Refused(E_LOGIN, 'unknown user or wrong password')
+
+    def _check_frozen(self, machine, letters):
+        """Refused if one of these roles was frozen.
+
+        Who could write to the files anyway is let in: so the owner brings
+        back what a thief deleted, while the thief is kept out.
+        """
+        frozen = set(machine.frozen) & set(letters)
+        if frozen and not self._trusted():
+            raise Refused(E_ROLE, 'the operator has frozen the role %s of '
+                          'this machine' % min(frozen))
+
+    def _thaw(self, kind):
+        """Steps: hear of a frozen role, at every BEGIN and commit and at
+        all else every few seconds.
+        """
+        if self.machine is None:
+            return
+        now = yield ('now',)
+        if (kind in COMMIT_KINDS or kind == BEGIN
+                or now >= self.heard + LIMIT['seconds to freeze']):
+            self.heard = now
+            self.machine = yield from machine_load(self.machine.number)
+            self._check_frozen(self.machine, self.roles)
 
     def _auth(self, body):
         reader = Reader(body)
@@ -3515,6 +3709,7 @@ class Session:
         machine = yield from machine_load(number)
         if machine is None:
             raise Refused(E_NOMACHINE, 'no such machine')
+        self._check_frozen(machine, letter)
         signed = (b'tarsnap-auth-1\0' + U16.pack(PROTOCOL)
                   + bytes([self.transport]) + self.server.store_id
                   + self.cert_hash + U64.pack(number) + bytes([role])
@@ -3546,8 +3741,10 @@ class Session:
     def _stat(self, body):
         Reader(body).end()
         state = yield from self._current()
+        now = yield ('now',)
         yield ('answer', STATUS, self._head(state) + struct.pack(
-            '>QQQ', state.archives, state.blocks, state.bytes))
+            '>QQQI', state.archives, state.blocks, state.bytes,
+            delete_delay(self.machine.delays, now)))
 
     def _known(self, state, n, head):
         """Steps: Refused unless commit n here has hash `head`."""
@@ -3577,29 +3774,35 @@ class Session:
         if not lists:
             return
         try:
-            tables, withdrawn, deleted = yield from self._lists(entry)
+            (tables, withdrawn, deleted,
+             revived) = yield from self._lists(entry)
         except (NoObject, Damaged) as e:
             yield ('log', str(e))
             raise Refused(E_NOBLOCK, 'the lists of commit %d are lost: %s'
                           % (n, e)) from None
-        yield from many(ADDED, [ADDED_ROW.pack(*put[2:]) for put
-                                in linked_puts(tables, withdrawn)])
+        yield from many(ADDED, [ADDED_ROW.pack(*row) for row in revived] + [
+            ADDED_ROW.pack(*put[2:])
+            for put in linked_puts(tables, withdrawn)])
         yield from many(REMOVED, sorted(deleted))
 
     @staticmethod
     def _lists(entry):
-        """Steps: (tables, withdrawn, deleted names) of a log entry."""
-        tables, withdrawn, deleted, rows = [], {}, set(), 0
+        """Steps: (tables, withdrawn, deleted names, revived rows of ADDED)
+        of a log entry.
+        """
+        tables, withdrawn, deleted, revived, rows = [], {}, set(), [], 0
         for key, size, digest, count, _ in entry.segments:
             table, lists = yield from segment_past(key, size, digest, count)
             for i, cls, names in lists:
                 if cls == WITHDRAWN_LIST:
                     withdrawn.update(dict.fromkeys(names, rows + i + 1))
+                elif cls == REVIVED_LIST:
+                    revived += names
                 else:
                     deleted.update(names)
             tables.append(table)
             rows += count
-        return tables, withdrawn, deleted
+        return tables, withdrawn, deleted, revived
 
     def _entry(self, n):
         """Steps: the log Entry that holds commit n."""
@@ -3640,10 +3843,12 @@ class Session:
         reader = Reader(body)
         mask, names = reader.u8(), reader.names()
         reader.end()
-        if mask not in (1, 3):
+        if mask not in (1, 3, 5):
             raise Refused(E_BAD, 'unknown mask %d' % mask)
         if mask == 3:
             self._need(ROLE_READ)
+        if mask == 5:
+            self._need(ROLE_DELETE)
         for i in range(0, len(names), 256):
             yield from self._get_some(names[i:i + 256], mask)
         yield ('answer', OK, b'')
@@ -3653,6 +3858,9 @@ class Session:
         if None in places:
             yield from self._current()
             places = yield self._ask('find', names)
+        if None in places and mask == 5:
+            kept = yield self._ask('find', names, 'kept')
+            places = [a or b for a, b in zip(places, kept)]
         for start, end in read_groups(places):
             blocks = yield from self._read(names[start:end],
                                            places[start:end])
@@ -3698,9 +3906,9 @@ class Session:
             if isinstance(found, Refused):
                 raise found
             cls, block = found
-            if mask == 1 and cls == CHUNK:
+            if mask != 3 and cls == CHUNK:
                 raise Refused(E_ROLE, 'a chunk has no refs view')
-            if mask == 1:
+            if mask != 3:
                 block = block[:block_check(cls, block)]
         except Refused as e:
             code = E_NOBLOCK if e.code == E_BAD else e.code
@@ -3872,6 +4080,27 @@ class Session:
         self._withdraw(tx, tx.rows + 1, names)
         return (WITHDRAWN_LIST, ZERO32, body[2:])
 
+    def _revive(self, body):
+        """Steps: deleted blocks to bring back; ADDED says what is kept."""
+        reader = Reader(body)
+        names = reader.names()
+        reader.end()
+        tx = self._own()
+        if tx.kind != KIND_DELETE or tx.deleted:
+            raise Refused(E_ROLE, 'not in a transaction of this kind')
+        yield from self._current()
+        kept = yield self._ask('kept', names)
+        if not set(names) <= kept.keys() - tx.revived.keys():
+            raise Refused(E_NOBLOCK, 'a block to revive is not kept any more')
+        tx.revived.update((name, kept[name]) for name in names)
+        rows = [ADDED_ROW.pack(name, *kept[name]) for name in names]
+        tx.rows += 1
+        self.batch.append((REVIVED_LIST, ZERO32, b''.join(rows)))
+        self.batch_bytes += ADDED_ROW.size * len(rows)
+        yield from self.flush()
+        yield from many(ADDED, rows)
+        yield ('answer', OK, b'')
+
     @staticmethod
     def _segment_full(spool):
         return (spool.size >= LIMIT['segment']
@@ -3989,7 +4218,8 @@ class Session:
         change = Change(commit, tx.lineage if tx else b'',
                         tx.tables() if tx else [],
                         tx.withdrawn if tx else {},
-                        tx.deleted if tx else set())
+                        tx.deleted if tx else set(),
+                        tx.revived if tx else {})
         verdict = yield self._ask('check', state.k, change)
         if verdict is None:
             return None
@@ -4131,9 +4361,23 @@ def clean(machine, policy, done):
             yield ('delete', key)
     for tid, keys in orphans.items():
         yield from clean_orphans(machine, policy, tid, keys, done)
-    for sources in clean_plan(policy, (
-            yield ('index', machine, 'segments_live'))):
+    since = yield from kept_since(machine)
+    keeping = yield ('index', machine, 'keeping', since)
+    rows = yield ('index', machine, 'segments_live')
+    for sources in clean_plan(policy, [
+            row for row in rows if row[0] not in keeping]):
         yield from clean_batch(machine, policy, sources, done)
+
+
+def kept_since(machine):
+    """Steps: what was deleted at this time or later must still be kept.
+
+    The delay is looked up whenever segments are to be dropped; so it holds
+    for whoever cleans, though time takes no part in what is correct.
+    """
+    found = yield from machine_load(machine)
+    now = yield ('now',)
+    return now + 1 - delete_delay(found.delays if found else [], now)
 
 
 def clean_orphans(machine, policy, tid, keys, done):
@@ -4312,8 +4556,10 @@ def clean_commit(copies, sources, done):
     keys = [segment.key for segment in copies.segments]
     while True:
         state = yield from catch_up(machine)
+        since = yield from kept_since(machine)
         found = yield ('index', machine, 'check_move', state.k, list(sizes),
-                       [segment.table for segment in copies.segments], keys)
+                       [segment.table for segment in copies.segments], keys,
+                       since)
         if found is None:
             continue
         drops, dead = found
@@ -4757,6 +5003,7 @@ def say(line):
 
 
 CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
+                'delete-delay',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
                 's3-access-key', 's3-secret-key', 's3-session-token',
                 's3-checksum', 's3-ca-bundle', 'scrub-rate', 'read-only'}
@@ -4780,6 +5027,7 @@ CONF = '''\
 #front-certificate =
 #scrub-rate = 1M
 #read-only = no
+#delete-delay = 0
 '''
 
 
@@ -4818,6 +5066,18 @@ def conf_read(path):
         raise ServerError('%s: it holds a secret key, and others can read it'
                           % name)
     return section
+
+
+def days_parse(text):
+    """A delete delay in days; ServerError if it is none."""
+    if not text.isdecimal() or int(text) > MOST_DAYS:
+        raise ServerError('%s is not a number of days from 0 to %d'
+                          % (printable(text), MOST_DAYS))
+    return int(text)
+
+
+def printable(text):
+    return ''.join(c if c.isprintable() else '?' for c in text)
 
 
 def server_create(path, options=()):
@@ -5014,6 +5274,8 @@ class Server:
         self.path = path
         self.complain = complain        # called with one line, or None
         self.conf = conf_read(path)
+        # Of machines registered from now on, in days.
+        self.delete_delay = days_parse(self.conf.get('delete-delay', '0'))
         self.open = {}      # (machine, tid) -> Session that has it open
         if self.conf.get('read-only', 'no') not in ('yes', 'no'):
             raise ServerError('read-only is yes or no, not %s'
@@ -6079,6 +6341,8 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py machine SRV list | show MACHINE
        tarsnapd.py machine SRV quota MACHINE BYTES | none
        tarsnapd.py machine SRV read-only MACHINE on | off
+       tarsnapd.py machine SRV delete-delay MACHINE DAYS
+       tarsnapd.py machine SRV freeze | unfreeze MACHINE [ROLES]
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
        tarsnapd.py index-dump SRV MACHINE
@@ -6234,35 +6498,56 @@ def read_password():
 
 
 def command_machine(args):
-    """Registered machines, and what they may store."""
+    """Registered machines, what they may store, how long what they delete is
+    kept, and which of their roles are frozen.
+    """
     _, words = take_options(args, {}, 2, 4)
     verb = words[1]
-    if verb not in MACHINE_VERBS or len(words) != MACHINE_VERBS[verb][1] + 2:
+    if verb not in MACHINE_VERBS or (
+            len(words) - 2 not in MACHINE_VERBS[verb][1]):
         raise ServerError('machine SRV list, machine SRV show MACHINE, '
-                          'machine SRV quota MACHINE BYTES|none, or '
-                          'machine SRV read-only MACHINE on|off')
+                          'machine SRV quota MACHINE BYTES|none, '
+                          'machine SRV read-only MACHINE on|off, '
+                          'machine SRV delete-delay MACHINE DAYS, or '
+                          'machine SRV freeze|unfreeze MACHINE [ROLES]')
     server = open_server(words[0])
     MACHINE_VERBS[verb][0](server, *words[2:])
     server.close()
 
 
-def machine_list(server):
+def machine_owners(server):
+    """{machine number: address of the account it belongs to}."""
     owners = server.run(owner_machines())
     addresses = {ident: server.run(account_load(ident))[1]['address']
                  for ident in set(owners.values())}
+    return {number: addresses[ident] for number, ident in owners.items()}
+
+
+def machine_list(server):
+    """Number, address of the account and name of each, a line each."""
+    owners = machine_owners(server)
     for number in server.run(machine_numbers()):
         machine = server.run(machine_load(number))
-        print('%016x %s %s' % (number, addresses.get(owners.get(number), '-'),
+        print('%016x %s %s' % (number, owners.get(number, '-'),
                                printable(machine.name)))
 
 
 def machine_show(server, text):
     machine = server.run(machine_load(machine_need(server, text)))
+    now = server.perform(('now',))
     print('machine %016x' % machine.number)
+    print('user %s' % machine_owners(server).get(machine.number, '-'))
     print('name %s' % printable(machine.name))
     print('bytes %d' % server.run(machine_held(machine.number)))
     print('quota %s' % ('none' if machine.quota is None else machine.quota))
     print('read-only %s' % ('on' if machine.read_only else 'off'))
+    print('delete-delay %d' % (delete_delay(machine.delays, now) // DAY))
+    for (_, days), (when, fewer) in zip(machine.delays, machine.delays[1:]):
+        until = when + days * DAY
+        if fewer < days and now < until:
+            print('delete-delay-shorter-from %s' % time.strftime(
+                '%Y-%m-%d %H:%M:%S', time.gmtime(until)))
+    print('frozen %s' % (machine.frozen or '-'))
 
 
 def machine_quota(server, text, quota):
@@ -6277,9 +6562,28 @@ def machine_read_only(server, text, how):
                            read_only=how == 'on' or None))
 
 
-MACHINE_VERBS = {                       # what it does, number of words
-    'list': (machine_list, 0), 'show': (machine_show, 1),
-    'quota': (machine_quota, 2), 'read-only': (machine_read_only, 2)}
+def machine_delete_delay(server, text, days):
+    server.run(machine_delay(machine_need(server, text), days_parse(days)))
+    machine_show(server, text)
+
+
+def machine_frozen(server, text, roles='rwdn', frozen=True):
+    if not roles or not set(roles) <= set('rwdn'):
+        raise ServerError('roles are letters of rwdn')
+    server.run(machine_freeze(machine_need(server, text), roles, frozen))
+    machine_show(server, text)
+
+
+def machine_unfrozen(server, text, roles='rwdn'):
+    machine_frozen(server, text, roles, False)
+
+
+MACHINE_VERBS = {                       # what it does, numbers of words
+    'list': (machine_list, (0,)), 'show': (machine_show, (1,)),
+    'quota': (machine_quota, (2,)), 'read-only': (machine_read_only, (2,)),
+    'delete-delay': (machine_delete_delay, (2,)),
+    'freeze': (machine_frozen, (1, 2)),
+    'unfreeze': (machine_unfrozen, (1, 2))}
 
 
 def machine_need(server, text):
@@ -6288,10 +6592,6 @@ def machine_need(server, text):
     if server.run(machine_load(number)) is None:
         raise ServerError('no machine %s' % text)
     return number
-
-
-def printable(text):
-    return ''.join(c if c.isprintable() else '?' for c in text)
 
 
 def command_stat(args):

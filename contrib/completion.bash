@@ -37,11 +37,12 @@ _tarsnap_options() {
             --preserve-permissions --print-head --print-stats --progress
             --progress-bytes --quiet --read-data --read-full-blocks --recover
             --rename --resume-extract --retry-forever --same-owner
-            --same-permissions --series --server --snaptime --sparse
-            --store-atime --strip-components --to-stdout --totals --unlink
-            --unlink-first --verbose --verify --verify-config --verify-encode
-            --verify-share --version --verylowmem -B -C -H -I -L -O -P -S -T
-            -U -W -X -c -d -f -h -k -l -m -n -o -p -q -r -s -t -v -w -x" ;;
+            --same-permissions --series --server --since-commit --snaptime
+            --sparse --store-atime --strip-components --to-stdout --totals
+            --undelete --unlink --unlink-first --verbose --verify
+            --verify-config --verify-encode --verify-share --version
+            --verylowmem -B -C -H -I -L -O -P -S -T -U -W -X -c -d -f -h -k
+            -l -m -n -o -p -q -r -s -t -v -w -x" ;;
     'tarsnap-keygen')
         echo "
             --fingerprint --help --keyfile --machine --new-passphrase
@@ -93,13 +94,13 @@ _tarsnap_argument() {
     'tarsnap --maxbw-rate-down' | 'tarsnap --maxbw-rate-up' | \
     'tarsnap --newer' | 'tarsnap --newer-ctime' | 'tarsnap --newer-mtime' | \
     'tarsnap --progress-bytes' | 'tarsnap --rename' | 'tarsnap --series' | \
-    'tarsnap --server' | 'tarsnap --strip-components' | \
-    'tarsnap --verify-share' | 'tarsnap -W' | 'tarsnap -f' | 'tarsnap -s' | \
-    'tarsnap-keygen --fingerprint' | 'tarsnap-keygen --machine' | \
-    'tarsnap-keygen --passphrase-mem' | 'tarsnap-keygen --passphrase-time' | \
-    'tarsnap-keygen --server' | 'tarsnap-keygen --user' | \
-    'tarsnap-keyregen --fingerprint' | 'tarsnap-keyregen --machine' | \
-    'tarsnap-keyregen --passphrase-mem' | \
+    'tarsnap --server' | 'tarsnap --since-commit' | \
+    'tarsnap --strip-components' | 'tarsnap --verify-share' | 'tarsnap -W' | \
+    'tarsnap -f' | 'tarsnap -s' | 'tarsnap-keygen --fingerprint' | \
+    'tarsnap-keygen --machine' | 'tarsnap-keygen --passphrase-mem' | \
+    'tarsnap-keygen --passphrase-time' | 'tarsnap-keygen --server' | \
+    'tarsnap-keygen --user' | 'tarsnap-keyregen --fingerprint' | \
+    'tarsnap-keyregen --machine' | 'tarsnap-keyregen --passphrase-mem' | \
     'tarsnap-keyregen --passphrase-time' | 'tarsnap-keyregen --server' | \
     'tarsnap-keyregen --user' | 'tarsnap-keymgmt --passphrase-mem' | \
     'tarsnap-keymgmt --passphrase-time')

@@ -90,7 +90,7 @@ class Tarsnap(unittest.TestCase):
         names = {'a': '--list-archives', 's': '--print-stats',
                  'e': '--expire', 'f': '--fsck', 'p': '--fsck-prune',
                  'i': '--initialize-cachedir', 'D': '--diff',
-                 'V': '--verify'}
+                 'V': '--verify', 'u': '--undelete'}
         said = {}
         for found in re.finditer(
                 r'^\.It Fl -([a-z-]+).*\n\.Pq Modes? (.*)$',

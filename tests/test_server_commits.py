@@ -295,7 +295,7 @@ class Commits(unittest.TestCase):
         self.host.commit(self.client, ZERO[:16], frame='NUKE',
                          kind=NUKE_KIND)
         self.assertEqual(get(self.client, names), ['NOBLOCK'] * 3)
-        self.assertEqual(self.client.call('STAT')[1][40:], bytes(24))
+        self.assertEqual(self.client.call('STAT')[1][40:], bytes(28))
         # Numbers go on, and the machine is as good as new.
         _, _, names = self.host.backup(self.client, 'one')
         self.assertEqual(get(self.client, names[:1]),

@@ -29,6 +29,8 @@ TABLE = {
     'PUT': ('w', 'some'),
     'WITHDRAW': ('w', 'some'),
     'DELETE': ('d', 'some'),
+    'GET kept': ('d', 'some'),
+    'REVIVE': ('d', 'some'),
     'CHECKPOINT': ('w', 'some'),
     'COMMIT write': ('w', 'some'),
     'COMMIT delete': ('d', 'some'),
@@ -83,10 +85,14 @@ class Roles(unittest.TestCase):
         return 'OK'
 
     def look(self, client, name, variant):
+        if name == 'REVIVE':
+            self.begin(client, DELETE_KIND)
         body = {
             'HELLO': u16(1), 'STAT': b'', 'CHANGES': u64(0) + ZERO + b'\1',
             'LIST all': u16(0), 'LIST ids': u16(1) + ZERO,
             'GET whole': b'\3' + names_body([self.record]),
+            'GET kept': b'\5' + names_body([self.record]),
+            'REVIVE': names_body([]),
             'GET refs': b'\1' + names_body([self.record]),
             'HAS': names_body([ZERO]),
         }[(name + ' ' + variant).strip()]
