@@ -13294,7 +13294,8 @@ class Option:
 
 # Mode letters: c d t x r as such, a --list-archives, s --print-stats,
 # e --expire, f --fsck, i --initialize-cachedir, n --nuke, R --recover,
-# h --print-head, p --fsck-prune, u --undelete, v --verify-config, D --diff, V --verify.
+# h --print-head, p --fsck-prune, u --undelete, v --verify-config, D --diff,
+# V --verify.
 MODES = [
     # long name, letter, mode letter, text
     ('create', 'c', 'c', 'create an archive'),

@@ -212,6 +212,63 @@ class Undelete(lab.LabTest):
         self.assertEqual(self.host.good('--undelete', '--dry-run',
                                         cache=False).out, '')
 
+    def clean(self, days=0, rounds=2):
+        """Give back so many days later all there is to give back."""
+        real, policy = time.time, tarsnapd.Policy()
+        policy.used, policy.gain = 100, 1
+        with mock.patch.object(tarsnapd.time, 'time',
+                               lambda: real() + days * tarsnapd.DAY):
+            for _ in range(rounds):
+                server = tarsnapd.Server(self.lab.store)
+                server.run(tarsnapd.clean(self.lab.key.machine, policy,
+                                          tarsnapd.Cleaned()))
+                server.close()
+
+    def segments(self):
+        return sum(len(files) for _, _, files in
+                   os.walk(os.path.join(self.lab.store, 'store', 'seg')))
+
+    def test_the_cleaner_waits(self):
+        machine = HEX % self.lab.key.machine
+        operator('machine', self.lab.store, 'delete-delay', machine, '7')
+        for name in 'abc':
+            self.host.good('-d', '-f', name)
+        before = self.segments()
+        self.clean(days=6)
+        kept = self.segments()
+        self.assertGreaterEqual(kept, 3)
+        self.assertLessEqual(kept, before)
+        self.host.good('--undelete', '-f', 'a', '-f', 'c')
+        self.whole('a', 'c')
+        self.clean(days=6)
+        self.whole('a', 'c')
+        self.host.good('-d', '-f', 'a')
+        # Receive times never go back, so this was deleted on the sixth day.
+        self.clean(days=12)
+        self.assertNotEqual(self.keeping(0), {})
+        self.clean(days=14)
+        self.assertEqual(self.keeping(0), {})
+        self.whole('c')
+        self.assertIn('is kept no more',
+                      self.host.run('--undelete', '-f', 'b').err)
+        self.whole('c')
+
+    def test_what_was_moved_before_and_after(self):
+        """Deleted out of a copy the cleaner made, brought back, and moved
+        again; then that copy is gone, and the index is made anew.
+        """
+        self.host.good('-d', '-f', 'a')
+        self.clean()                    # b and c: into a copy
+        self.host.good('-d', '-f', 'b')
+        self.host.good('--undelete', '-f', 'b')
+        self.host.good('-d', '-f', 'c')
+        self.clean()                    # b: into another
+        self.whole('b')
+        self.host.good('-d', '-f', 'b')
+        self.clean()
+        self.whole()
+        self.assertEqual(self.segments(), 0)
+
     def test_a_lost_answer_and_a_conflict(self):
         """The commit's answer is lost; another host commits in between."""
         other = self.lab.host('o')
