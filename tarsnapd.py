@@ -6536,7 +6536,6 @@ def machine_show(server, text):
     machine = server.run(machine_load(machine_need(server, text)))
     now = server.perform(('now',))
     print('machine %016x' % machine.number)
-    print('user %s' % machine_owners(server).get(machine.number, '-'))
     print('name %s' % printable(machine.name))
     print('bytes %d' % server.run(machine_held(machine.number)))
     print('quota %s' % ('none' if machine.quota is None else machine.quota))
@@ -6548,6 +6547,7 @@ def machine_show(server, text):
             print('delete-delay-shorter-from %s' % time.strftime(
                 '%Y-%m-%d %H:%M:%S', time.gmtime(until)))
     print('frozen %s' % (machine.frozen or '-'))
+    print('user %s' % machine_owners(server).get(machine.number, '-'))
 
 
 def machine_quota(server, text, quota):

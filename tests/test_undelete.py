@@ -60,7 +60,7 @@ class Undelete(lab.LabTest):
             self.host.check(name, self.models[name])
         machine = HEX % self.lab.key.machine
         before = operator('index-dump', self.lab.store, machine)
-        self.assertEqual(operator('rebuild', self.lab.store), (0, ''))
+        self.assertEqual(operator('rebuild', self.lab.store)[0], 0)
         self.assertEqual(operator('index-dump', self.lab.store, machine),
                          before)
 
@@ -252,6 +252,30 @@ class Undelete(lab.LabTest):
         self.assertIn('is kept no more',
                       self.host.run('--undelete', '-f', 'b').err)
         self.whole('c')
+
+    def test_deleted_while_the_cleaner_copies(self):
+        """What it was about to drop has become something to keep."""
+        machine = self.lab.key.machine
+        operator('machine', self.lab.store, 'delete-delay', HEX % machine,
+                 '7')
+        self.clean()                    # all of them: one segment
+        self.write('d3/one', os.urandom(9000))
+        self.keep('e')
+        server, policy = tarsnapd.Server(self.lab.store), tarsnapd.Policy()
+        policy.merge, policy.gain = 2, 1
+        steps, value, deleted = tarsnapd.clean(
+            machine, policy, tarsnapd.Cleaned()), None, False
+        with contextlib.suppress(StopIteration):
+            while True:
+                wish = steps.send(value)
+                if wish[2:3] == ('check_move',) and not deleted:
+                    deleted = True
+                    self.host.good('-d', '-f', 'e')
+                value = server.perform(wish) if wish[0] != 'answer' else None
+        server.close()
+        self.assertTrue(deleted)
+        self.host.good('--undelete', '-f', 'e')
+        self.whole('a', 'b', 'c', 'e')
 
     def test_what_was_moved_before_and_after(self):
         """Deleted out of a copy the cleaner made, brought back, and moved
