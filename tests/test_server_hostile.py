@@ -109,13 +109,13 @@ class Hostile(unittest.TestCase):
         self.assertLess(self.memory(), before + (16 << 20))
 
     def test_unknown_requests(self):
-        for kind in (0, 18, 127, 128, 133, 255):
+        for kind in (0, max(tarsnapd.REQUESTS) + 1, 127, 128, 133, 255):
             self.check_refused_and_closed(self.connect(), frame(kind))
             self.check_refused_and_closed(self.authed(), frame(kind))
 
     def test_requests_before_auth(self):
         client = self.connect()
-        for kind in range(5, 18):
+        for kind in range(5, max(tarsnapd.REQUESTS) + 1):
             client.link.send(frame(kind, bytes(100), kind))
             with self.assertRaises(Error) as caught:
                 client.next()
