@@ -72,8 +72,8 @@ class Clients(LabTest):
                                            status=1))
         self.assertIn(b'file0', found)
         self.assertLessEqual(self.held(), 4 * MB)
-        # Put again with more room it sends the rest, and stays within it.
-        self.command('quota', self.machine, '7M')
+        # Put again with more room it sends the rest, and what was cut off.
+        self.command('quota', self.machine, '8M')
         self.host.create('again')
         self.assertGreater(self.held(), 6 * MB)
 
