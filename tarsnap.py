@@ -4025,6 +4025,12 @@ def database(path, script, synchronous):
     return db
 
 
+def rollback(db):
+    """Take a transaction back, if SQLite has not: out of space, it has."""
+    if db.in_transaction:
+        db.execute('ROLLBACK')
+
+
 def cachedir_make(path):
     """Make the cache directory and its parents, 0700 each, saying so."""
     missing = []
@@ -4282,7 +4288,7 @@ class Cache:
                 self.save()
                 self.db.execute('COMMIT')
             except BaseException:
-                self.db.execute('ROLLBACK')
+                rollback(self.db)
                 self.load()
                 raise
             moved = True
@@ -4435,7 +4441,7 @@ class Cache:
                 self.save()
                 db.execute('COMMIT')
             except BaseException:
-                db.execute('ROLLBACK')
+                rollback(db)
                 self.load()
                 raise
         finally:
@@ -4921,7 +4927,7 @@ class Sink:
     def totals(self, name):
         """(plain, stored) of a block with everything below it.
 
-        None while another thread is making it.
+        None while it is being made.
         """
         own = self.own.get(name)
         if own is not None:
@@ -12268,8 +12274,6 @@ class Revival:
         an open transaction.  Refused if some of it is kept no more.
         """
         level = {self.gone.record: None}
-        if self.cache.find(self.gone.record):
-            level = {}                  # cannot be: it was unlinked
         while level:
             names, below = list(level), {}
             for i in range(0, len(names), 512):

@@ -2177,6 +2177,12 @@ def bitmap_of(flags):
     return bytes(out)
 
 
+def rollback(db):
+    """Take a transaction back, if SQLite has not: out of space, it has."""
+    if db.in_transaction:
+        db.execute('ROLLBACK')
+
+
 class Index:
     """The index of one machine; any thread, one at a time."""
 
@@ -2331,7 +2337,7 @@ class Index:
                 return None
             return self._check_move(sources, tables, copies, since)
         finally:
-            self.db.execute('ROLLBACK')
+            rollback(self.db)
 
     def _check_move(self, sources, tables, copies, since):
         ask = self.db.execute
@@ -2365,7 +2371,7 @@ class Index:
             return history_check(self, state, change) if (
                 state.k == k) else None
         finally:
-            self.db.execute('ROLLBACK')
+            rollback(self.db)
 
     def apply(self, batch):
         """Apply Loaded log entries in order, in one transaction; State.
@@ -2384,7 +2390,7 @@ class Index:
             state = self.state()
             self.db.execute('COMMIT')
         except BaseException:
-            self.db.execute('ROLLBACK')
+            rollback(self.db)
             raise
         return state
 
@@ -2981,15 +2987,6 @@ def account_verifier(password, salt):
             'stored': stored.hex()}
 
 
-def account_check(account, password):
-    """True if `password` is the account's."""
-    key = hashlib.scrypt(password, salt=bytes.fromhex(account['salt']),
-                         n=1 << account['logN'], r=account['r'],
-                         p=account['p'], maxmem=256 * MIB, dklen=32)
-    stored = sha256(hmac.digest(key, b'client', 'sha256'))
-    return hmac.compare_digest(stored.hex(), account['stored'])
-
-
 def account_address_check(address):
     """ServerError unless it can be an account's name."""
     if not 0 < len(address.encode('utf-8', 'surrogateescape')) < 256 or \
@@ -3071,7 +3068,7 @@ def account_move(found, address):
 
 
 def account_close(address):
-    """Steps: no login and no new machine from now on; the ledger stays."""
+    """Steps: no login and no new machine from now on; machines stay."""
     found = yield from account_need(address)
     yield from account_write(found, closed=(yield ('now',)))
 
@@ -3097,16 +3094,10 @@ def owner_prefix(number):
     return 'owner/%016x/' % number
 
 
-def owner_get(number, before=None):
-    """Steps: id of the account a machine belongs to, or None; as it was
-    before the second `before`, if that is given.
-    """
-    for key in (yield ('list', owner_prefix(number))):
-        data = yield ('get', key, 0, None)
-        value = versioned_decode(key, data)
-        if before is None or value['time'] < before:
-            return value['account']
-    return None
+def owner_get(number):
+    """Steps: id of the account a machine belongs to, or None."""
+    found = yield from versioned_get(owner_prefix(number))
+    return found and found[1]['account']
 
 
 def owner_set(number, ident):
@@ -4280,8 +4271,10 @@ class Session:
             if self.quotas:
                 yield from self._measure()
             return
-        garbage = [s.key for s in tx.segments] if (
-            commit.kind == KIND_ABORT) else []
+        # Of an abort's own, what its entry drops; never what is committed.
+        known = dict((yield self._ask('segments_of', 'seg/%016x/%s/' % (
+            self.machine.number, tx.tid.hex()))))
+        garbage = [s.key for s in tx.segments if known.get(s.key)]
         yield ('spool', tx.spool, 'close', True)
         self._forget()
         for key in garbage:
@@ -4575,6 +4568,8 @@ def clean_commit(copies, sources, done):
     done.dropped += len(drops)
     done.dropped_bytes += sum(sizes[key] for key in drops)
     yield from catch_up(machine)
+
+
 ##############################################################################
 # Scrub
 #
@@ -6654,6 +6649,8 @@ def option_number(options, name, default, least, most):
         raise ServerError('%s must be a number from %d to %d'
                           % (name, least, most))
     return int(text)
+
+
 def command_scrub(args):
     """Read everything again; status 2 if anything is damaged."""
     options, (path,) = take_options(

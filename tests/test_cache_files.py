@@ -542,6 +542,8 @@ class NoSpace(FilesTest):
 
             def check(self, sql):
                 if sql.startswith(statement):
+                    if self.db.in_transaction:      # so SQLite does, too
+                        self.db.execute('ROLLBACK')
                     raise sqlite3.OperationalError(
                         'database or disk is full')
 

@@ -3,11 +3,12 @@
 
 import os
 import unittest
+from unittest import mock
 
 from rawclient import (
     ABORT_KIND, COMPLETE, D, DELETE_KIND, N, NONE, NUKE_KIND, OPEN, PARTIAL,
     R, W, ZERO, Client, Embedded, Error, Host, added, block, get, names_body,
-    put, refs_view, server_directory, sha, u16, u64)
+    put, refs_view, server_directory, sha, tarsnapd, u16, u64)
 
 LINEAGE = b'lineage of these'
 OTHER = b'another lineage!'
@@ -309,6 +310,23 @@ class Commits(unittest.TestCase):
         self.host.commit(self.client, tid, kind=ABORT_KIND)
         self.check_refused('CONFLICT', self.client.call, 'COMMIT', undecided)
         self.assertEqual(self.host.begin(self.client, tid)[0], 0)
+
+    def test_abort_of_what_another_server_has_committed(self):
+        """It deletes no segment the log has not dropped (rule 5)."""
+        with mock.patch.dict(tarsnapd.LIMIT, {'segment': 1}):
+            tid, names = self.begin()
+            self.client.link.local.idle()       # closes the segment
+        second = self.path + '-second'
+        tarsnapd.server_create(second, {
+            'store': os.path.join(self.path, 'store')})
+        other = Client(Embedded(second))
+        self.addCleanup(other.close)
+        other.auth(self.host.machine, self.host.keys, R, W, D, N)
+        self.host.begin(other, tid, lineage=LINEAGE)
+        self.host.commit(other, tid, puts=names, linked=self.link(names))
+        self.host.commit(self.client, tid, kind=ABORT_KIND)
+        self.assertEqual(get(other, names), [
+            block('c', 'x1')[2], block('c', 'x2')[2], block('a', 'x')[2]])
 
     def test_abort_forgets(self):
         tid, names = self.begin()

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import sqlite3
 import stat
 import unittest
 
@@ -330,6 +331,39 @@ class Verbs(unittest.TestCase):
         found = get(client, [lost[0], names[0], lost[1]])
         self.assertEqual(found[0::2], ['NOBLOCK'] * 2)
         self.assertEqual(found[1], block('c', 'two-0', 1000)[2])
+
+    def test_an_index_without_room_says_so(self):
+        # SQLite takes the transaction back by itself before it says so.
+        client = Client(Embedded(self.path))
+        host = Host(client)
+        client.auth(host.machine, host.keys, R, W)
+        host.backup(client, 'one')
+        client.close()
+        server = tarsnapd.Server(self.path)
+        self.addCleanup(server.close)
+        server.perform(('index', host.machine, 'reset'))
+        index = server.indexes.open[host.machine]
+
+        class Full:
+            def __init__(self, db):
+                self.db = db
+
+            def __getattr__(self, name):
+                return getattr(self.db, name)
+
+            def execute(self, sql, *args):
+                if sql == 'COMMIT':
+                    self.db.execute('ROLLBACK')
+                    raise sqlite3.OperationalError('database is full')
+                return self.db.execute(sql, *args)
+
+        index.db = Full(index.db)
+        with self.assertRaisesRegex(tarsnapd.StoreError, 'is full'):
+            server.run(tarsnapd.catch_up(host.machine))
+        index.db = index.db.db
+        server.run(tarsnapd.catch_up(host.machine))
+        self.assertEqual(server.perform(('index', host.machine,
+                                         'state')).n, 1)
 
     def test_receive_times_never_go_back(self):
         client = Client(Embedded(self.path))
