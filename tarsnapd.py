@@ -1915,6 +1915,28 @@ class SpoolDir:
                 size += st.st_size      # else it is in the store
         return size
 
+    def sweep(self, machine, before):
+        """Remove what nobody will ask for: what cleaners left, and
+        transactions of which nothing was written since `before`, seconds.
+
+        Not what a process has open; none of them may be this one.
+        """
+        directory = self._directory(machine)
+        found = {}                  # tid in hex -> newest time
+        for name in os.listdir(directory):
+            try:
+                when = os.stat(os.path.join(directory, name)).st_mtime
+            except FileNotFoundError:
+                continue
+            found[name[:32]] = max(when, found.get(name[:32], 0))
+        for stem, when in found.items():
+            if when >= before and not stem.startswith(CLEANER.hex()):
+                continue
+            spool = self.open(machine, bytes.fromhex(stem))
+            if spool is not None:
+                spool.scan((), False)
+                spool.close(True)
+
     def _directory(self, machine):
         path = os.path.join(self.root, '%016x' % machine)
         os.makedirs(path, 0o700, exist_ok=True)
@@ -4317,6 +4339,7 @@ class Policy:
         self.overtaken = 7 * 86400  # if another one was committed since
         self.copies = 3600          # of a cleaner; one batch takes minutes
         self.abandon = False        # all that no process here has open
+        self.dry = False            # only say what would be done
 
 
 class Cleaned:
@@ -4351,15 +4374,33 @@ def clean(machine, policy, done):
         elif known[key]:
             done.deleted += 1
             done.deleted_bytes += (yield ('size', key)) or 0
-            yield ('delete', key)
+            if not policy.dry:
+                yield ('delete', key)
     for tid, keys in orphans.items():
         yield from clean_orphans(machine, policy, tid, keys, done)
     since = yield from kept_since(machine)
     keeping = yield ('index', machine, 'keeping', since)
-    rows = yield ('index', machine, 'segments_live')
-    for sources in clean_plan(policy, [
-            row for row in rows if row[0] not in keeping]):
-        yield from clean_batch(machine, policy, sources, done)
+    rows = [row for row in (yield ('index', machine, 'segments_live'))
+            if row[0] not in keeping]
+    for sources in clean_plan(policy, rows):
+        if policy.dry:
+            clean_dry(rows, dict(sources), done)
+        else:
+            yield from clean_batch(machine, policy, sources, done)
+    if not policy.dry:
+        now = yield ('now',)
+        yield ('spool', None, 'sweep', machine,
+               now + 1 if policy.abandon else now - policy.dead)
+
+
+def clean_dry(rows, sources, done):
+    """What clean_batch would do, if all is well."""
+    for key, size, _, _, live, length in rows:
+        if key in sources:
+            done.dropped += 1
+            done.dropped_bytes += size
+            done.copied += live
+            done.copied_bytes += length
 
 
 def kept_since(machine):
@@ -4377,7 +4418,9 @@ def clean_orphans(machine, policy, tid, keys, done):
     """Steps: drop the segments of an uncommitted transaction if it is dead.
     """
     dead = yield from transaction_dead(machine, policy, tid, keys)
-    dropped = (yield from log_drop(machine, keys)) if dead else []
+    dropped = keys if dead and policy.dry else []
+    if dead and not policy.dry:
+        dropped = yield from log_drop(machine, keys)
     for key in keys:
         size = (yield ('size', key)) or 0
         if key in dropped:
@@ -5001,13 +5044,14 @@ CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 'delete-delay',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
                 's3-access-key', 's3-secret-key', 's3-session-token',
-                's3-checksum', 's3-ca-bundle', 'scrub-rate', 'read-only'}
+                's3-checksum', 's3-ca-bundle', 'scrub-rate', 'read-only',
+                'clean-hours', 'clean-rate'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
-             'scrub.lock'}
+             'scrub.lock', 'clean.lock'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner'}
@@ -5023,6 +5067,8 @@ CONF = '''\
 #scrub-rate = 1M
 #read-only = no
 #delete-delay = 0
+#clean-hours = 24
+#clean-rate = 20M
 '''
 
 
@@ -5434,6 +5480,96 @@ class Server:
             import shutil
             shutil.rmtree(self.temporary, ignore_errors=True)
             self.temporary = None
+
+
+##############################################################################
+# Cleaning, repeated
+#
+# One process at a time cleans for a server directory: a command.  Under
+# `serve`, a thread starts it when it is time, which the time of
+# SRV/clean.lock tells: that of the end of the last round.
+##############################################################################
+
+
+class CleanLock:
+    """The right to clean for a server directory; close() gives it back."""
+
+    def __init__(self, path):
+        self.path = path
+        self.file = os.path.join(path, 'clean.lock')
+        self.fd = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+                          0o600)
+        self.taken = lock_take(self.fd)
+
+    def age(self):
+        """Seconds since the last round; or since this is waited for."""
+        return time.time() - os.stat(self.file).st_mtime
+
+    def done(self):
+        """A round is over."""
+        os.utime(self.file)
+
+    def close(self):
+        os.close(self.fd)
+
+
+def clean_conf(conf):
+    """(seconds between two rounds, 0 for never, bytes a second)."""
+    hours = conf.get('clean-hours', '24')
+    try:
+        seconds = float(hours) * 3600
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < 10 ** 9:
+        raise ServerError('clean-hours is a number of hours, not ' + hours)
+    return seconds, size_parse(conf.get('clean-rate', '20M'))
+
+
+class CleanAlways:
+    """Has a process clean now and then, until stop()."""
+
+    def __init__(self, server):
+        self.path = server.path
+        self.seconds, self.rate = clean_conf(server.conf)
+        self.child = None               # subprocess.Popen
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        if self.seconds and not server.read_only:
+            CleanLock(self.path).close()        # from now on it has a time
+            self.thread.start()
+
+    def stop(self):
+        """No more; one that is at it is stopped, which does no harm."""
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def _run(self):
+        # Several workers do not all come at once.
+        step = min(60, self.seconds / 4)
+        pause = step + step * int.from_bytes(os.urandom(2), 'big') / 65536
+        while not self.ended.wait(pause):
+            try:
+                if self._due():
+                    self._round()
+            except OSError as e:
+                say('clean: %s' % e)
+
+    def _due(self):
+        return time.time() - os.stat(os.path.join(
+            self.path, 'clean.lock')).st_mtime > self.seconds
+
+    def _round(self):
+        import subprocess
+        self.child = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), 'clean', self.path,
+             '--rate', '%d' % self.rate, '--every',
+             '%d' % (self.seconds / 3600)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while self.child.poll() is None:
+            if self.ended.wait(0.2):
+                self.child.terminate()
+                self.child.wait()
 
 
 ##############################################################################
@@ -6260,9 +6396,11 @@ def serve_one(server, listener, context, parent=None):
     if rate and not server.read_only:
         threading.Thread(target=scrub_always, daemon=True,
                          args=(server, size_parse(rate))).start()
+    cleaning = CleanAlways(server)
     if not parent:
         announce(listener)
     loop.run()
+    cleaning.stop()
     server.close()
 
 
@@ -6324,9 +6462,10 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
                    [--accounts DIR | s3://BUCKET/PREFIX] [--s3-endpoint URL]
                    [--s3-region REGION] [--s3-addressing auto|path|virtual]
                    [--s3-profile NAME]
-       tarsnapd.py fingerprint | cert | stat | rebuild SRV
+       tarsnapd.py fingerprint | cert | rebuild SRV
+       tarsnapd.py stats SRV [--json]
        tarsnapd.py clean SRV [--machine N] [--used PERCENT] [--rate BYTES]
-                   [--abandon]
+                   [--every HOURS] [--abandon] [--dry-run]
        tarsnapd.py serve SRV [--listen HOST:PORT] [--workers N]
        tarsnapd.py user SRV add | passwd | show | close NAME
        tarsnapd.py user SRV address NAME NEW
@@ -6589,17 +6728,61 @@ def machine_need(server, text):
     return number
 
 
-def command_stat(args):
-    """How much there is."""
-    _, (path,) = take_options(args, {}, 1)
+STATS = ('archives', 'blocks', 'bytes', 'segments', 'segment bytes',
+         'dropped', 'dropped bytes', 'orphans', 'orphan bytes')
+
+
+def stats(machine):
+    """Steps: figures of a machine as a dict; see STATS and tarsnapd(8)."""
+    state = yield from catch_up(machine)
+    prefix = 'seg/%016x/' % machine
+    known = dict((yield ('index', machine, 'segments_of', prefix)))
+    live = yield ('index', machine, 'segments_live')
+    commit = yield ('index', machine, 'commit_at', state.n)
+    found = dict.fromkeys(STATS, 0)
+    found.update({
+        'machine': '%016x' % machine, 'archives': state.archives,
+        'blocks': state.blocks, 'bytes': state.bytes, 'segments': len(live),
+        'segment bytes': sum(row[1] for row in live), 'commits': state.n,
+        'last commit': commit[2] if commit else None})
+    for key in (yield ('list', prefix)):
+        if known.get(key) != 0:
+            what = 'dropped' if key in known else 'orphan'
+            found['dropped' if key in known else 'orphans'] += 1
+            found[what + ' bytes'] += (yield ('size', key)) or 0
+    return found
+
+
+def command_stats(args):
+    """How much there is, and how much of the space is of use."""
+    options, (path,) = take_options(args, {'--json': False}, 1)
     server = open_server(path)
-    states = [server.run(catch_up(number))
-              for number in server.run(machine_numbers())]
-    print('machines %d' % len(states))
-    print('archives %d' % sum(s.archives for s in states))
-    print('blocks %d' % sum(s.blocks for s in states))
-    print('bytes %d' % sum(s.bytes for s in states))
+    machines = [server.run(stats(number))
+                for number in server.run(machine_numbers())]
+    total = {name: sum(found[name] for found in machines) for name in STATS}
+    space = sum(total[name] for name in (
+        'segment bytes', 'dropped bytes', 'orphan bytes'))
+    total['machines'] = len(machines)
+    total['used'] = round(100 * total['bytes'] / space, 1) if space else 100.0
+    times = [found['last commit'] for found in machines
+             if found['last commit'] is not None]
+    total['last commit'] = max(times, default=None)
+    if '--json' in options:
+        print(json.dumps(stats_names(dict(total, machine=[
+            stats_names(found) for found in machines]))))
+    else:
+        print('machines %d' % total['machines'])
+        for name in STATS:
+            print('%s %d' % (name, total[name]))
+        print('used %.1f%%' % total['used'])
+        print('last commit %s' % ('never' if not times else time.strftime(
+            '%Y-%m-%d %H:%M:%S', time.localtime(total['last commit']))))
     server.close()
+
+
+def stats_names(found):
+    """Figures under names for JSON."""
+    return {name.replace(' ', '_'): value for name, value in found.items()}
 
 
 def command_rebuild(args):
@@ -6620,26 +6803,56 @@ def command_rebuild(args):
 def command_clean(args):
     """One round of cleaning; figures on stdout."""
     options, (path,) = take_options(args, {
-        '--machine': True, '--used': True, '--rate': True,
-        '--abandon': False}, 1)
+        '--machine': True, '--used': True, '--rate': True, '--every': True,
+        '--abandon': False, '--dry-run': False}, 1)
     policy = Policy()
     policy.used = option_number(options, '--used', policy.used, 0, 99)
-    policy.rate = option_number(options, '--rate', policy.rate, 0, 1 << 40)
+    policy.rate = size_parse(options['--rate']) if '--rate' in options else 0
     policy.abandon = '--abandon' in options
+    policy.dry = '--dry-run' in options
+    every = option_number(options, '--every', 0, 0, 10 ** 6) * 3600
     server = open_server(path)
     if server.read_only:
         raise ServerError('%s: the store is read-only' % path)
-    numbers, done = server.run(machine_numbers()), Cleaned()
-    if '--machine' in options:
-        number = machine_number(options['--machine'])
-        if number not in numbers:
-            raise ServerError('no machine %s' % options['--machine'])
-        numbers = [number]
+    lock = CleanLock(path)
+    try:
+        if every and (not lock.taken or lock.age() < every):
+            return 0
+        if not lock.taken:
+            raise ServerError('%s: another process cleans it' % path)
+        numbers = clean_machines(server, options.get('--machine'))
+        status = clean_round(server, numbers, policy)
+        if not policy.dry:
+            lock.done()
+        return status
+    finally:
+        lock.close()
+        server.close()
+
+
+def clean_machines(server, wanted):
+    """Numbers of the machines to clean: all, or the one that is wanted."""
+    numbers = server.run(machine_numbers())
+    if wanted is None:
+        return numbers
+    if machine_number(wanted) not in numbers:
+        raise ServerError('no machine %s' % wanted)
+    return [machine_number(wanted)]
+
+
+def clean_round(server, numbers, policy):
+    """Clean machines; the exit status.  One that fails stops no other."""
+    done, status, start = Cleaned(), 0, time.monotonic()
     for number in numbers:
-        server.run(clean(number, policy, done))
+        try:
+            server.run(clean(number, policy, done))
+        except StoreError as e:
+            say('machine %016x: %s' % (number, e))
+            status = 1
     for name in Cleaned.FIELDS:
         print(name.replace('_', ' '), getattr(done, name))
-    server.close()
+    print('seconds %.1f' % (time.monotonic() - start))
+    return status or int(done.damaged > 0)
 
 
 def option_number(options, name, default, least, most):
@@ -6720,6 +6933,7 @@ def command_serve(args):
         args, {'--listen': True, '--workers': True}, 1)
     server = open_server(path)
     size_parse(server.conf.get('scrub-rate', '1'))
+    clean_conf(server.conf)
     server.certificate_load()
     context = None
     if not server.conf.get('front-certificate'):
@@ -6798,7 +7012,7 @@ COMMANDS = {
     'clean': command_clean,
     'scrub': command_scrub,
     'index-dump': command_index_dump,
-    'stat': command_stat,
+    'stats': command_stats,
 }
 
 

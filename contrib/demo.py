@@ -140,7 +140,7 @@ class Demo:
     def stored(self):
         """Say how much the first store has."""
         if self.bucket:
-            self.run('tarsnapd', 'stat', 'store')
+            self.run('tarsnapd', 'stats', 'store')
         else:
             print('  the store has %s bytes' % commas(size_of(
                 os.path.join(self.temp, 'store', 'store'))))

@@ -12,8 +12,9 @@ from unittest import mock
 
 import s3peers
 from rawclient import (
-    COMPLETE, Client, Embedded, Error, Host, N, D, R, W, block, get, put, run,
-    sha, tarsnapd)
+    COMPLETE, DELETE_KIND, Client, Embedded, Error, Host, N, D, R, W, block,
+    get, names_body, put, run, sha, tarsnapd)
+from s3peers import Wire
 from test_s3_store import environment
 from world import World, seed_choose, tree_equal, tree_small
 
@@ -311,7 +312,7 @@ class Words(unittest.TestCase):
         with self.assertRaises(Error) as caught:
             host.begin(client, os.urandom(16))
         self.assertEqual(caught.exception.code, 'READONLY')
-        status, out, said = run('stat', self.path)
+        status, out, said = run('stats', self.path)
         self.assertEqual((status, out.split()[3]), (0, '1'))
         self.assertRegex(said, r'^tarsnapd: read-only: write s3://\S+/probe: '
                          r'403 AccessDenied.*\n\Z')
@@ -323,9 +324,62 @@ class Words(unittest.TestCase):
             text = file.read()
         with open(conf, 'w') as file:
             file.write(text.replace('s3://backup/', 's3://backup/other'))
-        self.fails('stat', self.path, says='no store there')
+        self.fails('stats', self.path, says='no store there')
         os.environ['AWS_SECRET_ACCESS_KEY'] = 'wrong'
         self.fails('serve', self.path, says='403 SignatureDoesNotMatch')
+
+    def test_cleaned_over_a_wire_that_breaks_and_rebuilt(self):
+        self.assertEqual(run('init', self.path, '--store', place())[0], 0)
+        client = Client(Embedded(self.path))
+        self.addCleanup(client.close)
+        host = Host(client)
+        client.auth(host.machine, host.keys, R, W, D)
+        made = [host.backup(client, 'a%d' % i, 6, 20000) for i in range(6)]
+        for archive, record, names in made[:4]:
+            tid, gone = os.urandom(16), [record] + names[1:]
+            host.begin(client, tid, kind=DELETE_KIND)
+            client.send('DELETE', names_body(gone))
+            host.commit(client, tid, kind=DELETE_KIND, deletes=gone,
+                        unlinked=[(archive, record)])
+        rng = random.Random(seed_choose('cleaning on S3'))
+        wire = Wire(self, PEERS['moto'], lambda *_: rng.choice(
+            [None] * 4 + ['500', 'lost', 'reset', 'torn']))
+        policy = tarsnapd.Policy()
+        policy.copies = -1
+        with environment(PEERS['moto'].environment(wire.port)), \
+                mock.patch.dict(tarsnapd.S3_LIMIT, {
+                    'first delay': 0.001, 'attempts': 3}):
+            for _ in range(6):
+                try:
+                    self.clean(host, policy)
+                except (tarsnapd.StoreError, tarsnapd.ServerError):
+                    pass            # it gave up; the next goes on
+        self.assertGreater(wire.count, 20)
+        for _ in range(3):
+            found = self.clean(host, policy)
+        self.assertEqual((found['dropped'], found['orphans']), (0, 0))
+        self.assertLess(found['segment bytes'], 1.1 * found['bytes'])
+        kept = [names[0] for _, _, names in made] + made[5][2] + [made[5][1]]
+        self.assertNotIn('NOBLOCK', get(client, kept))
+        client.close()
+        number = '%016x' % host.machine
+        before = run('index-dump', self.path, number)
+        shutil.rmtree(os.path.join(self.path, 'index'))
+        os.mkdir(os.path.join(self.path, 'index'), 0o700)
+        status, said, _ = run('rebuild', self.path)
+        self.assertEqual(status, 0)
+        print('from S3: ' + said, end='')
+        self.assertEqual(run('index-dump', self.path, number), before)
+
+    def clean(self, host, policy):
+        """One round; the figures after it."""
+        server = tarsnapd.Server(self.path)
+        try:
+            server.run(tarsnapd.clean(host.machine, policy,
+                                      tarsnapd.Cleaned()))
+            return server.run(tarsnapd.stats(host.machine))
+        finally:
+            server.close()
 
 
 if __name__ == '__main__':

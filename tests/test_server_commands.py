@@ -168,14 +168,19 @@ class Commands(unittest.TestCase):
             [block('c', 'one-%d' % i, 1000) for i in range(3)]
             + [block('a', 'one')]))
         client.close()
-        self.assertEqual(run('stat', self.path), (
-            0, 'machines 1\narchives 1\nblocks 4\nbytes %d\n' % size, ''))
+        status, out, said = run('stats', self.path)
+        self.assertEqual((status, said), (0, ''))
+        self.assertTrue(out.startswith(
+            'machines 1\narchives 1\nblocks 4\nbytes %d\nsegments 1\n'
+            % size), out)
 
     def test_no_server_directory(self):
-        for command in ('fingerprint', 'cert', 'stat', 'rebuild', 'serve'):
+        for command in ('fingerprint', 'cert', 'stats', 'rebuild',
+                        'clean', 'serve'):
             self.fails(command, self.path, says='no such directory')
         os.mkdir(self.path)
-        for command in ('fingerprint', 'cert', 'stat', 'rebuild', 'serve'):
+        for command in ('fingerprint', 'cert', 'stats', 'rebuild',
+                        'clean', 'serve'):
             self.fails(command, self.path, says='not a server directory')
 
     def test_usage_errors(self):
@@ -200,19 +205,19 @@ class Commands(unittest.TestCase):
                      '[server]\nworkres = 3\n'):
             with open(conf, 'w') as file:
                 file.write(text)
-            self.fails('stat', self.path, says='tarsnapd.conf')
+            self.fails('stats', self.path, says='tarsnapd.conf')
 
     def test_keys_that_others_can_write(self):
         self.init()
         os.chmod(os.path.join(self.path, 'identity.key'), 0o666)
-        self.fails('stat', self.path, says='identity.key')
+        self.fails('stats', self.path, says='identity.key')
 
     def test_a_store_elsewhere(self):
         store = os.path.join(self.base, 'disk')
         self.init()
         with open(os.path.join(self.path, 'tarsnapd.conf'), 'w') as file:
             file.write('[server]\nstore = %s\n' % store)
-        self.fails('stat', self.path, says='no store there')
+        self.fails('stats', self.path, says='no store there')
         self.init()
         client = Client(Embedded(self.path))
         host = Host(client)

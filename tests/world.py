@@ -9,6 +9,7 @@ compare trees with nothing borrowed from the programs.
 """
 
 import hashlib
+import json
 import os
 import py_compile
 import random
@@ -334,9 +335,9 @@ class Server:
         self.start()
 
     def stat(self):
-        """The figures of `tarsnapd.py stat`."""
-        lines = self.world.tarsnapd('stat', self.path).out.splitlines()
-        return {line.split()[0]: int(line.split()[1]) for line in lines}
+        """The figures of `tarsnapd.py stats`, as a dict."""
+        return json.loads(self.world.tarsnapd('stats', self.path,
+                                              '--json').out)
 
 
 ##############################################################################
