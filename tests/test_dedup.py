@@ -390,13 +390,15 @@ class PageNames(DedupTest):
     """Pages stay the same as long as their entries do."""
 
     def test_one_file_elsewhere(self):
-        for number in range(3000):
+        for number in range(6000):
             self.write('d%02d/f%04d' % (number % 20, number), b'%d' % number)
         first = self.sent()
-        self.assertGreater(len(first.puts(b'i')), 2)
+        self.assertGreater(len(first.puts(b'i')), 4)
         self.write('d10/new', b'new')
         log = self.sent()
-        self.assertLessEqual(len(log.puts(b'i')), 2)
+        # Where the directory's own entry is, where the file is, and, once in
+        # many keys, another that its name cuts off, with their list.
+        self.assertLessEqual(len(log.puts(b'i')), 4)
         self.host.lose('cache')
         log = self.sent()
         self.assertEqual(len(log.puts(b'i')), 0, 'pages depend on the memo')
