@@ -2388,6 +2388,8 @@ class Remote:
     def __init__(self, key, roles, server=None, forever=False, noisy=False):
         self.key = key
         self.roles = roles              # ROLE_* to prove, in order
+        self.spare = ()                 # of these, what can be done without
+        self.proven = set()             # ROLE_* that the channel has
         self.server = server or key.server
         self.forever = forever          # never give up
         self.noisy = noisy              # warn at every hitch
@@ -2459,14 +2461,24 @@ class Remote:
         channel = Channel(self.server, self.apart, self.limits)
         try:
             statement = channel_check(channel, self.key)
+            self.proven = set()
             for role in self.roles:
-                self.head, self.archives, self.read_only = channel_auth(
-                    channel, statement, self.key, role)
+                self.prove(channel, statement, role)
         except BaseException:
             channel.close()
             raise
         self.channel, self.since = channel, time.monotonic()
         return channel
+
+    def prove(self, channel, statement, role):
+        """Prove one role; a spare one may be refused: it is frozen, say."""
+        try:
+            self.head, self.archives, self.read_only = channel_auth(
+                channel, statement, self.key, role)
+            self.proven.add(role)
+        except Refused as e:
+            if e.code != E_ROLE or role not in self.spare:
+                raise
 
     def saw(self, n, head):
         """Commit `n` stands: no server of ours is older from now on."""
@@ -5467,7 +5479,7 @@ def pending_decide(remote, cache, memo):
 def pending_outcome(remote, cache, raw):
     """What became of the commit `raw` of a dead run: as commit_decided().
 
-    It is sent once more if that is open and the key can write.  Of a damaged
+    It is sent once more if that is open and we may write.  Of a damaged
     one nothing is believed: the history tells what it did.
     """
     try:
@@ -5479,7 +5491,7 @@ def pending_outcome(remote, cache, raw):
     if cache.n + 1 != commit.n:
         return False
     found = commit_decided(remote, (cache.n, cache.head), raw)
-    if found is None and remote.key.can(ROLE_WRITE):
+    if found is None and ROLE_WRITE in remote.proven:
         found = pending_send(remote, cache, commit, raw)
     return found
 
@@ -11466,7 +11478,7 @@ def cache_begin(opt, cache, remote, memo=None):
                         'directory %s is empty, but the server has archives '
                         'of this machine)' % opt.cachedir)
     synchronize(remote, cache)
-    if opt.key.can(ROLE_WRITE) and ROLE_WRITE in remote.roles:
+    if ROLE_WRITE in remote.proven:
         parts_settle(remote, cache)
 
 
@@ -11969,6 +11981,8 @@ class Deletion:
         opt.key.need(ROLE_DELETE, opt.mode)
         self.cache = cache_open(opt)
         self.remote = remote_open(opt, (ROLE_DELETE, ROLE_READ, ROLE_WRITE))
+        # To delete, and to undelete, the others only help.
+        self.remote.spare = (ROLE_READ, ROLE_WRITE)
         cache_begin(opt, self.cache, self.remote)
         if self.cache.partial:
             raise UserError('Directory is not consistent with archive: Run '
