@@ -49,6 +49,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     scrub                 everything stored against its hashes
     server directory      keys, configuration, and what carries wishes out
     scrub, kept           how far it came, for a command and for serve
+    journal               a line for each event, while it serves
     drivers               at once: embedded and on a pipe
     event loop            many connections over TLS
     commands, main        the command line
@@ -5045,7 +5046,7 @@ CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
                 's3-access-key', 's3-secret-key', 's3-session-token',
                 's3-checksum', 's3-ca-bundle', 'scrub-rate', 'read-only',
-                'clean-hours', 'clean-rate'}
+                'clean-hours', 'clean-rate', 'journal', 'journal-level'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
@@ -5069,6 +5070,8 @@ CONF = '''\
 #delete-delay = 0
 #clean-hours = 24
 #clean-rate = 20M
+#journal = stderr
+#journal-level = sessions
 '''
 
 
@@ -5314,6 +5317,7 @@ class Server:
     def __init__(self, path, complain=None):
         self.path = path
         self.complain = complain        # called with one line, or None
+        self.journal = Journal(None)    # another one while it serves
         self.conf = conf_read(path)
         # Of machines registered from now on, in days.
         self.delete_delay = days_parse(self.conf.get('delete-delay', '0'))
@@ -5529,6 +5533,7 @@ class CleanAlways:
     """Has a process clean now and then, until stop()."""
 
     def __init__(self, server):
+        self.server = server
         self.path = server.path
         self.seconds, self.rate = clean_conf(server.conf)
         self.child = None               # subprocess.Popen
@@ -5553,23 +5558,32 @@ class CleanAlways:
                 if self._due():
                     self._round()
             except OSError as e:
-                say('clean: %s' % e)
+                self._complain('clean: %s' % e)
 
     def _due(self):
         return time.time() - os.stat(os.path.join(
             self.path, 'clean.lock')).st_mtime > self.seconds
 
+    def _complain(self, line):
+        self.server.perform_here(('log', line))
+
     def _round(self):
         import subprocess
-        self.child = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), 'clean', self.path,
-             '--rate', '%d' % self.rate, '--every',
-             '%d' % (self.seconds / 3600)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while self.child.poll() is None:
-            if self.ended.wait(0.2):
-                self.child.terminate()
-                self.child.wait()
+        import tempfile
+        with tempfile.TemporaryFile() as said:
+            self.child = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), 'clean',
+                 self.path, '--rate', '%d' % self.rate, '--every',
+                 '%d' % (self.seconds / 3600)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=said)
+            while self.child.poll() is None:
+                if self.ended.wait(0.2):
+                    self.child.terminate()
+                    self.child.wait()
+            said.seek(0)
+            for line in said.read(64 * KIB).decode(
+                    'utf-8', 'replace').splitlines():
+                self._complain('clean: ' + line.partition(': ')[2])
 
 
 ##############################################################################
@@ -5649,13 +5663,14 @@ def scrub_always(server, rate):
                 if run.scrub.place is None:
                     wait = run.scrub.started + SCRUB_AGAIN - time.time()
                 if wait <= 0:
-                    run.run(None, lambda damage: say(scrub_line(damage)))
+                    run.run(None, lambda damage: server.perform_here(
+                        ('log', scrub_line(damage))))
             finally:
                 run.close()
         except ServerError:
             pass                        # another one does
         except (StoreError, OSError) as e:
-            say('scrub: %s' % e)
+            server.perform_here(('log', 'scrub: %s' % e))
         time.sleep(60)
 
 
@@ -5669,6 +5684,271 @@ def scrub_line(damage):
     if len(damage.blocks) > 4:
         text += ' and %d more' % (len(damage.blocks) - 4)
     return text
+
+
+##############################################################################
+# Journal
+#
+# What a server says of itself while it runs: for each event one line of
+# NAME=VALUE, to stderr, a file or syslog.  It holds numbers and words of ours
+# and nothing a client chose; it never makes the server wait: a line that
+# cannot be written at once is lost, and the next one says how many were.
+##############################################################################
+
+JOURNAL_LEVELS = ('trouble', 'sessions', 'requests')
+SYSLOG = ('/dev/log', '/var/run/log')
+DAEMON_INFO, DAEMON_ERROR = 30, 27      # syslog: facility 3, its severities
+VALUE_MOST = 300            # characters; with a line of some 2 500 bytes at
+#                             most a pipe takes it at once or not at all
+
+# Requests that change something, or prove who asks; the others are looks.
+DEEDS = {REGISTER2, AUTH, BEGIN, CHECKPOINT, COMMIT, ABORT, NUKE, REVIVE}
+REQUEST_NAMES = {
+    HELLO: 'hello', REGISTER1: 'challenge', REGISTER2: 'register',
+    AUTH: 'auth', STAT: 'stat', CHANGES: 'changes', LIST: 'list', GET: 'get',
+    HAS: 'has', BEGIN: 'begin', PUT: 'put', WITHDRAW: 'withdraw',
+    DELETE: 'delete', CHECKPOINT: 'checkpoint', COMMIT: 'commit',
+    ABORT: 'abort', NUKE: 'nuke', REVIVE: 'revive'}
+ERROR_NAMES = {
+    E_BAD: 'bad', E_ROLE: 'role', E_CONFLICT: 'conflict', E_EXISTS: 'exists',
+    E_NOBLOCK: 'noblock', E_FUNDS: 'funds', E_QUOTA: 'quota',
+    E_READONLY: 'readonly', E_BUSY: 'busy', E_EXPIRED: 'expired',
+    E_RESYNC: 'resync', E_LOGIN: 'login', E_NOMACHINE: 'nomachine',
+    E_MISMATCH: 'mismatch', E_NOARCHIVE: 'noarchive',
+    E_INTERNAL: 'internal'}
+PLAIN = set('ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
+            '-_.:/@,+[]*')
+
+
+def journal_value(value):
+    """A value as it stands in a line: bare where it is plain, else a JSON
+    string, which has neither line ends nor anything but printable ASCII.
+    """
+    if isinstance(value, float):
+        return '%.3f' % value
+    text = str(value)
+    if text and not set(text) - PLAIN:
+        return text
+    return json.dumps(text[:VALUE_MOST]).replace('\x7f', '\\u007f')
+
+
+def journal_line(pairs):
+    """The line for [(name, value)], without its end."""
+    return ' '.join('%s=%s' % (name, journal_value(value))
+                    for name, value in pairs)
+
+
+class Journal:
+    """Where events go: `where` is stderr, syslog, the path of a file, or None
+    for nowhere.
+
+    Shared by the threads of a process, and by processes forked from it: a
+    line is one write.
+    """
+
+    def __init__(self, where='stderr', level='sessions'):
+        if level not in JOURNAL_LEVELS:
+            raise ServerError('journal-level is %s, not %s' % (
+                ' or '.join(JOURNAL_LEVELS), printable(level)))
+        self.where = where
+        self.level = JOURNAL_LEVELS.index(level) if where else -1
+        self.fd = 2                     # of stderr or the file
+        self.sock = None                # to syslog
+        self.lost = 0                   # lines since the last one written
+        self.lock = threading.Lock()    # of these
+        if where not in (None, 'stderr', 'syslog'):
+            try:
+                self.fd = self._file()
+            except OSError as e:
+                raise ServerError('journal %s: %s'
+                                  % (where, e.strerror)) from None
+
+    def _file(self):
+        return os.open(self.where, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                       | os.O_CLOEXEC, 0o640)
+
+    def reopen(self):
+        """Begin the file anew if it was moved away; in a signal handler."""
+        if self.where in (None, 'stderr', 'syslog'):
+            return
+        try:
+            fd = self._file()
+            os.dup2(fd, self.fd, False)
+            os.close(fd)
+        except OSError as e:            # go on in the old one
+            self.trouble('journal %s: %s' % (self.where, e.strerror))
+
+    def wants(self, level):
+        """True if lines of `level` are written."""
+        return JOURNAL_LEVELS.index(level) <= self.level
+
+    def write(self, event, fields=(), level='sessions'):
+        """Say that `event` happened, with (name, value) pairs."""
+        if not self.wants(level):
+            return
+        now = time.time()
+        pairs = [('time', '%s.%03dZ' % (time.strftime(
+            '%Y-%m-%dT%H:%M:%S', time.gmtime(now)), now % 1 * 1000)),
+            ('pid', os.getpid()), ('event', event), *fields]
+        lost = self.lost
+        if lost:
+            pairs.append(('lost', lost))
+        try:
+            self._put(journal_line(pairs).encode('ascii'), level)
+            self.lost -= lost
+        except OSError:
+            self.lost += 1
+
+    def trouble(self, text, fields=()):
+        """Say what is wrong here."""
+        self.write('trouble', [*fields, ('text', text)], 'trouble')
+
+    def _put(self, line, level):
+        if self.where == 'syslog':
+            self._syslog(line, DAEMON_ERROR if level == 'trouble'
+                         else DAEMON_INFO)
+        # A regular file can always be written, as far as select() goes.
+        elif select.select([], [self.fd], [], 0)[1]:
+            os.write(self.fd, line + b'\n')
+        else:
+            raise BlockingIOError
+
+    def _syslog(self, line, priority):
+        import socket
+        data = b'<%d>tarsnapd[%d]: %b' % (priority, os.getpid(), line)
+        with self.lock:
+            if self.sock:
+                try:
+                    self.sock.send(data)
+                    return
+                except BlockingIOError:
+                    raise
+                except OSError:         # syslogd was started anew
+                    self.sock.close()
+                    self.sock = None
+            path = next((x for x in SYSLOG if os.path.exists(x)), SYSLOG[0])
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                sock.setblocking(False)
+                sock.connect(path)
+                sock.send(data)
+            except OSError:
+                sock.close()
+                raise
+            self.sock = sock
+
+
+class Track:
+    """What the journal says of one connection; a driver tells it."""
+
+    counter = itertools.count(1)
+
+    __slots__ = ('journal', 'session', 'name', 'address', 'begun', 'came',
+                 'went', 'kind', 'rid', 'start', 'size', 'sent', 'result',
+                 'more', 'puts', 'put_bytes', 'refused', 'requests')
+
+    def __init__(self, journal, session, address):
+        self.journal = journal
+        self.session = session
+        self.name = '%d-%d' % (os.getpid(), next(self.counter))
+        self.address = address
+        self.begun = time.monotonic()
+        self.came = self.went = 0       # bytes on the wire
+        self.kind = None                # of the request that is served
+        self.rid = 0                    # its id, which is the client's
+        self.start = 0.0                # when it began
+        self.size = self.sent = 0       # bytes of its body and its answers
+        self.result = 'ok'
+        self.more = []                  # pairs about it
+        self.puts = self.put_bytes = 0  # since BEGIN or the last commit
+        self.refused = 0                # of these, and other errors, since
+        self.requests = 0
+        journal.write('connect', self.who(), 'requests')
+
+    def who(self):
+        """The pairs that begin each line of this connection."""
+        pairs = [('connection', self.name), ('address', self.address)]
+        if self.session.machine:
+            pairs.append(('machine', '%016x' % self.session.machine.number))
+        return pairs
+
+    def request(self, kind, rid, body):
+        """A request is being served from now on."""
+        self.kind, self.rid, self.size = kind, rid, len(body)
+        self.start, self.sent, self.result = time.monotonic(), 0, 'ok'
+        self.more = []
+        self.requests += 1
+        if kind == AUTH and len(body) >= AUTH_HEAD.size:
+            _, number, role = AUTH_HEAD.unpack_from(body)
+            self.more = [('claims', '%016x' % number),
+                         ('role', ROLE_LETTER.get(role, '?'))]
+        elif kind == BEGIN:
+            self.puts = self.put_bytes = self.refused = 0
+
+    def unanswered(self, body):
+        """A PUT or the like has come, and will be answered() if refused."""
+        self.puts += 1
+        self.put_bytes += len(body)
+        self.requests += 1
+
+    def answered(self, kind, body, rid=0):
+        """An answer was made; `rid` is that of the request it is for."""
+        self.sent += len(body)
+        if kind == ERROR:
+            self._refusal(body, rid)
+        elif kind == COMMITTED:
+            self.more.append(('commit', U64.unpack_from(body)[0]))
+        elif kind == REGISTERED:
+            self.more.append(('registered', body[:8].hex()))
+
+    def _refusal(self, body, rid):
+        if self.kind is not None:
+            (_, self.result), *text = error_pairs(body)
+            self.more = [x for x in self.more if x[0] != 'text'] + text
+            return
+        self.refused += 1
+        if self.refused == 1:           # many more puts may be in flight
+            self.journal.write('error', self.who() + [('request', rid)]
+                               + error_pairs(body))
+
+    def finished(self):
+        """The request was served."""
+        kind, self.kind = self.kind, None
+        if kind is None:
+            return
+        known = kind in DEEDS or self.result != 'ok'
+        level = 'sessions' if known else 'requests'
+        if self.journal.wants(level):
+            pairs = self.who() + [
+                ('request', self.rid), ('type', REQUEST_NAMES.get(kind, kind)),
+                ('in', self.size), ('out', self.sent)]
+            if kind in (CHECKPOINT, COMMIT):
+                pairs += [('puts', self.puts), ('put', self.put_bytes)]
+            pairs += [('seconds', time.monotonic() - self.start),
+                      ('result', self.result)]
+            self.journal.write('request', pairs + self.more, level)
+        if kind in (CHECKPOINT, COMMIT) and self.result == 'ok':
+            self.puts = self.put_bytes = self.refused = 0
+
+    def trouble(self, text):
+        """Something of ours is wrong, met with this connection."""
+        pairs = self.who()
+        if self.kind is not None:
+            pairs.append(('request', self.rid))
+        self.journal.trouble(text, pairs)
+
+    def closed(self):
+        """The connection is over."""
+        self.journal.write('close', self.who() + [
+            ('requests', self.requests), ('in', self.came),
+            ('out', self.went), ('seconds', time.monotonic() - self.begun)])
+
+
+def error_pairs(body):
+    """What the journal says of the body of an ERROR frame."""
+    code = U16.unpack_from(body)[0]
+    return [('result', ERROR_NAMES.get(code, code)),
+            ('text', body[2:].decode('utf-8', 'replace'))]
 
 
 ##############################################################################
@@ -5768,11 +6048,12 @@ def open_local(path, create=False, transport='dir', machine=None, roles=None):
 class Pipe:
     """The wire on two descriptors, until the client closes its end."""
 
-    def __init__(self, local, fd_in, fd_out):
+    def __init__(self, local, fd_in, fd_out, address='-'):
         self.local = local
         self.fd_in = fd_in
         self.fd_out = fd_out
         self.frames = Frames()
+        self.track = Track(local.server.journal, local.session, address)
 
     def run(self):
         """Serve until end of file or a malformed frame."""
@@ -5784,6 +6065,7 @@ class Pipe:
             pass
         finally:
             self.local.close()
+            self.track.closed()
 
     def _read(self):
         """Wait for bytes; False at the end.  First say what is received."""
@@ -5794,6 +6076,7 @@ class Pipe:
                 self._send(self.local.idle())
         data = os.read(self.fd_in, 256 * KIB)
         self.frames.buf += data
+        self.track.came += len(data)
         return bool(data)
 
     def _serve(self):
@@ -5807,10 +6090,18 @@ class Pipe:
                 return
             if frame is None:
                 return
-            self._send(self.local.receive(*frame))
+            if frame[0] in UNANSWERED:
+                self.track.unanswered(frame[2])
+                self._send(self.local.receive(*frame))
+            else:
+                self.track.request(*frame)
+                self._send(self.local.receive(*frame))
+                self.track.finished()
 
     def _send(self, answers):
         for kind, rid, body in answers:
+            self.track.answered(kind, body, rid)
+            self.track.went += FRAME.size + len(body)
             write_all(self.fd_out, FRAME.pack(len(body), kind, rid) + body)
 
 
@@ -5891,11 +6182,12 @@ class Connection:
     __slots__ = ('sock', 'address', 'frames', 'session', 'steps', 'rid',
                  'flushing', 'paused', 'out', 'out_bytes', 'sending',
                  'secure', 'shaking', 'more', 'gone', 'ended', 'hanging',
-                 'deadline', 'moved', 'held', 'interest')
+                 'deadline', 'moved', 'held', 'interest', 'track')
 
     def __init__(self, sock, address, session, secure, now):
         self.sock = sock
         self.address = address
+        self.track = Track(session.server.journal, session, address)
         self.frames = Frames()      # received and not yet taken
         self.session = session
         self.steps = None           # running generator
@@ -5961,11 +6253,15 @@ class Loop:
         self.checked = self.now         # when deadlines were last looked at
         self.held = 0                   # bytes in all buffers
         self.favoured = None            # may read although held is too much
+        self.refused = 0                # connections, not yet in the journal
+        self.refused_last = ''          # address of the last of them
         self.stopping = 0               # 0, or when to stop at the latest
         self.room = memoryview(bytearray(256 * KIB))    # to receive into
 
     def stop(self):
         """Take no more; what was received is finished.  Signal safe."""
+        if not self.stopping and not self.parent:
+            manager_tell('STOPPING=1')
         self.stopping = self.stopping or (
             time.monotonic() + LIMIT['seconds to finish'])
         try:
@@ -6027,6 +6323,7 @@ class Loop:
         if self.now >= self.checked + 0.5:
             self.checked = self.now
             self.check_deadlines()
+            self.say_refused()
             if self.parent and os.getppid() != self.parent:
                 self.stop()             # it was killed: leave its port free
 
@@ -6037,8 +6334,7 @@ class Loop:
         except OSError:
             self.hang_up(conn)
         except Exception as e:
-            self.server.perform_here(('log', 'connection of %s: %s: %s' % (
-                conn.address, type(e).__name__, e)))
+            conn.track.trouble('%s: %s' % (type(e).__name__, e))
             conn.steps = None
             self.hang_up(conn)
         self.account(conn)
@@ -6057,6 +6353,8 @@ class Loop:
                     or strangers.count(address[0])
                     >= LIMIT['unauthenticated per address']):
                 sock.close()
+                self.refused += 1
+                self.refused_last = address[0]
                 continue
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -6119,6 +6417,7 @@ class Loop:
                 continue
             conn.frames.buf += self.room[:count]
             size += count
+            conn.track.came += count
             if size >= LIMIT['read at once'] or not self.may_read(conn):
                 conn.more = True
                 return
@@ -6132,6 +6431,7 @@ class Loop:
                 return
             conn.sending = conn.sending[count:]
             conn.out_bytes -= count
+            conn.track.went += count
             conn.moved = self.now
         if conn.paused:
             conn.paused = False
@@ -6179,7 +6479,9 @@ class Loop:
             kind = conn.frames.peek()
         except Refused as e:
             session.over = True
-            conn.send(ERROR, 0, error_body(e.code, str(e)))
+            error = error_body(e.code, str(e))
+            conn.track.answered(ERROR, error)
+            conn.send(ERROR, 0, error)
             return False
         if kind is None or conn.flushing and (
                 kind not in UNANSWERED
@@ -6188,9 +6490,12 @@ class Loop:
         kind, rid, body = conn.frames.next()
         if kind in UNANSWERED:
             error = session.accept(kind, body)
+            conn.track.unanswered(body)
             if error:
+                conn.track.answered(ERROR, error, rid)
                 conn.send(ERROR, rid, error)
         else:
+            conn.track.request(kind, rid, body)
             self.start(conn, session.handle(kind, body), rid)
         return True
 
@@ -6214,9 +6519,11 @@ class Loop:
                 wish = steps.throw(error) if error else steps.send(value)
             except StopIteration:
                 conn.steps, conn.flushing = None, False
+                conn.track.finished()
                 return
             value = error = None
             if wish[0] == 'answer':
+                conn.track.answered(wish[1], wish[2])
                 conn.send(wish[1], wish[3] if len(wish) > 3 else conn.rid,
                           wish[2])
                 if conn.out_bytes > LIMIT['out']:
@@ -6226,7 +6533,9 @@ class Loop:
                 heapq.heappush(self.timers, (
                     self.now + wish[1], next(self.numbers), conn, steps))
                 return
-            elif wish[0] in ('now', 'random', 'log'):
+            elif wish[0] == 'log':
+                conn.track.trouble(wish[1])
+            elif wish[0] in ('now', 'random'):
                 value = self.server.perform_here(wish)
             else:
                 self.pool.submit(conn, wish)
@@ -6249,6 +6558,7 @@ class Loop:
         """Close the socket; the session ends when its request is over."""
         if not conn.gone:
             conn.gone = True
+            conn.track.closed()
             if conn.interest:
                 self.selector.unregister(conn.sock)
             conn.sock.close()
@@ -6305,6 +6615,13 @@ class Loop:
                                 key=lambda c: len(c.frames.buf), default=None)
             if self.favoured:
                 self.watch_all(self.favoured)
+
+    def say_refused(self):
+        """One line for all since the last: a flood must not become one."""
+        if self.refused:
+            self.server.journal.write('refuse', [
+                ('count', self.refused), ('address', self.refused_last)])
+            self.refused = 0
 
     def check_deadlines(self):
         """Let go of clients that are late, and of what others want."""
@@ -6373,11 +6690,56 @@ def tls_context(path):
     return context
 
 
-def announce(listener):
+def listener_given():
+    """The listening socket that a service manager passes, or None: systemd's
+    LISTEN_FDS, sd_listen_fds(3).  It outlives this process, so that from its
+    end to the start of the next one clients wait and are not refused.
+    """
+    import socket
+    given = {name: os.environ.pop(name, '') for name in (
+        'LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES')}
+    if given['LISTEN_PID'] != str(os.getpid()):
+        return None
+    if given['LISTEN_FDS'] != '1':
+        raise ServerError('%s sockets were passed by LISTEN_FDS, one is wanted'
+                          % printable(given['LISTEN_FDS']))
+    try:
+        sock = socket.socket(fileno=3)
+        good = sock.type == socket.SOCK_STREAM and sock.family in (
+            socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as e:
+        raise ServerError('descriptor 3, passed by LISTEN_FDS: %s'
+                          % e.strerror) from None
+    if not good:
+        raise ServerError('descriptor 3, passed by LISTEN_FDS, is no '
+                          'listening TCP socket')
+    sock.set_inheritable(False)
+    return sock
+
+
+def manager_tell(state):
+    """Tell a service manager that waits for it: sd_notify(3)."""
+    import socket
+    path = os.environ.get('NOTIFY_SOCKET', '')
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(state.encode(), '\0' + path[1:] if path[0] == '@'
+                            else path)
+            except OSError as e:
+                say('NOTIFY_SOCKET: %s' % (e.strerror or e))
+
+
+def announce(server, listener, workers=1):
     """Say that clients, and signals, may come."""
     host, port = listener.getsockname()[:2]
-    say('listening on %s:%d' % ('[%s]' % host if ':' in host else host,
-                                port))
+    address = '%s:%d' % ('[%s]' % host if ':' in host else host, port)
+    say('listening on ' + address)
+    server.journal.write('start', [
+        ('version', VERSION), ('address', address), ('workers', workers),
+        ('store', server.store.name)])
+    manager_tell('READY=1')
 
 
 def serve_one(server, listener, context, parent=None):
@@ -6391,17 +6753,20 @@ def serve_one(server, listener, context, parent=None):
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         signal.signal(number, lambda *_: loop.stop())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    signal.signal(signal.SIGHUP, lambda *_: server.journal.reopen())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*signals, signal.SIGHUP))
     rate = server.conf.get('scrub-rate')
     if rate and not server.read_only:
         threading.Thread(target=scrub_always, daemon=True,
                          args=(server, size_parse(rate))).start()
     cleaning = CleanAlways(server)
     if not parent:
-        announce(listener)
+        announce(server, listener)
     loop.run()
     cleaning.stop()
     server.close()
+    if not parent:
+        server.journal.write('stop')
 
 
 def serve_many(server, listener, context, workers):
@@ -6411,13 +6776,19 @@ def serve_many(server, listener, context, workers):
 
     def stop(*_):
         stopping.append(True)
+        manager_tell('STOPPING=1')
         for child in children:
             os.kill(child, signal.SIGTERM)
 
-    signals = (signal.SIGTERM, signal.SIGINT)
+    def reopen(*_):
+        server.journal.reopen()
+        for child in children:
+            os.kill(child, signal.SIGHUP)
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     for number in signals:
-        signal.signal(number, stop)
-    announce(listener)
+        signal.signal(number, reopen if number == signal.SIGHUP else stop)
+    announce(server, listener, workers)
     births = 0
     while children or not stopping:
         while len(children) < workers and not stopping:
@@ -6434,9 +6805,14 @@ def serve_many(server, listener, context, workers):
             children.update([child] if child else [])
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         try:
-            children.discard(os.wait()[0])
+            child, status = os.wait()
         except ChildProcessError:
-            pass
+            continue
+        children.discard(child)
+        if not stopping:
+            server.journal.trouble('worker %d ended by itself, status %d'
+                                   % (child, status))
+    server.journal.write('stop')
 
 
 def serve_child(server, listener, context, parent):
@@ -6467,6 +6843,8 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py clean SRV [--machine N] [--used PERCENT] [--rate BYTES]
                    [--every HOURS] [--abandon] [--dry-run]
        tarsnapd.py serve SRV [--listen HOST:PORT] [--workers N]
+                   [--journal stderr|syslog|FILE]
+                   [--journal-level trouble|sessions|requests]
        tarsnapd.py user SRV add | passwd | show | close NAME
        tarsnapd.py user SRV address NAME NEW
        tarsnapd.py user SRV move-machine MACHINE NAME
@@ -6930,8 +7308,11 @@ def machine_number(text):
 def command_serve(args):
     """Serve until SIGTERM."""
     options, (path,) = take_options(
-        args, {'--listen': True, '--workers': True}, 1)
+        args, {'--listen': True, '--workers': True, '--journal': True,
+               '--journal-level': True}, 1)
     server = open_server(path)
+    server.journal = journal_of(server, options)
+    server.complain = server.journal.trouble
     size_parse(server.conf.get('scrub-rate', '1'))
     clean_conf(server.conf)
     server.certificate_load()
@@ -6942,12 +7323,24 @@ def command_serve(args):
     if not workers.isdigit() or not 1 <= int(workers) <= 256:
         raise ServerError('workers must be a number from 1 to 256')
     raise_limit()
-    listener = listen(options.get('--listen') or server.conf.get('listen')
-                      or '[::]:%d' % PORT)
+    listener = listener_given() or listen(
+        options.get('--listen') or server.conf.get('listen')
+        or '[::]:%d' % PORT)
     if int(workers) > 1:
         serve_many(server, listener, context, int(workers))
     else:
         serve_one(server, listener, context)
+
+
+def journal_of(server, options=()):
+    """The Journal that a server's configuration, or options, ask for."""
+    where, level = [
+        dict(options).get('--' + name) or server.conf.get(name, default)
+        for name, default in (('journal', 'stderr'),
+                              ('journal-level', 'sessions'))]
+    if where not in ('stderr', 'syslog'):
+        where = os.path.join(server.path, where)
+    return Journal(where, level)
 
 
 def raise_limit():
@@ -6973,7 +7366,12 @@ def command_session(args):
     if roles is not None and not set(roles) <= set('rwdn'):
         raise ServerError('roles are letters of rwdn')
     local = open_local(path, True, 'stdio', machine, roles)
-    Pipe(local, 0, 1).run()
+    if local.server.conf.get('journal', 'stderr') != 'stderr':
+        # Standard error is the client's.
+        local.server.journal = journal_of(local.server)
+        local.server.complain = local.server.journal.trouble
+    client = os.environ.get('SSH_CLIENT', '').partition(' ')[0]
+    Pipe(local, 0, 1, client or '-').run()
 
 
 def take_options(args, known, least, most=None):

@@ -464,7 +464,8 @@ class Serve:
         self.path = path
         self.child = subprocess.Popen(
             [sys.executable, PROGRAM, 'serve', path, '--listen',
-             '127.0.0.1:0'] + list(options), stderr=subprocess.PIPE)
+             '127.0.0.1:0', '--journal-level', 'trouble'] + list(options),
+            stderr=subprocess.PIPE)
         line = self.child.stderr.readline().decode()
         assert 'listening on 127.0.0.1:' in line, line
         self.port = int(line.rpartition(':')[2])

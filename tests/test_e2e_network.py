@@ -71,7 +71,12 @@ class Network(mainjob.MainJob, unittest.TestCase):
         done = server.kill(15)
         server.start()
         self.assertEqual((done.code, done.out), (0, ''))
-        self.assertRegex(done.err, r'\Atarsnapd: listening on \S+\n\Z')
+        first, *lines = done.lines
+        self.assertRegex(first, r'\Atarsnapd: listening on \S+\Z')
+        for line in lines:
+            self.assertRegex(line, r'\Atime=\S+ pid=\d+ event='
+                             r'(start|request|close|stop)\b')
+        self.assertTrue(lines[-1].endswith('event=stop'))
 
     def test_the_store_holds_nothing_readable(self):
         names = subprocess.run(
