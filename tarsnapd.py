@@ -1527,12 +1527,19 @@ class Segment:
         return len(self.table) // ROW.size
 
 
-def segment_key(machine, tid, number):
-    return 'seg/%016x/%s/%06d' % (machine, tid.hex(), number)
+def segment_key(machine, tid, number, table_hash):
+    """Where a segment is kept, the `number`-th of transaction `tid`.
+
+    What is in it is in the key: two servers that have one transaction, or two
+    tries, do not use one key for two contents.
+    """
+    return 'seg/%016x/%s/%06d-%s' % (machine, tid.hex(), number,
+                                     table_hash[:8].hex())
 
 
 def segment_number(key):
-    return int(key.rpartition('/')[2])
+    """The number in a segment's key; in older stores nothing follows it."""
+    return int(key.rpartition('/')[2].partition('-')[0])
 
 
 def together(several):
@@ -3899,20 +3906,25 @@ class Session:
         return out
 
     def _read_again(self, name, before):
-        """Steps: look once more, with what others did meanwhile.
+        """Steps: look once more, with what others did meanwhile, and again
+        if it was moved.
 
         Only then is a segment that cannot be read called damaged.
         """
-        yield from self._current()
-        place = (yield self._ask('find', [name]))[0]
-        if place is None:
-            return Refused(E_NOBLOCK, 'the block was deleted meanwhile')
-        try:
-            return place[3], (yield ('get',) + place[:3])
-        except StoreError as e:
-            yield ('log', str(e))
-            lost = isinstance(e, (NoObject, Damaged))
-            return Refused(E_NOBLOCK if lost else E_INTERNAL, str(e))
+        while True:
+            yield from self._current()
+            place = (yield self._ask('find', [name]))[0]
+            if place is None:
+                return Refused(E_NOBLOCK, 'the block was deleted meanwhile')
+            try:
+                return place[3], (yield ('get',) + place[:3])
+            except StoreError as e:
+                if isinstance(e, NoObject) and place != before:
+                    before = place
+                    continue
+                yield ('log', str(e))
+                lost = isinstance(e, (NoObject, Damaged))
+                return Refused(E_NOBLOCK if lost else E_INTERNAL, str(e))
 
     @staticmethod
     def _block_answer(name, found, mask):
@@ -4036,8 +4048,16 @@ class Session:
         return tx
 
     def _adopt_segment(self, tx, key):
-        segment = yield from segment_load(key)
-        for i, names in (yield from segment_lists(segment, WITHDRAWN_LIST)):
+        """Steps: take over a segment, if the log does not drop it now."""
+        try:
+            segment = yield from segment_load(key)
+            lists = yield from segment_lists(segment, WITHDRAWN_LIST)
+        except NoObject:
+            yield from self._current()
+            if not (yield from droppable(self.machine.number, [key])):
+                return
+            raise
+        for i, names in lists:
             self._withdraw(tx, tx.rows + i + 1, names)
         tx.segments.append(segment)
         tx.rows += segment.count
@@ -4129,16 +4149,13 @@ class Session:
         spool = tx.spool
         if not spool.table:
             return
-        key = segment_key(self.machine.number, tx.tid, spool.number)
         try:
             path, segment = yield ('spool', spool, 'finish')
-            segment.key = key
-            if not (yield ('put', key, path)):
-                found = yield from segment_load(key)
-                if found.table_hash != segment.table_hash:
-                    raise Refused(E_EXPIRED, 'the transaction goes on at '
-                                  'another server')
-        except (StoreError, Refused):
+            segment.key = segment_key(self.machine.number, tx.tid,
+                                      spool.number, segment.table_hash)
+            # What may be there already is the same.
+            yield ('put', segment.key, path)
+        except StoreError:
             yield ('spool', spool, 'drop')
             yield from self._leave()
             raise
@@ -4251,7 +4268,8 @@ class Session:
             entry.drops = yield from droppable(
                 self.machine.number, [s.key for s in self.tx.segments])
         if tx:
-            yield from self._segments_ready(tx)
+            if not (yield from self._segments_ready(tx, state.k)):
+                return None
             entry.segments = [
                 (s.key, s.size, s.table_hash, s.count, dead)
                 for s, dead in zip(tx.segments, verdict.dead)]
@@ -4267,22 +4285,31 @@ class Session:
             raise Refused(E_EXPIRED, 'another transaction is open here')
         return tx
 
-    def _segments_ready(self, tx):
-        """Steps: rules 6 and 7, all its segments durable and none dropped."""
-        adopted = tx.segments[-1:]
+    def _segments_ready(self, tx, k):
+        """Steps: rules 6 and 7, all its segments durable and none dropped.
+
+        False if the log went on since entry k: then all is judged again.
+        """
+        number = self.machine.number
+        adopted = [s.key for s in tx.segments]
+        if len((yield from droppable(number, adopted))) < len(adopted):
+            if (yield self._ask('state')).k > k:
+                return False
+            yield from self._leave()
+            raise Refused(E_EXPIRED, 'what the transaction held is dropped')
         if tx.spool.table:
             yield from self._segment_close(tx)
         elif adopted:
             # Whoever closed it may have died before the fsync of their
             # directory; putting one again makes all of them durable.
-            key = adopted[0].key
-            data = yield ('get', key, 0, None)
-            yield ('put', key, data)
-        known = yield self._ask('segments_of', 'seg/%016x/%s/' % (
-            self.machine.number, tx.tid.hex()))
-        if {key for key, _ in known} & {s.key for s in tx.segments}:
-            yield from self._leave()
-            raise Refused(E_EXPIRED, 'what the transaction held is dropped')
+            try:
+                data = yield ('get', adopted[-1], 0, None)
+            except NoObject:
+                if (yield from self._current()).k > k:
+                    return False
+                raise
+            yield ('put', adopted[-1], data)
+        return True
 
     def _finish(self, frame, commit):
         """Steps: the transaction goes on with nothing, or is over."""
@@ -4505,11 +4532,9 @@ class Copies:
         if not self.spool.table:
             return
         path, segment = yield ('spool', self.spool, 'finish')
-        segment.key = segment_key(self.machine, self.tid, self.spool.number)
-        if not (yield ('put', segment.key, path)):
-            # By nobody else: the id is our own.
-            found = yield from segment_load(segment.key)
-            assert found.table_hash == segment.table_hash, segment.key
+        segment.key = segment_key(self.machine, self.tid, self.spool.number,
+                                  segment.table_hash)
+        yield ('put', segment.key, path)
         self.segments.append(segment)
         yield ('spool', self.spool, 'drop')
 

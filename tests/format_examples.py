@@ -310,8 +310,9 @@ class ProtocolExamples(Examples):
                 self.dump('segment', file.read())
             spool.close(True)
         entry = tarsnapd.Entry(self.key.machine, 1, bytes(32), SECONDS)
-        entry.segments = [(tarsnapd.segment_key(self.key.machine, tid, 1),
-                           segment.size, segment.table_hash, 1, b'\0')]
+        key = tarsnapd.segment_key(self.key.machine, tid, 1,
+                                   segment.table_hash)
+        entry.segments = [(key, segment.size, segment.table_hash, 1, b'\0')]
         entry.blocks, entry.bytes = 1, len(block)
         self.dump('log', tarsnapd.log_encode(entry))
 

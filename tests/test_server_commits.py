@@ -311,17 +311,69 @@ class Commits(unittest.TestCase):
         self.check_refused('CONFLICT', self.client.call, 'COMMIT', undecided)
         self.assertEqual(self.host.begin(self.client, tid)[0], 0)
 
-    def test_abort_of_what_another_server_has_committed(self):
-        """It deletes no segment the log has not dropped (rule 5)."""
+    def close_segment(self, client):
+        """What was put becomes an object, not yet committed."""
         with mock.patch.dict(tarsnapd.LIMIT, {'segment': 1}):
-            tid, names = self.begin()
-            self.client.link.local.idle()       # closes the segment
-        second = self.path + '-second'
-        tarsnapd.server_create(second, {
+            client.link.local.idle()
+
+    def second_server(self):
+        """A Client at another server of the same store."""
+        self.second = self.path + '-second'
+        tarsnapd.server_create(self.second, {
             'store': os.path.join(self.path, 'store')})
-        other = Client(Embedded(second))
+        other = Client(Embedded(self.second))
         self.addCleanup(other.close)
         other.auth(self.host.machine, self.host.keys, R, W, D, N)
+        return other
+
+    def test_two_servers_use_no_key_for_two_contents(self):
+        """Not even after one of them has aborted and deleted its own."""
+        tid, names = self.begin()
+        other = self.second_server()
+        self.host.begin(other, tid, lineage=LINEAGE)
+        put(other, block('c', 'y'))
+        keys = {}
+        real = tarsnapd.FileStore.put
+
+        def noting(store, key, data):
+            if key.startswith('seg/'):
+                with open(data, 'rb') as file:
+                    keys.setdefault(key, set()).add(sha(file.read()))
+            return real(store, key, data)
+
+        with mock.patch.object(tarsnapd.FileStore, 'put', noting):
+            self.close_segment(other)
+            other.call('ABORT')
+            self.close_segment(self.client)
+        self.assertEqual(sorted(map(len, keys.values())), [1, 1])
+        self.host.commit(self.client, tid, puts=names, linked=self.link(names))
+        self.assertEqual(get(self.client, names), [
+            block('c', 'x1')[2], block('c', 'x2')[2], block('a', 'x')[2]])
+
+    def test_a_dropped_segment_is_expired(self):
+        """Dropped and deleted by another server's cleaner."""
+        tid, names = self.begin()
+        self.close_segment(self.client)
+        self.second_server()
+        server = tarsnapd.Server(self.second)
+        self.addCleanup(server.close)
+        policy = tarsnapd.Policy()
+        policy.abandon = True
+        for dropped, deleted in (1, 0), (0, 1):
+            done = tarsnapd.Cleaned()
+            server.run(tarsnapd.clean(self.host.machine, policy, done))
+            self.assertEqual((done.dropped, done.deleted), (dropped, deleted))
+        self.check_bad('EXPIRED', tid, puts=names, linked=self.link(names))
+        # Sent again, it is as good as new.
+        self.host.begin(self.client, tid, lineage=LINEAGE)
+        names = [put(self.client, block('a', 'x'))]
+        self.host.commit(self.client, tid, puts=names, linked=self.link(names))
+
+    def test_abort_of_what_another_server_has_committed(self):
+        """It deletes no segment the log has not dropped (rule 5)."""
+        tid, names = self.begin()
+        self.close_segment(self.client)
+        other = self.second_server()
         self.host.begin(other, tid, lineage=LINEAGE)
         self.host.commit(other, tid, puts=names, linked=self.link(names))
         self.host.commit(self.client, tid, kind=ABORT_KIND)

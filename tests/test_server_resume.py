@@ -74,7 +74,7 @@ class Resume(unittest.TestCase):
         stored = os.listdir(os.path.join(
             self.path, 'store', 'seg', '%016x' % self.host.machine,
             self.tid.hex()))
-        self.assertEqual(stored, ['000001'])
+        self.assertEqual([x[:7] for x in stored], ['000001-'])
         self.check_finish(client, names)
 
     def test_a_checkpoint_is_not_held_again(self):
@@ -142,7 +142,8 @@ class Resume(unittest.TestCase):
             self.host.machine, self.tid)
         spool.scan([], True)
         path, segment = spool.finish()
-        key = tarsnapd.segment_key(self.host.machine, self.tid, 1)
+        key = tarsnapd.segment_key(self.host.machine, self.tid, 1,
+                                   segment.table_hash)
         target = os.path.join(self.path, 'store', key)
         os.makedirs(os.path.dirname(target))
         os.link(path, target)
