@@ -28,7 +28,8 @@ BENCH =
 # What tests run besides Python, as command:package of Debian.
 TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
 	cpio:cpio \
-	sshd:openssh-server cc:gcc
+	sshd:openssh-server cc:gcc systemd-socket-activate:systemd \
+	stunnel4:stunnel4 spiped:spiped
 
 # What the benchmark compares with.
 PEERS = restic:restic borg:borgbackup rclone:rclone openssl:openssl

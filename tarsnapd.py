@@ -60,6 +60,7 @@ tarsnap-protocol(7); commands in tarsnapd(8).
 
 import base64
 import collections
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -6201,17 +6202,69 @@ class Pool:
                 pass                    # it is awake
 
 
+class Strangers:
+    """Connections of clients that have not proven who they are, of all workers
+    together: memory they share, under a lock that dies with its holder.
+    """
+
+    ROW = struct.Struct('>I12s')            # process, hash of an address
+
+    def __init__(self):
+        import mmap
+        import tempfile
+        self.rows = LIMIT['unauthenticated']
+        self.file = tempfile.TemporaryFile(prefix='tarsnapd-')
+        self.file.truncate(self.rows * self.ROW.size)
+        self.table = mmap.mmap(self.file.fileno(),
+                               self.rows * self.ROW.size)
+
+    def take(self, address):
+        """A row for one more from an address, None if there are too many."""
+        where = sha256(address.encode('utf-8', 'replace'))[:12]
+        with self.file_lock():
+            rows = list(self.ROW.iter_unpack(self.table[:]))
+            free = next((i for i, row in enumerate(rows) if not row[0]), None)
+            if free is None or sum(pid > 0 and there == where for pid, there
+                                   in rows) >= (
+                    LIMIT['unauthenticated per address']):
+                return None
+            self.ROW.pack_into(self.table, free * self.ROW.size, os.getpid(),
+                               where)
+            return free
+
+    def give(self, row):
+        """It has gone, or proven who it is."""
+        self.ROW.pack_into(self.table, row * self.ROW.size, 0, bytes(12))
+
+    def forget(self, pid):
+        """A process has ended with all its connections."""
+        with self.file_lock():
+            for row in range(self.rows):
+                if self.ROW.unpack_from(self.table,
+                                        row * self.ROW.size)[0] == pid:
+                    self.give(row)
+
+    @contextlib.contextmanager
+    def file_lock(self):
+        fcntl.lockf(self.file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.file, fcntl.LOCK_UN)
+
+
 class Connection:
     """What the loop knows of one client."""
 
     __slots__ = ('sock', 'address', 'frames', 'session', 'steps', 'rid',
                  'flushing', 'paused', 'out', 'out_bytes', 'sending',
                  'secure', 'shaking', 'more', 'gone', 'ended', 'hanging',
-                 'deadline', 'moved', 'held', 'interest', 'track')
+                 'deadline', 'moved', 'held', 'interest', 'track', 'row')
 
-    def __init__(self, sock, address, session, secure, now):
+    def __init__(self, sock, address, row, session, secure, now):
         self.sock = sock
         self.address = address
+        self.row = row              # among Strangers, or None
         self.track = Track(session.server.journal, session, address)
         self.frames = Frames()      # received and not yet taken
         self.session = session
@@ -6257,11 +6310,12 @@ class Connection:
 class Loop:
     """Serves a listening socket until stop() is called."""
 
-    def __init__(self, server, listener, context, parent=None):
+    def __init__(self, server, listener, context, strangers, parent=None):
         import selectors
         import ssl
         self.server = server
         self.listener = listener
+        self.strangers = strangers      # Strangers, of all workers
         self.parent = parent            # process whose end is ours, or None
         self.context = context          # ssl.SSLContext, or None behind one
         self.want_more = (BlockingIOError, InterruptedError,
@@ -6372,27 +6426,30 @@ class Loop:
                 sock, address = self.listener.accept()
             except OSError:
                 return
-            strangers = [c.address for c in self.connections
-                         if not c.session.machine and not c.gone]
-            if (len(strangers) >= LIMIT['unauthenticated']
-                    or strangers.count(address[0])
-                    >= LIMIT['unauthenticated per address']):
+            row = self.strangers.take(address[0])
+            if row is None:
                 sock.close()
                 self.refused += 1
                 self.refused_last = address[0]
                 continue
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if self.context:
-                sock = self.context.wrap_socket(
-                    sock, server_side=True, do_handshake_on_connect=False)
-            self.welcome(sock, address[0])
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                if self.context:
+                    sock = self.context.wrap_socket(
+                        sock, server_side=True,
+                        do_handshake_on_connect=False)
+            except OSError:             # it has hung up already
+                sock.close()
+                self.strangers.give(row)
+                continue
+            self.welcome(sock, address[0], row)
 
-    def welcome(self, sock, address):
+    def welcome(self, sock, address, row):
         """Begin a session."""
         session = Session(self.server, TRANSPORT_TLS)
-        conn = Connection(sock, address, session, bool(self.context),
+        conn = Connection(sock, address, row, session, bool(self.context),
                           self.now)
         self.connections.add(conn)
         conn.interest = self.read_event
@@ -6621,6 +6678,9 @@ class Loop:
 
     def account(self, conn):
         """Keep the common budget, and somebody reading when it is spent."""
+        if conn.row is not None and (conn.gone or conn.session.machine):
+            self.strangers.give(conn.row)
+            conn.row = None
         held = 0
         if conn in self.connections:
             held = (len(conn.frames.buf) + conn.session.batch_bytes
@@ -6767,14 +6827,14 @@ def announce(server, listener, workers=1):
     manager_tell('READY=1')
 
 
-def serve_one(server, listener, context, parent=None):
+def serve_one(server, listener, context, strangers, parent=None):
     """Serve in this process until SIGTERM or SIGINT, or until `parent`, if
     it is one of several, has ended.
     """
     import signal
     # A thread of the pool must not hold the loop up for the default 5 ms.
     sys.setswitchinterval(0.0005)
-    loop = Loop(server, listener, context, parent)
+    loop = Loop(server, listener, context, strangers, parent)
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         signal.signal(number, lambda *_: loop.stop())
@@ -6797,7 +6857,7 @@ def serve_one(server, listener, context, parent=None):
 def serve_many(server, listener, context, workers):
     """Serve in `workers` processes, replacing those that die."""
     import signal
-    children, stopping = set(), []
+    children, stopping, strangers = set(), [], Strangers()
 
     def stop(*_):
         stopping.append(True)
@@ -6826,7 +6886,7 @@ def serve_many(server, listener, context, workers):
             parent = os.getpid()
             child = None if stopping else os.fork()
             if child == 0:
-                serve_child(server, listener, context, parent)
+                serve_child(server, listener, context, strangers, parent)
             children.update([child] if child else [])
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         try:
@@ -6834,17 +6894,18 @@ def serve_many(server, listener, context, workers):
         except ChildProcessError:
             continue
         children.discard(child)
+        strangers.forget(child)
         if not stopping:
             server.journal.trouble('worker %d ended by itself, status %d'
                                    % (child, status))
     server.journal.write('stop')
 
 
-def serve_child(server, listener, context, parent):
+def serve_child(server, listener, context, strangers, parent):
     """A worker process; does not return."""
     status = 1
     try:
-        serve_one(server, listener, context, parent)
+        serve_one(server, listener, context, strangers, parent)
         status = 0
     finally:
         os._exit(status)
@@ -7354,7 +7415,7 @@ def command_serve(args):
     if int(workers) > 1:
         serve_many(server, listener, context, int(workers))
     else:
-        serve_one(server, listener, context)
+        serve_one(server, listener, context, Strangers())
 
 
 def journal_of(server, options=()):
