@@ -104,6 +104,7 @@ LIMIT = {
     'seconds to finish': 30,        # after SIGTERM
     'logins': 3,                    # wrong passwords on one connection
     'seconds to freeze': 5,         # until a session hears of it
+    'names withdrawn': 1 << 20,     # that were never put
 }
 
 PORT = 9279
@@ -1512,20 +1513,18 @@ TAIL = 256 * KIB        # read at once from a segment's end; mostly enough
 class Segment:
     """A closed segment and its table.
 
-    key, size in bytes, table (rows joined) and `table_hash`, its SHA-256.
+    key, size in bytes, table (rows joined; None once a Spool keeps it),
+    `table_hash`, its SHA-256, and `count`, the number of its rows.
     """
 
-    __slots__ = ('key', 'size', 'table', 'table_hash')
+    __slots__ = ('key', 'size', 'table', 'table_hash', 'count')
 
     def __init__(self, key, size, table):
         self.key = key
         self.size = size
         self.table = table
         self.table_hash = sha256(table)
-
-    @property
-    def count(self):
-        return len(self.table) // ROW.size
+        self.count = len(table) // ROW.size
 
 
 def segment_key(machine, tid, number, table_hash):
@@ -1616,6 +1615,22 @@ def segment_lists(segment, cls):
                               'list %d is damaged' % number)
             out.append((number, list_rows(cls, data)))
     return out
+
+
+def linked_puts(tables, withdrawn):
+    """Rows put and not withdrawn, in order.
+
+    Yields (table number, row number, name, class, length).  A withdrawal
+    concerns what was put before it; the name may be put again.
+    """
+    ordinal = 0
+    for t, table in enumerate(tables):
+        for i, row in enumerate(ROW.iter_unpack(table)):
+            name, cls, _, length, _ = row
+            ordinal += 1
+            if cls in BLOCK_CLASSES and (
+                    not withdrawn or withdrawn.get(name, 0) < ordinal):
+                yield t, i, name, cls, length
 
 
 def list_rows(cls, data):
@@ -1710,9 +1725,117 @@ def segment_past(key, size, digest, count):
 # Spool
 #
 # The open segment of each open transaction, DIR/spool/ID16/TIDHEX-000001, and
-# beside it a lock file held by the process that owns the transaction.  Calls
+# beside it a lock file held by the process that owns the transaction.  Of what
+# a client may send without end nothing stays in memory: the tables of closed
+# segments, and the names it lists, are in files that have no name.  Calls
 # nothing but the disk; decides nothing.
 ##############################################################################
+
+
+class Tables:
+    """Tables of closed segments, in a file below `directory`."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.file = None            # made when first needed
+        self.places = []            # (offset, length)
+
+    def add(self, table):
+        """The next one."""
+        if self.file is None:
+            import tempfile
+            self.file = tempfile.TemporaryFile(dir=self.directory)
+        self.places.append((self.file.seek(0, os.SEEK_END), len(table)))
+        write_all(self.file.fileno(), table)
+
+    def __iter__(self):
+        for place in self.places:
+            yield read_range(self.file.fileno(), *place)
+
+    def close(self):
+        """Forget all of them."""
+        if self.file:
+            self.file.close()
+        self.file, self.places = None, []
+
+
+class Listed:
+    """Names, each with a number, in a file made at `path` and unlinked.
+
+    With `path` None it stays empty.  One thread at a time.
+    """
+
+    def __init__(self, path=None):
+        self.path = path
+        self.db = None              # made when first needed
+        self.count = 0
+
+    def __len__(self):
+        return self.count
+
+    def add(self, names, first=False):
+        """Have `names`, pairs with their numbers; how many are new.  One that
+        is there gets its new number, unless its `first` is to stay.
+        """
+        if self.db is None:
+            self._open()
+        new = self._run('INSERT OR IGNORE INTO listed VALUES (?, ?)', names,
+                        True).rowcount
+        if new < len(names) and not first:
+            self._run('UPDATE listed SET number = ?2 WHERE name = ?1', names,
+                      True)
+        self.count += new
+        return new
+
+    def get(self, name, default=None):
+        """The number of a name."""
+        found = self.db and self._run(
+            'SELECT number FROM listed WHERE name = ?', (name,)).fetchone()
+        return found[0] if found else default
+
+    def __contains__(self, name):
+        return self.get(name) is not None
+
+    def parts(self):
+        """All names in order, in lists of a few thousand."""
+        last = b''
+        while self.db:
+            part = [row[0] for row in self._run(
+                'SELECT name FROM listed WHERE name > ? ORDER BY name '
+                'LIMIT 4096', (last,))]
+            if not part:
+                return
+            yield part
+            last = part[-1]
+
+    def close(self):
+        """Forget all of them."""
+        if self.db:
+            self.db.close()
+        self.db, self.count = None, 0
+
+    def _open(self):
+        import sqlite3
+        unlink_quietly(self.path)
+        self.db = sqlite3.connect(self.path, isolation_level=None,
+                                  check_same_thread=False)
+        # It is nobody else's, and is gone with this process.
+        for setting in ('locking_mode = EXCLUSIVE', 'journal_mode = OFF',
+                        'synchronous = OFF', 'cache_size = -1024'):
+            self._run('PRAGMA ' + setting).fetchall()
+        self._run('CREATE TABLE listed (name BLOB PRIMARY KEY, '
+                  'number INTEGER) WITHOUT ROWID')
+        self._run('BEGIN')          # for ever: what fits stays in the cache
+        os.chmod(self.path, 0o600)
+        os.unlink(self.path)
+
+    def _run(self, statement, values=(), many=False):
+        import sqlite3
+        run = self.db.executemany if many else self.db.execute
+        try:
+            return run(statement, values)
+        except sqlite3.Error as e:
+            raise OSError(errno.EIO, 'names of a transaction: %s' % e) from e
 
 
 class Spool:
@@ -1731,6 +1854,10 @@ class Spool:
         self.number = 1         # of the open segment
         self.size = 0           # bytes written to it
         self.table = bytearray()
+        self.closed = Tables(directory)     # of earlier segments
+        self.rows = 0           # in these
+        self.withdrawn = Listed(self.stem + '.withdrawn')   # by row
+        self.deleted = Listed(self.stem + '.deleted')
 
     def append(self, entries):
         """Write `entries`, (class, name, data) each, at the end.
@@ -1747,6 +1874,9 @@ class Spool:
             size += ENTRY.size + len(data)
             table.append(ROW.pack(name, cls, size - len(data), len(data),
                                   hashlib.sha256(data).digest()))
+            if cls not in BLOCK_CLASSES:
+                self._list(len(self.table) // ROW.size + len(table), cls,
+                           data)
             if len(data) < 16 * KIB:
                 small.append(data)
             else:       # copying costs more than a call
@@ -1768,6 +1898,47 @@ class Spool:
         size = self.size + len(table) + FOOTER.size
         return self.path, Segment('', size, table)
 
+    def keep(self, segment, lists=()):
+        """A Segment of the transaction is closed; its table is kept here.
+
+        `lists` are (row number, names) of what it withdraws, if that was not
+        told to append().
+        """
+        for number, names in lists:
+            self.withdrawn.add([(name, self.rows + number + 1)
+                                for name in names])
+        self.closed.add(segment.table)
+        self.rows += segment.count
+        segment.table = None
+
+    def tables(self):
+        """The tables of all segments of the transaction, one by one."""
+        yield from self.closed
+        yield bytes(self.table)
+
+    def puts(self):
+        """What was put and not withdrawn, as linked_puts."""
+        return linked_puts(self.tables(), self.withdrawn)
+
+    def puts_digest(self):
+        """(count, SHA-256 of the names) of these."""
+        digest, count = hashlib.sha256(), 0
+        for put in self.puts():
+            digest.update(put[2])
+            count += 1
+        return count, digest.digest()
+
+    def puts_some(self, puts):
+        """The next rows of ADDED of `puts`; none at the end."""
+        return [ADDED_ROW.pack(*put[2:]) for put in itertools.islice(
+            puts, CEILING['names'])]
+
+    def clear(self):
+        """The transaction was committed, and goes on with nothing."""
+        self.rows = 0
+        for scratch in (self.closed, self.withdrawn, self.deleted):
+            scratch.close()
+
     def drop(self):
         """Forget the open segment; the next one has the next number."""
         if self.fd is not None:
@@ -1779,14 +1950,13 @@ class Spool:
         self.table = bytearray()
 
     def scan(self, closed, keep):
-        """Find what an earlier owner left; [(class, data)] of its lists.
+        """Find what an earlier owner left of the open segment.
 
         `closed` are the numbers of segments the store knows: their files are
         removed unread, since a file and its object may be one inode.  With
         `keep` False nothing is taken over.
         """
         self.number = max(closed, default=0) + 1
-        lists = []
         for name in sorted(os.listdir(self.directory)):
             path = os.path.join(self.directory, name)
             number = path[len(self.stem) + 1:]
@@ -1798,12 +1968,12 @@ class Spool:
                 self.number = max(self.number, int(number) + 1)
                 continue
             self.number = int(number)
-            lists = self._adopt(path)
+            self._adopt(path)
             break
-        return lists
 
     def close(self, remove=False):
         """Let go of the transaction; with `remove` nothing of it stays."""
+        self.clear()
         empty = self.fd is None
         if self.fd is not None:
             os.close(self.fd)
@@ -1831,16 +2001,14 @@ class Spool:
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         whole = os.fstat(self.fd).st_size
-        lists = []
-        self.size = self._scan_entries(whole, lists)
+        self.size = self._scan_entries(whole)
         if self.size < whole:
             os.ftruncate(self.fd, self.size)
         if self.size == 0:
             write_all(self.fd, SEGMENT_MAGIC)
             self.size = len(SEGMENT_MAGIC)
-        return lists
 
-    def _scan_entries(self, whole, lists):
+    def _scan_entries(self, whole):
         """Fill the table; where the good part ends."""
         pos = len(SEGMENT_MAGIC)
         if read_range(self.fd, 0, pos) != SEGMENT_MAGIC:
@@ -1855,12 +2023,19 @@ class Spool:
             if zlib.crc32(data, zlib.crc32(ENTRY_SUM.pack(
                     magic, cls, name, length))) != crc:
                 break
-            if cls not in BLOCK_CLASSES:
-                lists.append((len(self.table) // ROW.size, cls, data))
             self.table += ROW.pack(name, cls, pos + ENTRY.size, length,
                                    sha256(data))
+            if cls not in BLOCK_CLASSES:
+                self._list(len(self.table) // ROW.size, cls, data)
             pos = end
         return pos
+
+    def _list(self, row, cls, data):
+        """Row number `row`, from 1, of the open segment lists names."""
+        lists = {WITHDRAWN_LIST: self.withdrawn, DELETED_LIST: self.deleted}
+        if cls in lists:
+            lists[cls].add([(name, self.rows + row)
+                            for name in split_names(data)])
 
 
 class SpoolDir:
@@ -2674,17 +2849,22 @@ def check_stranded(machine, k):
 class Change:
     """What a commit claims and what its transaction really holds."""
 
-    __slots__ = ('commit', 'lineage', 'segments', 'withdrawn', 'deleted',
-                 'revived')
+    __slots__ = ('commit', 'lineage', 'spool', 'deleted', 'revived')
 
-    def __init__(self, commit, lineage, segments, withdrawn, deleted,
-                 revived):
+    def __init__(self, commit, lineage=b'', spool=None, revived=None):
         self.commit = commit
         self.lineage = lineage          # of the transaction
-        self.segments = segments        # tables, in order
-        self.withdrawn = withdrawn      # {name: ordinal of its withdrawal}
-        self.deleted = deleted          # set of names
-        self.revived = revived          # {name: (class, stored length)}
+        self.spool = spool              # its Spool, or None if it needs none
+        self.deleted = spool.deleted if spool else Listed()
+        self.revived = revived or {}    # {name: (class, stored length)}
+
+    def tables(self):
+        """Of all its segments, one by one."""
+        return self.spool.tables() if self.spool else ()
+
+    def puts(self):
+        """As linked_puts."""
+        return self.spool.puts() if self.spool else ()
 
 
 class Verdict:
@@ -2696,22 +2876,6 @@ class Verdict:
         self.dead = dead                # bitmap for each segment
         self.blocks = blocks            # live after it
         self.bytes = size
-
-
-def linked_puts(tables, withdrawn):
-    """Rows put and not withdrawn, in order.
-
-    Yields (table number, row number, name, class, length).  A withdrawal
-    concerns what was put before it; the name may be put again.
-    """
-    ordinal = 0
-    for t, table in enumerate(tables):
-        for i, row in enumerate(ROW.iter_unpack(table)):
-            name, cls, _, length, _ = row
-            ordinal += 1
-            if cls in BLOCK_CLASSES and (
-                    not withdrawn or withdrawn.get(name, 0) < ordinal):
-                yield t, i, name, cls, length
 
 
 def live_digest(rows):
@@ -2755,11 +2919,14 @@ def check_empty(commit):
 
 def check_deletes(index, change):
     """Rule 3 for deletes: as listed, and every one of them live."""
-    names = sorted(change.deleted)
-    if change.commit.deletes != (len(names), sha256(b''.join(names))):
+    digest, live = hashlib.sha256(), True
+    for names in change.deleted.parts():
+        digest.update(b''.join(names))
+        live = live and len(index.live(names)) == len(names)
+    if change.commit.deletes != (len(change.deleted), digest.digest()):
         raise Refused(E_MISMATCH, 'deleted names are not those received: '
-                      '%d here' % len(names))
-    if len(index.live(names)) != len(names):
+                      '%d here' % len(change.deleted))
+    if not live:
         raise Refused(E_MISMATCH, 'a deleted block is not live')
     if change.deleted and change.commit.kind == KIND_UNDELETE or (
             change.revived and change.commit.kind != KIND_UNDELETE):
@@ -2809,25 +2976,49 @@ def check_unlink(found, relinked, lineage):
 
 def check_puts(index, state, change):
     """Rule 3 for puts, and which copies are dead on arrival."""
-    digest, count = hashlib.sha256(), 0
-    puts = list(linked_puts(change.segments, change.withdrawn))
-    for put in puts:
-        digest.update(put[2])
-    if change.commit.puts != (len(puts), digest.digest()):
+    digest, count, fresh, size = hashlib.sha256(), 0, 0, 0
+    dead = [bytearray(b'\1' * (len(table) // ROW.size))
+            for table in change.tables()]
+    seen = Listed(change.spool and change.spool.stem + '.seen')
+    try:
+        for part in runs(enumerate(change.puts())):
+            names = [put[2] for _, put in part]
+            digest.update(b''.join(names))
+            count += len(part)
+            live = index.live(names) if state.blocks else ()
+            for t, i, _, _, length in first_copies(seen, live, part):
+                dead[t][i] = 0
+                fresh, size = fresh + 1, size + length
+    finally:
+        seen.close()
+    if change.commit.puts != (count, digest.digest()):
         raise Refused(E_MISMATCH, 'blocks put are not those received: '
-                      '%d here' % len(puts))
-    dead = [[1] * (len(table) // ROW.size) for table in change.segments]
-    seen = index.live({put[2] for put in puts}) if state.blocks else set()
-    size = 0
-    for t, i, name, _, length in puts:
-        if name not in seen:        # the first copy wins
-            seen.add(name)
-            dead[t][i] = 0
-            count, size = count + 1, size + length
-    gone = sum(x[1] for x in index.lengths(change.deleted).values())
+                      '%d here' % count)
+    gone = sum(x[1] for names in change.deleted.parts()
+               for x in index.lengths(names).values())
     return Verdict([bitmap_of(flags) for flags in dead],
-                   state.blocks + count - len(change.deleted),
+                   state.blocks + fresh - len(change.deleted),
                    state.bytes + size - gone)
+
+
+def first_copies(seen, live, puts):
+    """Those of numbered `puts` whose block is neither in `live` nor in
+    `seen`, to which they are added: of several copies the first wins.
+    """
+    puts = [(at, put) for at, put in puts if put[2] not in live]
+    new = seen.add([(put[2], at) for at, put in puts], True)
+    return [put for at, put in puts
+            if new == len(puts) or seen.get(put[2]) == at]
+
+
+def runs(items):
+    """An iterator's items in lists of a few thousand."""
+    items = iter(items)
+    while True:
+        part = list(itertools.islice(items, 4096))
+        if not part:
+            return
+        yield part
 
 
 def check_revived(index, state, change):
@@ -2839,7 +3030,7 @@ def check_revived(index, state, change):
     if index.kept(names) != change.revived:
         raise Refused(E_NOBLOCK, 'a block to revive is not kept any more')
     dead = [bitmap_of([1] * (len(table) // ROW.size))
-            for table in change.segments]
+            for table in change.tables()]
     return Verdict(dead, state.blocks + len(names),
                    state.bytes + sum(x[1] for x in change.revived.values()))
 
@@ -2855,7 +3046,7 @@ def check_records(index, change, archives):
     missing = {x[1] for x in change.commit.linked}
     if not missing:
         return
-    for _, _, name, cls, _ in linked_puts(change.segments, change.withdrawn):
+    for _, _, name, cls, _ in change.puts():
         if cls == RECORD:
             missing.discard(name)
     missing -= {name for name, row in change.revived.items()
@@ -3331,28 +3522,19 @@ def login_check(stored, transcript, proof):
 class Transaction:
     """What a transaction holds since it began or was last checkpointed."""
 
-    __slots__ = ('tid', 'kind', 'lineage', 'spool', 'segments', 'rows',
-                 'withdrawn', 'deleted', 'revived')
+    __slots__ = ('tid', 'kind', 'lineage', 'spool', 'segments', 'revived',
+                 'n', 'blocks', 'listed')
 
     def __init__(self, tid, kind, lineage, spool):
         self.tid = tid
         self.kind = kind
         self.lineage = lineage
-        self.spool = spool          # its open segment
+        self.spool = spool          # its open segment, and all that is large
         self.segments = []          # closed, in the store, not committed
-        self.clear()
-
-    def clear(self):
-        """Its segments were committed; it goes on with nothing."""
-        self.segments = []
-        self.rows = 0               # entries so far, also those in the batch
-        self.withdrawn = {}         # name -> rows when it was withdrawn
-        self.deleted = set()        # names
         self.revived = {}           # name -> (class, stored length)
-
-    def tables(self):
-        """The entry tables of all its segments, the open one last."""
-        return [s.table for s in self.segments] + [bytes(self.spool.table)]
+        self.n = 0                  # its base
+        self.blocks = 0             # live ones, when last counted
+        self.listed = 0             # names in all DELETEs or WITHDRAWs
 
 
 # One table, looked at in one place: the method, who may ask (letters of roles,
@@ -3566,6 +3748,7 @@ class Session:
         try:
             yield from self.flush()
         except Refused as e:
+            self.over = self.over or e.code == E_BAD
             yield ('answer', ERROR, error_body(e.code, str(e)), 0)
         except (StoreError, OSError) as e:
             yield ('log', str(e))
@@ -3575,17 +3758,19 @@ class Session:
         """Steps: write the batch to the spool and say RECEIVED.
 
         What has been received survives the death of this process.  After an
-        error the transaction is let go; BEGIN finds what is left of it.
+        error, or where it can never be committed, the transaction is let go;
+        BEGIN finds what is left of it.
         """
         while self.batch:
             batch, self.batch, self.batch_bytes = self.batch, [], 0
             arrived, tx = self.arrived, self.tx
             self.busy = True
             try:
+                yield from self._check_listed(tx)
                 yield ('spool', tx.spool, 'append', batch)
                 if self._segment_full(tx.spool):
                     yield from self._segment_close(tx)
-            except StoreError:
+            except (StoreError, Refused):
                 if self.tx:
                     yield from self._leave()
                 raise
@@ -3965,12 +4150,18 @@ class Session:
         if ids and (yield self._ask('archives', ids)):
             raise Refused(E_EXISTS, 'an archive of this name exists')
         yield from self._open(tid, kind, lineage)
+        self.tx.n, self.tx.blocks = n, state.blocks
         yield from self._measure()
-        puts = list(linked_puts(self.tx.tables(), self.tx.withdrawn))
-        digest = sha256(b''.join(put[2] for put in puts))
+        spool = self.tx.spool
+        count, digest = yield ('spool', spool, 'puts_digest')
         yield ('answer', BEGUN, self._head(state)
-               + U64.pack(len(puts)) + digest)
-        yield from many(ADDED, [ADDED_ROW.pack(*put[2:]) for put in puts])
+               + U64.pack(count) + digest)
+        puts = spool.puts()
+        while True:
+            rows = yield ('spool', spool, 'puts_some', puts)
+            if not rows:
+                break
+            yield from many(ADDED, rows)
         yield ('answer', OK, b'')
 
     def _measure(self):
@@ -4036,16 +4227,12 @@ class Session:
         known = dict((yield self._ask('segments_of', prefix)))
         stored = yield ('list', prefix)
         closed = [segment_number(key) for key in set(stored) | set(known)]
-        lists = yield ('spool', spool, 'scan', closed, kind == KIND_WRITE)
         tx = Transaction(tid, kind, lineage, spool)
         if kind == KIND_WRITE:
             for key in stored:
                 if key not in known:
                     yield from self._adopt_segment(tx, key)
-        for i, cls, data in lists:
-            if cls == WITHDRAWN_LIST:
-                self._withdraw(tx, tx.rows + i + 1, split_names(data))
-        tx.rows += len(spool.table) // ROW.size
+        yield ('spool', spool, 'scan', closed, kind == KIND_WRITE)
         return tx
 
     def _adopt_segment(self, tx, key):
@@ -4058,10 +4245,8 @@ class Session:
             if not (yield from droppable(self.machine.number, [key])):
                 return
             raise
-        for i, names in lists:
-            self._withdraw(tx, tx.rows + i + 1, names)
+        yield ('spool', tx.spool, 'keep', segment, lists)
         tx.segments.append(segment)
-        tx.rows += segment.count
 
     def _leave(self):
         """Steps: let go of the transaction; it stays for a later BEGIN."""
@@ -4080,10 +4265,6 @@ class Session:
         if self.server.open.get(self._place(tid)) is self:
             del self.server.open[self._place(tid)]
 
-    @staticmethod
-    def _withdraw(tx, rows, names):
-        tx.withdrawn.update(dict.fromkeys(names, rows))
-
     def _take(self, kind, body):
         """Check a PUT, WITHDRAW or DELETE and put it into the batch."""
         tx = self.tx
@@ -4100,20 +4281,35 @@ class Session:
                     raise quota_refusal(quota, self.arrived_bytes)
         else:
             entry = self._take_names(tx, kind, body)
-        tx.rows += 1
         self.batch.append(entry)
         self.batch_bytes += len(body)
         self.arrived += 1
 
     def _take_names(self, tx, kind, body):
         reader = Reader(body)
-        names = reader.names()
+        count = len(reader.names())
         reader.end()
-        if kind == DELETE:
-            tx.deleted.update(names)
-            return (DELETED_LIST, ZERO32, body[2:])
-        self._withdraw(tx, tx.rows + 1, names)
-        return (WITHDRAWN_LIST, ZERO32, body[2:])
+        if not count:
+            raise Refused(E_BAD, 'a list of no names')
+        tx.listed += count
+        return (DELETED_LIST if kind == DELETE else WITHDRAWN_LIST, ZERO32,
+                body[2:])
+
+    def _check_listed(self, tx):
+        """Steps: Refused once more names are listed than can be right.
+
+        Without end they would fill the disk.
+        """
+        if tx.kind == KIND_WRITE:
+            puts = tx.spool.rows + len(tx.spool.table) // ROW.size
+            if tx.listed > puts + LIMIT['names withdrawn']:
+                raise Refused(E_BAD, 'more is withdrawn than was put')
+        elif tx.listed > tx.blocks:
+            state = yield from self._current()
+            tx.blocks = state.blocks
+            if tx.listed > tx.blocks:
+                raise Refused(E_MISMATCH if state.n == tx.n else E_CONFLICT,
+                              'more names to delete than there are blocks')
 
     def _revive(self, body):
         """Steps: deleted blocks to bring back; ADDED says what is kept."""
@@ -4121,7 +4317,7 @@ class Session:
         names = reader.names()
         reader.end()
         tx = self._own()
-        if tx.kind != KIND_DELETE or tx.deleted:
+        if tx.kind != KIND_DELETE or tx.listed:
             raise Refused(E_ROLE, 'not in a transaction of this kind')
         yield from self._current()
         kept = yield self._ask('kept', names)
@@ -4129,7 +4325,6 @@ class Session:
             raise Refused(E_NOBLOCK, 'a block to revive is not kept any more')
         tx.revived.update((name, kept[name]) for name in names)
         rows = [ADDED_ROW.pack(name, *kept[name]) for name in names]
-        tx.rows += 1
         self.batch.append((REVIVED_LIST, ZERO32, b''.join(rows)))
         self.batch_bytes += ADDED_ROW.size * len(rows)
         yield from self.flush()
@@ -4161,6 +4356,7 @@ class Session:
             yield from self._leave()
             raise
         tx.segments.append(segment)
+        yield ('spool', spool, 'keep', segment)
         yield ('spool', spool, 'drop')
 
     def _abort(self, body):
@@ -4247,11 +4443,8 @@ class Session:
     def _judge(self, commit, body, state):
         """Steps: the Entry for a good commit; None if the index moved on."""
         tx = self._transaction_of(commit)
-        change = Change(commit, tx.lineage if tx else b'',
-                        tx.tables() if tx else [],
-                        tx.withdrawn if tx else {},
-                        tx.deleted if tx else set(),
-                        tx.revived if tx else {})
+        change = Change(commit, tx.lineage, tx.spool, tx.revived) if tx \
+            else Change(commit)
         verdict = yield self._ask('check', state.k, change)
         if verdict is None:
             return None
@@ -4318,7 +4511,8 @@ class Session:
         if tx is None or tx.tid != commit.tid or frame == NUKE:
             return
         if frame == CHECKPOINT:
-            tx.clear()
+            tx.segments = []
+            yield ('spool', tx.spool, 'clear')
             if self.quotas:
                 yield from self._measure()
             return
@@ -6554,7 +6748,9 @@ class Loop:
     def take(self, conn):
         """Take the next frame, if there is one that can be served now."""
         session = conn.session
-        if session.over or conn.gone and conn.ended:
+        # PUTs without a transaction are answered too, each with an ERROR.
+        if session.over or conn.gone and conn.ended or (
+                conn.out_bytes > LIMIT['out']):
             return False
         conn.frames.ceiling = session.ceiling
         try:

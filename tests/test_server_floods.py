@@ -1,0 +1,186 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
+"""Clients that send without end fill neither memory nor disk, and what they
+do does not keep a legitimate client from its backup.
+"""
+
+import hashlib
+import os
+import struct
+import unittest
+
+from rawclient import (
+    D, DELETE_KIND, R, W, Client, Closed, Embedded, Error, Host, Serve, names_body,
+    part, server_directory, tarsnapd)
+
+MIB = 1 << 20
+SMALL = b'c' + b'\1c\1' + bytes(32) + part(1, bytes(28))
+
+
+def frame(kind, body=b'', rid=1):
+    return struct.pack('>IBI', len(body), kind, rid) + body
+
+
+def name(number):
+    return hashlib.sha256(b'%d' % number).digest()
+
+
+class Floods(unittest.TestCase):
+
+    def setUp(self):
+        self.path = server_directory(self)
+        self.serve = Serve(self.path)
+        self.addCleanup(self.serve.kill)
+        client = self.serve.client()
+        self.host = Host(client, user='joe', password=b'pw')
+        client.close()
+
+    def authed(self):
+        client = self.serve.client()
+        self.addCleanup(client.close)
+        client.auth(self.host.machine, self.host.keys, R, W, D)
+        return client
+
+    def memory(self, what='VmRSS'):
+        with open('/proc/%d/status' % self.serve.child.pid) as file:
+            for line in file:
+                if line.startswith(what + ':'):
+                    return int(line.split()[1]) << 10
+        return 0
+
+    def put_many(self, client, count):
+        """Put so many tiny blocks; their names."""
+        names = [name(number) for number in range(count)]
+        for at in range(0, count, 2000):
+            client.link.send(b''.join(frame(11, one + SMALL)
+                                      for one in names[at:at + 2000]))
+        client.wait_received(count)
+        return names
+
+    def spooled(self):
+        return sum(os.path.getsize(os.path.join(where, file))
+                   for where, _, files in os.walk(self.path)
+                   for file in files)
+
+    def test_deletes_of_names_that_are_made_up(self):
+        """32 MB of them: neither kept in memory nor on the disk."""
+        client = self.authed()
+        self.host.backup(client, 'one')
+        before, disk = self.memory(), self.spooled()
+        self.host.begin(client, os.urandom(16), kind=DELETE_KIND)
+        with self.assertRaises(Error) as caught:
+            for number in range(256):
+                client.send('DELETE', names_body(
+                    [os.urandom(32) for _ in range(4096)]))
+                if number % 16 == 15:
+                    client.call('STAT')
+        self.assertEqual(caught.exception.code, 'MISMATCH')
+        self.assertLess(self.memory(), before + 8 * MIB)
+        self.assertLess(self.spooled(), disk + 4 * MIB)
+
+    def test_withdrawals_of_what_was_never_put(self):
+        client = self.authed()
+        before, disk = self.memory(), self.spooled()
+        self.host.begin(client, os.urandom(16))
+        with self.assertRaises((Error, Closed)) as caught:
+            for number in range(1024):
+                client.send('WITHDRAW', names_body(
+                    [name(number)] * 4096))
+                if number % 16 == 15:
+                    client.call('STAT')
+        if isinstance(caught.exception, Error):
+            self.assertEqual(caught.exception.code, 'BAD')
+        self.assertLess(self.memory(), before + 24 * MIB)
+        self.assertLess(self.spooled(), disk + 48 * MIB)
+
+    def test_a_transaction_of_very_many_blocks(self):
+        """200 000 of them, never committed: their table is on the disk."""
+        client = self.authed()
+        self.host.begin(client, os.urandom(16))
+        self.put_many(client, 30000)
+        before = self.memory()
+        self.put_many(client, 170000)
+        self.assertLess(self.memory(), before + 48 * MIB)
+        self.assertLess(self.memory('VmHWM'), 150 * MIB)
+
+    def test_many_names_listed_are_deleted(self):
+        """What is kept in a file says the same as a set would."""
+        client = self.authed()
+        tid = os.urandom(16)
+        self.host.begin(client, tid)
+        names = self.put_many(client, 20000)
+        client.send('WITHDRAW', names_body(names[:4000]))
+        client.send('PUT', names[7] + SMALL)
+        client.send('PUT', names[9999] + SMALL)         # twice
+        stays = names[4000:] + [names[7], names[9999]]
+        self.host.commit(client, tid, puts=stays)
+        tid = os.urandom(16)
+        self.host.begin(client, tid, kind=DELETE_KIND)
+        gone = sorted(set(stays))
+        self.assertEqual(len(gone), 16001)
+        for at in range(0, len(gone), 4096):
+            client.send('DELETE', names_body(gone[at:at + 4096]))
+        wrong = self.host.build(tid, kind=DELETE_KIND, deletes=gone[1:])
+        with self.assertRaises(Error) as caught:
+            client.call('COMMIT', wrong)
+        self.assertEqual(caught.exception.code, 'MISMATCH')
+        self.host.commit(client, tid, kind=DELETE_KIND, deletes=gone)
+        n, _, _, blocks, size, _ = struct.unpack(
+            '>Q32sQQQI', client.call('STAT')[1])
+        self.assertEqual((n, blocks, size), (2, 0, 0))
+
+    def test_errors_nobody_reads(self):
+        """A PUT without transaction has an answer, of which not too many
+        wait for somebody to read them.
+        """
+        client = self.authed()
+        before = self.memory()
+        client.link.sock.settimeout(1)
+        data = b''.join(frame(13, b'\0\0') for _ in range(20000))
+        with self.assertRaises(Closed):
+            for _ in range(400):
+                client.link.send(data)
+        self.assertLess(self.memory(), before + 24 * MIB)
+
+
+class Names(unittest.TestCase):
+    """Listed is a map from names to numbers, in order."""
+
+    def setUp(self):
+        self.path = server_directory(self)
+        self.listed = tarsnapd.Listed(os.path.join(self.path, 'tmp', 'x'))
+        self.addCleanup(self.listed.close)
+
+    def test_numbers_are_the_last_or_the_first(self):
+        listed = self.listed
+        self.assertEqual((len(listed), list(listed.parts())), (0, []))
+        self.assertEqual(listed.add([(b'b', 1), (b'a', 2), (b'b', 3)]), 2)
+        self.assertEqual([listed.get(x) for x in (b'a', b'b', b'c')],
+                         [2, 3, None])
+        self.assertEqual(listed.add([(b'a', 9), (b'c', 9)], True), 1)
+        self.assertEqual([listed.get(x) for x in (b'a', b'c')], [2, 9])
+        self.assertEqual(list(listed.parts()), [[b'a', b'b', b'c']])
+        self.assertEqual(os.listdir(os.path.join(self.path, 'tmp')), [])
+        listed.close()
+        self.assertEqual((len(listed), b'a' in listed), (0, False))
+
+    def test_a_delete_is_held_against_what_is_live_now(self):
+        """Fewer blocks than names: CONFLICT if others committed since."""
+        client = Client(Embedded(self.path, create=True))
+        self.addCleanup(client.close)
+        host = Host(client)
+        client.auth(host.machine, host.keys, R, W, D)
+        _, _, names = host.backup(client, 'one', blocks=5)
+        stale = host.copy()
+        tid = os.urandom(16)
+        host.begin(client, tid, kind=DELETE_KIND)
+        client.send('DELETE', names_body(names))
+        host.commit(client, tid, kind=DELETE_KIND, deletes=names)
+        stale.begin(client, os.urandom(16), kind=DELETE_KIND)
+        client.send('DELETE', names_body(names))
+        with self.assertRaises(Error) as caught:
+            client.next()
+        self.assertEqual(caught.exception.code, 'CONFLICT')
+
+
+if __name__ == '__main__':
+    unittest.main()
