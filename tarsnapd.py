@@ -93,6 +93,7 @@ LIMIT = {
     'rows at once': 100000,         # of segments, that the index applies
     'rows with room': 20000,        # for so many it takes more memory
     'read': 4 * MIB,                # one range read for GET
+    'entry': MIB + 4 * KIB,         # of a segment, with its header
     'read gap': 64 * KIB,           # read over rather than read twice
     'out': MIB,                     # waiting to be sent; nothing more is made
     'all connections': 64 * MIB,    # requests, batches and answers together
@@ -142,6 +143,10 @@ class Forbidden(StoreError):
 
 class Damaged(StoreError):
     """What is stored is not what was written; never retried."""
+
+
+class Unreadable(StoreError):
+    """The disk cannot read it, perhaps only now."""
 
 
 class Refused(Exception):
@@ -556,7 +561,8 @@ class FileStore:
                 length = max(0, os.fstat(fd).st_size - offset)
             data = read_range(fd, offset, length)
         except OSError as e:
-            raise StoreError('read', key, e.strerror) from None
+            kind = Unreadable if e.errno == errno.EIO else StoreError
+            raise kind('read', key, e.strerror) from None
         finally:
             os.close(fd)
         if len(data) != length:
@@ -1699,26 +1705,89 @@ def extract_decode(key, data):
 def segment_past(key, size, digest, count):
     """Steps: (table, lists) of a segment of the log, which may be gone.
 
-    `lists` is [(row number, class, rows)].  NoObject if there is neither the
-    segment nor an extract of it.
+    `lists` is [(row number, class, rows)].  What the segment cannot tell, its
+    extract does, or else its entries; if neither can, NoObject or Damaged.
     """
     try:
         segment = yield from segment_load(key, size, count)
         if segment.table_hash != digest:
             raise Damaged('read segment', key, 'its table is another one')
-        lists = []
-        for cls in (DELETED_LIST, WITHDRAWN_LIST, REVIVED_LIST):
-            for i, names in (yield from segment_lists(segment, cls)):
-                lists.append((i, cls, names))
-        return segment.table, lists
-    except NoObject:
-        if extract_key(key) is None:
-            raise
-    try:
-        data = yield ('get', extract_key(key), 0, None)
-    except NoObject:
-        raise NoObject('read', key) from None
-    return extract_decode(extract_key(key), data)
+        return segment.table, (yield from segment_all_lists(segment))
+    except (NoObject, Damaged) as e:
+        error = e
+    extract = extract_key(key)
+    if extract:
+        try:
+            data = yield ('get', extract, 0, None)
+            return extract_decode(extract, data)
+        except NoObject:
+            pass
+        except (Damaged, struct.error):
+            pass                    # scrub names it; here the segment counts
+    if isinstance(error, Damaged):
+        table = yield from segment_scan(key)
+        if sha256(table) == digest:
+            segment = Segment(key, size, table)
+            return table, (yield from segment_all_lists(segment))
+    raise error
+
+
+def segment_all_lists(segment):
+    """Steps: [(row number, class, rows)] of all lists in a segment."""
+    lists = []
+    for cls in (DELETED_LIST, WITHDRAWN_LIST, REVIVED_LIST):
+        for i, names in (yield from segment_lists(segment, cls)):
+            lists.append((i, cls, names))
+    return lists
+
+
+def segment_scan(key):
+    """Steps: the table of a damaged segment, from the headers of its entries.
+
+    It has a row for each entry whose checksum holds; what is between them is
+    passed over.  If nothing was, it is the table that was lost.
+    """
+    table, pos, start, data = [], len(SEGMENT_MAGIC), 0, b''
+    size = (yield ('size', key)) or 0
+    while pos + ENTRY.size <= size:
+        if pos + LIMIT['entry'] > start + len(data) < size:
+            start, wanted = pos, min(LIMIT['read'], size - pos)
+            try:
+                data = yield ('get', key, start, wanted)
+            except StoreError:      # what was read counts
+                break
+        row = entry_row(data, pos - start, pos)
+        if row is not None:
+            table.append(row)
+            pos += ENTRY.size + ROW.unpack(row)[3]
+            continue
+        found = data.find(ENTRY_MAGIC, pos - start + 1)
+        # A magic may begin in these bytes and end in the next.
+        pos = start + (found if found >= 0 else max(
+            pos - start + 1, len(data) - len(ENTRY_MAGIC) + 1))
+    return b''.join(table)
+
+
+def entry_row(data, at, offset):
+    """The row for the entry at `at` in `data`, which is at `offset` of its
+    segment; None if there is none that is whole.
+    """
+    if at + ENTRY.size > len(data):
+        return None
+    magic, cls, name, length, crc = ENTRY.unpack_from(data, at)
+    at += ENTRY.size
+    if magic != ENTRY_MAGIC or at + length > len(data):
+        return None
+    body = memoryview(data)[at:at + length]
+    if entry_crc(cls, name, body) != crc:
+        return None
+    return ROW.pack(name, cls, offset + ENTRY.size, length, sha256(body))
+
+
+def entry_crc(cls, name, data):
+    """The checksum in an entry's header."""
+    return zlib.crc32(data, zlib.crc32(ENTRY_SUM.pack(
+        ENTRY_MAGIC, cls, name, len(data))))
 
 
 ##############################################################################
@@ -1868,8 +1937,7 @@ class Spool:
             self._create()
         small, table, size = [], [], self.size
         for cls, name, data in entries:
-            crc = zlib.crc32(data, zlib.crc32(ENTRY_SUM.pack(
-                ENTRY_MAGIC, cls, name, len(data))))
+            crc = entry_crc(cls, name, data)
             small.append(ENTRY.pack(ENTRY_MAGIC, cls, name, len(data), crc))
             size += ENTRY.size + len(data)
             table.append(ROW.pack(name, cls, size - len(data), len(data),
@@ -2244,19 +2312,29 @@ def log_parse(machine, k, data):
 class Loaded:
     """What the index needs to apply one log entry, read from the store."""
 
-    __slots__ = ('entry', 'commit', 'tables', 'deleted', 'revived')
+    __slots__ = ('entry', 'commit', 'after', 'lost', 'tables', 'dead',
+                 'deleted', 'revived')
 
     def __init__(self, entry):
         self.entry = entry
         self.commit = commit_decode(entry.commit) if entry.commit else None
+        self.after = entry.k - 1    # where the index must stand
+        self.lost = []              # (key, what is wrong) of what is missing
         self.tables = []            # rows of each of its segments; None for
         #                             one of the cleaner's that is gone
+        self.dead = []              # for each, as in the entry
         self.deleted = []           # names
         self.revived = []           # rows of ADDED
 
-    def add(self, table, lists):
+    def follow(self, k, lost):
+        """It comes after entry k, with what was lost in between."""
+        self.after = k
+        self.lost[:0] = lost
+
+    def add(self, table, lists, dead):
         """The next segment, as segment_past returns it."""
         self.tables.append(table)
+        self.dead.append(dead)
         kind = self.commit.kind if self.commit else None
         for _, cls, rows in lists:
             if (kind, cls) == (KIND_DELETE, DELETED_LIST):
@@ -2280,33 +2358,68 @@ class Ahead:
         while key not in self.drops:
             try:
                 data = yield ('get', log_key(machine, self.k + 1), 0, None)
-            except NoObject:
+                self.drops.update(log_decode(machine, self.k + 1, data).drops)
+            except LOST:
                 return False
             self.k += 1
-            self.drops.update(log_decode(machine, self.k, data).drops)
         return True
 
 
-def log_entries(machine, k, previous, most):
-    """Steps: up to `most` entries from k on, fewer where the log ends.
+# What the index does without; any other error may pass, and stops it.
+LOST = (NoObject, Damaged, Unreadable)
 
-    `previous` is entry k-1's hash; an entry that does not follow is Damaged.
+
+def log_entries(machine, k, previous, most):
+    """Steps: (entries, error): up to `most` from k on, fewer before one that
+    cannot be used; the error says why, NoObject for the end of the log.
+
+    `previous` is entry k-1's hash.
     """
     keys = [log_key(machine, k + i) for i in range(most)]
     entries = []
-    for key, data in zip(keys, (yield ('all', [
-            ('get', key, 0, None) for key in keys]))):
-        if isinstance(data, NoObject):
-            break
-        if isinstance(data, StoreError):
-            raise data
-        entry = log_decode(machine, k + len(entries), data)
-        if entry.previous != previous:
-            raise Damaged('read log entry', key,
-                          'does not follow the one before')
-        previous = entry.hash
-        entries.append(entry)
-    return entries
+    try:
+        for key, data in zip(keys, (yield ('all', [
+                ('get', key, 0, None) for key in keys]))):
+            if isinstance(data, StoreError):
+                return entries, data
+            entry = log_decode(machine, k + len(entries), data)
+            if entry.previous != previous:
+                raise Damaged('read log entry', key,
+                              'does not follow the one before')
+            previous = entry.hash
+            entries.append(entry)
+    except Damaged as e:
+        return entries, e
+    return entries, None
+
+
+def log_last(number, keys):
+    """The number of the last log entry among store keys."""
+    last = 0
+    for key in keys:
+        parts = key.split('/')[2:]
+        if len(parts) == 2 and all(x.isdigit() for x in parts):
+            last = max(last, int(parts[0]) * 1000 + int(parts[1]))
+    return last
+
+
+def log_beyond(machine, k, error):
+    """Steps: ([Entry], lost): the first from k on that can be read at all, and
+    [(key, what is wrong)] of those before it; ([], []) if there is none.
+
+    `error` is why entry k cannot be used.
+    """
+    keys = yield ('list', 'log/%016x/' % machine)
+    lost = []
+    for number in range(k, log_last(machine, keys) + 1):
+        key = log_key(machine, number)
+        try:
+            entry = log_decode(machine, number, (yield ('get', key, 0, None)))
+        except LOST as e:
+            lost.append((key, e.reason))
+        else:
+            return [entry], lost or [(key, error.reason)]
+    return [], []
 
 
 def log_load(machine, entries, ahead):
@@ -2320,15 +2433,20 @@ def log_load(machine, entries, ahead):
     out = []
     for entry in entries:
         loaded = Loaded(entry)
-        for segment in entry.segments:
+        for key, _, _, _, dead in entry.segments:
             past = next(found)
             # What a later entry copied again may be gone, if nothing else.
-            if isinstance(past, NoObject) and not extract_key(segment[0]) and (
-                    yield from ahead.find(machine, entry.k + 1, segment[0])):
+            if isinstance(past, NoObject) and not extract_key(key) and (
+                    yield from ahead.find(machine, entry.k + 1, key)):
                 past = None, ()
+            if isinstance(past, LOST):
+                loaded.lost.append((key, past.reason))
+                # Which rows are dead is not known without all of them.
+                table, dead = (yield from segment_scan(key)), None
+                past = table, ()
             if isinstance(past, Exception):
                 raise past
-            loaded.add(*past)
+            loaded.add(*past, dead)
         out.append(loaded)
     return out
 
@@ -2337,18 +2455,26 @@ def log_load(machine, entries, ahead):
 # Index
 #
 # One SQLite file for each machine: live blocks and where they are, live
-# archives, commits, segments; and `kept`, deleted blocks whose segment no log
-# entry has dropped, which can be revived.  A function of the log, disposable.
-# All that one log entry does, and its number k, is one SQLite transaction;
-# whoever comes second finds k taken.  Called by the driver only, from any
-# thread.
+# archives, commits, segments; `kept`, deleted blocks whose segment no log
+# entry has dropped, which can be revived; and the log entries themselves.  A
+# function of the log, disposable.  All that one log entry does, and its number
+# k, is one SQLite transaction; whoever comes second finds k taken.  Called by
+# the driver only, from any thread.
+#
+# Where a part of the log or of its segments cannot be read, the index says so
+# in `lost`, and goes on: what it has can be read, since every client holds
+# every block against its name.  Nothing may be written then, for the totals
+# and what is live are not known.
 ##############################################################################
 
-INDEX_VERSION = 2
-INDEX_TABLES = ('meta', 'commits', 'archives', 'segments', 'blocks', 'kept')
+INDEX_VERSION = 3
+INDEX_TABLES = ('meta', 'log', 'lost', 'commits', 'archives', 'segments',
+                'blocks', 'kept')
 INDEX_SCHEMA = '''
 CREATE TABLE meta (id INTEGER PRIMARY KEY, k INTEGER, log_hash BLOB,
     n INTEGER, head BLOB, time INTEGER, blocks INTEGER, bytes INTEGER);
+CREATE TABLE log (k INTEGER PRIMARY KEY, data BLOB);
+CREATE TABLE lost (key TEXT PRIMARY KEY, what TEXT) WITHOUT ROWID;
 CREATE TABLE commits (n INTEGER PRIMARY KEY, hash BLOB, k INTEGER,
     time INTEGER);
 CREATE TABLE archives (id BLOB PRIMARY KEY, record BLOB, lineage BLOB,
@@ -2365,9 +2491,11 @@ INSERT INTO meta VALUES (1, 0, zeroblob(32), 0, x'', 0, 0, 0);
 '''
 
 # k, SHA-256 of log entry k, n, H_n (empty for n = 0), receive time of entry k,
-# live blocks, their stored bytes, live archives.
+# live blocks, their stored bytes, live archives; what of the log or of its
+# segments the index does without, in words, or None; True before the index has
+# seen the end of the log.
 State = collections.namedtuple(
-    'State', 'k log_hash n head time blocks bytes archives')
+    'State', 'k log_hash n head time blocks bytes archives lost fresh')
 
 
 def bit(bitmap, i):
@@ -2392,10 +2520,14 @@ def rollback(db):
 class Index:
     """The index of one machine; any thread, one at a time."""
 
-    def __init__(self, path):
+    def __init__(self, path, scratch=False):
         self.path = path
+        self.scratch = scratch          # nobody needs it after a crash
         self.lock = threading.Lock()
         self.db = None
+        self.fresh = False              # see State
+        self.doubt = None               # why it may be of another log, words
+        self.asked = 0                  # when that was looked at
         import sqlite3
         try:
             self._open(sqlite3)
@@ -2411,9 +2543,11 @@ class Index:
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None,
                                   check_same_thread=False)
         run = self.db.execute
-        run('PRAGMA journal_mode = WAL').fetchall()
+        run('PRAGMA journal_mode = %s' % (
+            'MEMORY' if self.scratch else 'WAL')).fetchall()
         # OFF could leave an index that looks whole after a power cut.
-        run('PRAGMA synchronous = NORMAL')
+        run('PRAGMA synchronous = %s' % (
+            'OFF' if self.scratch else 'NORMAL'))
         run('PRAGMA cache_size = -4096')
         self.cache = 4                  # MiB
         run('BEGIN IMMEDIATE')
@@ -2422,6 +2556,7 @@ class Index:
             for statement in INDEX_SCHEMA.split(';'):
                 run(statement)
             run('PRAGMA user_version = %d' % INDEX_VERSION)
+            self.fresh = True
         run('COMMIT')
         if version not in (0, INDEX_VERSION):
             raise sqlite3.DatabaseError('index of another version')
@@ -2440,9 +2575,22 @@ class Index:
 
     def state(self):
         """Where this index stands, as State."""
-        return State(*self.db.execute(
+        row = self.db.execute(
             'SELECT k, log_hash, n, head, time, blocks, bytes, '
-            '(SELECT count(*) FROM archives) FROM meta').fetchone())
+            '(SELECT count(*) FROM archives), '
+            '(SELECT key || \': \' || what FROM lost LIMIT 1) FROM meta'
+            ).fetchone()
+        return State(*row[:-1], row[-1] or self.doubt, self.fresh)
+
+    def lost(self):
+        """[(key, what is wrong)] of all that this index does without."""
+        return self.db.execute('SELECT key, what FROM lost').fetchall()
+
+    def log_entry(self, k):
+        """Log entry k, encoded, as it was when it was applied, or None."""
+        row = self.db.execute('SELECT data FROM log WHERE k = ?', (k,)
+                              ).fetchone()
+        return row and row[0]
 
     def commit_at(self, n):
         """(H_n, k, receive time) of commit n, or None."""
@@ -2590,9 +2738,9 @@ class Index:
         try:
             k = self.state().k
             for loaded in batch:
-                if loaded.entry.k == k + 1:
+                if loaded.after == k:
                     self._apply_entry(loaded)
-                    k += 1
+                    k = loaded.entry.k
             state = self.state()
             self.db.execute('COMMIT')
         except BaseException:
@@ -2622,6 +2770,7 @@ class Index:
         for statement in INDEX_SCHEMA.split(';'):
             run(statement)
         run('COMMIT')
+        self.fresh, self.doubt = True, None
         return self.state()
 
     def dump(self):
@@ -2638,35 +2787,42 @@ class Index:
         entry, commit = loaded.entry, loaded.commit
         state = self.state()
         blocks, size = state.blocks, state.bytes
+        self.db.executemany('INSERT OR IGNORE INTO lost VALUES (?, ?)',
+                            loaded.lost)
+        whole = not (loaded.lost or state.lost)
         numbers = [self._add_segment(entry.k, table, *segment[:4])
                    for segment, table in zip(entry.segments, loaded.tables)]
         if commit and commit.kind == KIND_NUKE:
             blocks, size = self._remove_all(entry.time)
         if commit and commit.kind == KIND_WRITE:
-            for number, segment, table in zip(numbers, entry.segments,
-                                              loaded.tables):
-                added = self._add_blocks(number, table, segment[4])
+            for number, table, dead in zip(numbers, loaded.tables,
+                                           loaded.dead):
+                added = self._add_blocks(number, table, dead)
                 blocks, size = blocks + added[0], size + added[1]
         if loaded.deleted:
             gone = self._remove_blocks(set(loaded.deleted), entry.time)
             blocks, size = blocks - gone[0], size - gone[1]
         back = self._revive_blocks(row[0] for row in loaded.revived)
         blocks, size = blocks + back[0], size + back[1]
-        if (blocks, size) != (entry.blocks, entry.bytes):
+        if not whole:
+            blocks, size = entry.blocks, entry.bytes
+        elif (blocks, size) != (entry.blocks, entry.bytes):
             raise Damaged('apply log entry', log_key(entry.machine, entry.k),
                           'totals differ from what it says')
         self._move_archives(entry, commit)
         for key in entry.drops:
             self._drop_segment(entry.k, key)
         if commit is None:
-            for number, segment, table in zip(numbers, entry.segments,
-                                              loaded.tables):
-                self._move_blocks(number, table or b'', segment[4])
+            for number, table, dead in zip(numbers, loaded.tables,
+                                           loaded.dead):
+                self._move_blocks(number, table or b'', dead, whole)
         n, head = state.n, state.head
         if commit:
             n, head = commit.n, commit.hash
             self.db.execute('INSERT INTO commits VALUES (?, ?, ?, ?)',
                             (n, head, entry.k, entry.time))
+        self.db.execute('INSERT INTO log VALUES (?, ?)',
+                        (entry.k, log_encode(entry)))
         self.db.execute(
             'UPDATE meta SET k = ?, log_hash = ?, n = ?, head = ?, time = ?, '
             'blocks = ?, bytes = ?', (entry.k, entry.hash, n, head,
@@ -2677,10 +2833,13 @@ class Index:
         lists = 0 if not set(table_classes(table)) - BLOCK_BYTES else sum(
             row[3] for row in ROW.iter_unpack(table)
             if row[1] not in BLOCK_CLASSES)
-        return self.db.execute(
+        # One that was adopted is there already.
+        self.db.execute(
             'INSERT INTO segments (key, k, size, count, lists, live, bytes, '
-            'dropped) VALUES (?, ?, ?, ?, ?, 0, 0, 0)',
-            (key, k, size, count, lists)).lastrowid
+            'dropped) VALUES (?, ?, ?, ?, ?, 0, 0, 0) ON CONFLICT (key) '
+            'DO UPDATE SET k = excluded.k', (key, k, size, count, lists))
+        return self.db.execute('SELECT seg FROM segments WHERE key = ?',
+                               (key,)).fetchone()[0]
 
     def _drop_segment(self, k, key):
         # A segment that was never committed is known from its drop on.
@@ -2689,22 +2848,27 @@ class Index:
             'dropped) VALUES (?, ?, 0, 0, 0, 0, 0, ?) ON CONFLICT (key) '
             'DO UPDATE SET dropped = excluded.dropped', (key, k, k))
 
-    def _move_blocks(self, number, table, dead):
+    def _move_blocks(self, number, table, dead, whole):
         """The live copies of these blocks are in segment `number` now.
 
         Each was in a segment that is dropped by now.  Not always by the same
         entry: a copy made in between may be gone before this index saw it.
+        Unless the index is `whole`, it may not know of the block.
         """
         run = self.db.execute
         for i, row in enumerate(ROW.iter_unpack(table)):
-            if bit(dead, i):
+            if dead and bit(dead, i):
                 continue
-            name, _, offset, length, _ = row
+            name, cls, offset, length, _ = row
             found = run('SELECT b.seg, b.length, s.dropped FROM blocks b '
                         'JOIN segments s ON s.seg = b.seg WHERE name = ?',
                         (name,)).fetchone()
             if found is None or found[1] != length or not found[2]:
-                raise Damaged('index', name.hex(), 'cannot have been moved')
+                if whole:
+                    raise Damaged('index', name.hex(),
+                                  'cannot have been moved')
+                self._replace_block(name, number, offset, length, cls)
+                continue
             run('UPDATE blocks SET seg = ?, offset = ? WHERE name = ?',
                 (number, offset, name))
             run('UPDATE segments SET live = live - 1, bytes = bytes - ? '
@@ -2719,28 +2883,86 @@ class Index:
         dropped one be revived from there on, so that is forgotten; before,
         a copy of it that is gone by now could be.
         """
+        self.fresh = False
         self.db.execute('DELETE FROM kept WHERE ? = (SELECT k FROM meta) AND '
                         'seg IN (SELECT seg FROM segments WHERE dropped)',
                         (k,))
         found = self.db.execute(
             'SELECT key FROM segments, meta WHERE meta.k = ? AND dropped '
-            'AND live LIMIT 1', (k,)).fetchone()
+            'AND live AND NOT EXISTS (SELECT 1 FROM lost) LIMIT 1', (k,)
+            ).fetchone()
         return found and found[0]
 
     def _add_blocks(self, number, table, dead):
+        """(blocks, bytes) that there are more than before."""
         rows = sorted((name, number, offset, length, cls)
                       for i, (name, cls, offset, length, _)
                       in enumerate(ROW.iter_unpack(table))
-                      if cls in BLOCK_CLASSES and not bit(dead, i))
-        self.db.executemany('INSERT INTO blocks VALUES (?, ?, ?, ?, ?)', rows)
+                      if cls in BLOCK_CLASSES and not (dead and bit(dead, i)))
+        count = max(0, self.db.executemany(
+            'INSERT OR IGNORE INTO blocks VALUES (?, ?, ?, ?, ?)',
+            rows).rowcount)
         if self.db.execute('SELECT 1 FROM kept LIMIT 1').fetchone():
             self.db.executemany('DELETE FROM kept WHERE name = ?',
                                 [row[:1] for row in rows])
         size = sum(row[3] for row in rows)
+        if count == len(rows):
+            self.db.execute('UPDATE segments SET live = live + ?, '
+                            'bytes = bytes + ? WHERE seg = ?',
+                            (count, size, number))
+            return count, size
+        return self._mend_blocks(number, rows)
+
+    def _mend_blocks(self, number, rows):
+        """_add_blocks() where some are live: these copies stand in for what
+        could not be read.
+        """
+        count = size = 0
+        for row in rows:
+            place = self.db.execute('SELECT seg, offset FROM blocks '
+                                    'WHERE name = ?', row[:1]).fetchone()
+            if place == row[1:3]:
+                self._count_block(number, 1, row[3])
+                count, size = count + 1, size + row[3]
+            else:
+                size += row[3] - self._replace_block(*row)
+        return count, size
+
+    def _replace_block(self, name, number, offset, length, cls):
+        """Have the live copy of a block here; the stored length it had."""
+        old = self.db.execute('SELECT seg, length FROM blocks '
+                              'WHERE name = ?', (name,)).fetchone()
+        if old:
+            self._count_block(old[0], -1, -old[1])
+        self.db.execute('INSERT OR REPLACE INTO blocks VALUES '
+                        '(?, ?, ?, ?, ?)', (name, number, offset, length,
+                                            cls))
+        self._count_block(number, 1, length)
+        return old[1] if old else 0
+
+    def _count_block(self, number, count, size):
         self.db.execute('UPDATE segments SET live = live + ?, '
                         'bytes = bytes + ? WHERE seg = ?',
-                        (len(rows), size, number))
-        return len(rows), size
+                        (count, size, number))
+
+    def adopt(self, segment):
+        """Have the blocks of a Segment that no log entry names as far as can
+        be read.  Whether they are live is not known.
+        """
+        self.db.execute('BEGIN IMMEDIATE')
+        try:
+            number = self._add_segment(
+                self.state().k, segment.table, segment.key, segment.size,
+                segment.table_hash, segment.count)
+            self.db.executemany(
+                'INSERT OR IGNORE INTO blocks VALUES (?, ?, ?, ?, ?)',
+                [(name, number, offset, length, cls)
+                 for name, cls, offset, length, _
+                 in ROW.iter_unpack(segment.table) if cls in BLOCK_CLASSES])
+            self.db.execute('COMMIT')
+        except BaseException:
+            rollback(self.db)
+            raise
 
     def _remove_blocks(self, names, when):
         count = size = 0
@@ -2785,8 +3007,10 @@ class Index:
             return
         self.db.executemany('DELETE FROM archives WHERE id = ?',
                             [(x[0],) for x in commit.unlinked])
-        self.db.executemany('INSERT INTO archives VALUES (?, ?, ?, ?, ?)',
-                            [x + (entry.time,) for x in commit.linked])
+        # OR REPLACE: what unlinked one may be lost.
+        self.db.executemany(
+            'INSERT OR REPLACE INTO archives VALUES (?, ?, ?, ?, ?)',
+            [x + (entry.time,) for x in commit.linked])
 
 
 def entries_split(entries):
@@ -2802,24 +3026,30 @@ def entries_split(entries):
 def catch_up(machine):
     """Steps: bring the index of `machine` to the end of its log; State.
 
-    At the latest every five seconds the client hears that it is worked on.
+    What of the log cannot be read is passed over: see State.lost.  At the
+    latest every five seconds the client hears that it is worked on.
     """
     state = yield ('index', machine, 'state')
     heard = yield ('now',)
-    ahead, start, most = Ahead(), state.k, 1
-    k, previous, entries = state.k, state.log_hash, []
+    ahead, start, most, holes = Ahead(), state.k, 1, []
+    k, previous, entries, end = state.k, state.log_hash, [], None
     while True:
         if not entries:
-            entries = yield from log_entries(machine, k + 1, previous, most)
+            entries, error = yield from log_entries(machine, k + 1, previous,
+                                                    most)
             # Most times there is nothing, and asking costs money on S3.
             most = min(2 * most, 256) if len(entries) == most else 1
+            if not entries and (state.fresh or type(error) is not NoObject):
+                entries, lost = yield from log_beyond(machine, k + 1, error)
+                holes += lost
+                if not entries and type(error) is not NoObject:
+                    end = error
         if not entries:
-            if state.k > start:
-                yield from check_stranded(machine, state.k)
-            return state
+            break
         some, entries = entries_split(entries)
         batch = yield from log_load(machine, some, ahead)
-        state = yield ('index', machine, 'apply', batch)
+        batch[0].follow(k, holes)
+        state = yield from index_apply(machine, batch)
         if state.k != some[-1].k:       # another process is at it
             entries = []
         k, previous = state.k, state.log_hash
@@ -2827,15 +3057,56 @@ def catch_up(machine):
         if now >= heard + 5:
             heard = now
             yield ('answer', BUSY, U64.pack(state.k) + U64.pack(0))
+    if end:
+        if not isinstance(end, LOST):
+            raise end
+        end = '%s: %s' % (log_key(machine, k + 1), end.reason)
+    if any(key.startswith('log/') for key, _ in holes):
+        yield from index_adopt(machine)
+    return (yield from catch_up_end(machine, state, start, end))
 
 
-def check_stranded(machine, k):
-    """Steps: Damaged if a dropped segment holds live blocks at the log's end.
+def catch_up_end(machine, state, start, lost):
+    """Steps: `state` at the end of the log, or before an entry that is `lost`,
+    in words.
     """
-    key = yield ('index', machine, 'stranded', k)
-    if key:
-        raise Damaged('index', '%016x' % machine,
-                      'segment %s was dropped with live blocks' % key)
+    if state.fresh or state.k > start:
+        key = yield ('index', machine, 'stranded', state.k)
+        if key:
+            lost = '%s: was dropped with live blocks' % key
+    return state._replace(lost=state.lost or lost)
+
+
+def index_apply(machine, batch):
+    """Steps: apply Loaded entries; State.  One that contradicts what the
+    index knows counts as lost: nothing is written on top of it.
+    """
+    try:
+        return (yield ('index', machine, 'apply', batch))
+    except Damaged:
+        pass
+    for loaded in batch:
+        try:
+            state = yield ('index', machine, 'apply', [loaded])
+        except Damaged as e:
+            loaded.lost.append((log_key(machine, loaded.entry.k), e.reason))
+            state = yield ('index', machine, 'apply', [loaded])
+    return state
+
+
+def index_adopt(machine):
+    """Steps: have the blocks of all segments that no log entry names, as one
+    that is lost may have named them.
+    """
+    prefix = 'seg/%016x/' % machine
+    known = dict((yield ('index', machine, 'segments_of', prefix)))
+    for key in (yield ('list', prefix)):
+        if key not in known:
+            try:
+                segment = yield from segment_load(key)
+            except LOST:
+                segment = Segment(key, 0, (yield from segment_scan(key)))
+            yield ('index', machine, 'adopt', segment)
 
 
 ##############################################################################
@@ -3615,8 +3886,21 @@ def log_drop(machine, keys):
             return keys
 
 
+def log_whole(state):
+    """Refused if something of the log or its segments is lost.
+
+    What is written on top of an index that does not know all that is live
+    would be wrong for whoever does.
+    """
+    if state.lost:
+        raise Refused(E_READONLY, 'a part of what is stored cannot be read: '
+                      'archives can be read, not stored or deleted, until it '
+                      'is repaired (%s)' % state.lost)
+
+
 def log_next(machine, state):
     """Steps: an Entry to follow `state` that changes no total."""
+    log_whole(state)
     now = yield ('now',)
     entry = Entry(machine, state.k + 1, state.log_hash, max(now, state.time))
     entry.blocks, entry.bytes = state.blocks, state.bytes
@@ -3930,7 +4214,7 @@ class Session:
         yield ('answer', AUTHOK, self._head(state)
                + U64.pack(state.archives) + bytes([
                    self.server.read_only or self.server.frozen
-                   or machine.read_only]))
+                   or machine.read_only or bool(state.lost)]))
 
     # Looking.
 
@@ -3959,7 +4243,8 @@ class Session:
         if n == 0:
             here = self.genesis
         elif n <= state.n:
-            here = (yield self._ask('commit_at', n))[0]
+            found = yield self._ask('commit_at', n)
+            here = found and found[0]
         if here != head:
             raise Refused(E_RESYNC, 'commit %d is not known here' % n)
 
@@ -4013,13 +4298,20 @@ class Session:
 
     def _entry(self, n):
         """Steps: the log Entry that holds commit n."""
-        head, k, _ = yield self._ask('commit_at', n)
+        found = yield self._ask('commit_at', n)
+        if found is None:
+            raise Refused(E_NOBLOCK, 'commit %d is lost' % n)
+        head, k, _ = found
         number = self.machine.number
-        data = yield ('get', log_key(number, k), 0, None)
-        entry = log_decode(number, k, data)
-        if sha256(entry.commit) != head:
-            raise Damaged('read log entry', log_key(number, k),
-                          'holds another commit')
+        key = log_key(number, k)
+        try:
+            entry = log_decode(number, k, (yield ('get', key, 0, None)))
+            if sha256(entry.commit) != head:
+                raise Damaged('read log entry', key, 'holds another commit')
+        except LOST as e:
+            # The index has seen it when it was whole.
+            yield ('log', str(e))
+            entry = log_decode(number, k, (yield self._ask('log_entry', k)))
         return entry
 
     def _list(self, body):
@@ -4061,22 +4353,23 @@ class Session:
         yield ('answer', OK, b'')
 
     def _get_some(self, names, mask):
-        places = yield self._ask('find', names)
+        places, lost = (yield self._ask('find', names)), None
         if None in places:
-            yield from self._current()
+            lost = (yield from self._current()).lost
             places = yield self._ask('find', names)
         if None in places and mask == 5:
             kept = yield self._ask('find', names, 'kept')
             places = [a or b for a, b in zip(places, kept)]
         for start, end in read_groups(places):
             blocks = yield from self._read(names[start:end],
-                                           places[start:end])
+                                           places[start:end], lost)
             for name, block in zip(names[start:end], blocks):
                 yield self._block_answer(name, block, mask)
 
-    def _read(self, names, places):
+    def _read(self, names, places, lost):
         """Steps: for each name (class, block), or the error in its place."""
-        out = [Refused(E_NOBLOCK, 'no such block')] * len(names)
+        out = [Refused(E_NOBLOCK, 'no such block, or it is lost with %s'
+                       % lost if lost else 'no such block')] * len(names)
         for key, start, end, members in range_plan(places):
             try:
                 data = yield ('get', key, start, end - start)
@@ -4147,6 +4440,7 @@ class Session:
             raise Refused(E_BUSY, 'this connection has another transaction')
         state = yield from self._current()
         yield from self._known(state, n, head)
+        log_whole(state)
         if ids and (yield self._ask('archives', ids)):
             raise Refused(E_EXISTS, 'an archive of this name exists')
         yield from self._open(tid, kind, lineage)
@@ -4411,6 +4705,7 @@ class Session:
             if commit.n <= state.n:
                 when = yield from self._decided(commit)
                 break
+            log_whole(state)
             if commit.n > state.n + 1:
                 raise Refused(E_RESYNC, 'commit %d when %d is the last'
                               % (commit.n, state.n))
@@ -4586,7 +4881,10 @@ class Cleaned:
 
 def clean(machine, policy, done):
     """Steps: one round over a machine; adds to `done`, a Cleaned."""
-    yield from catch_up(machine)
+    state = yield from catch_up(machine)
+    if state.lost:
+        # What looks dropped or dead may be neither.
+        raise Damaged('clean', 'machine %016x' % machine, state.lost)
     known = dict((yield ('index', machine, 'segments_of',
                          'seg/%016x/' % machine)))
     orphans = {}                    # tid -> keys
@@ -4890,9 +5188,8 @@ def segment_rotten(segment, pace):
             if sha256(body) != digest:
                 bad[number] = 'is damaged'
             elif data[pos - ENTRY.size:pos] != ENTRY.pack(
-                    ENTRY_MAGIC, cls, name, length, zlib.crc32(
-                        body, zlib.crc32(ENTRY_SUM.pack(
-                            ENTRY_MAGIC, cls, name, length)))):
+                    ENTRY_MAGIC, cls, name, length,
+                    entry_crc(cls, name, body)):
                 bad[number] = 'has a damaged header'
     return bad
 
@@ -5229,16 +5526,6 @@ def reason_of(error):
     return getattr(error, 'reason', str(error))
 
 
-def log_last(number, keys):
-    """The number of the last log entry among store keys."""
-    last = 0
-    for key in keys:
-        parts = key.split('/')[2:]
-        if len(parts) == 2 and all(x.isdigit() for x in parts):
-            last = max(last, int(parts[0]) * 1000 + int(parts[1]))
-    return last
-
-
 def scrub_machines():
     """Steps: all machines there are traces of, in 16 digits, sorted."""
     found = set()
@@ -5469,12 +5756,14 @@ class Indexes:
         self.directory = directory
         self.store = store
         self.open = collections.OrderedDict()   # machine -> Index, LRU last
+        self.making = {}        # machine -> Index that is used instead
         self.lock = threading.Lock()
 
     def call(self, machine, method, args):
         """Call a method of the machine's index; StoreError if it fails.
 
-        An index found damaged is thrown away, the next use makes it anew.
+        An index file found damaged is thrown away, the next use makes it
+        anew.  What it cannot make sense of in the log is Damaged.
         """
         import sqlite3
         while True:
@@ -5487,7 +5776,7 @@ class Indexes:
                     continue        # closed by another thread just now
                 try:
                     return getattr(index, method)(*args)
-                except (sqlite3.Error, Damaged) as e:
+                except sqlite3.Error as e:
                     if not isinstance(e, sqlite3.OperationalError):
                         index.remove()
                     raise StoreError('index', '%016x' % machine, e) from e
@@ -5501,13 +5790,49 @@ class Indexes:
     def path(self, machine):
         return os.path.join(self.directory, '%016x.db' % machine)
 
+    def make(self, machine, run):
+        """A new index of a machine, beside the one there is, in which `run`
+        is called; it is taken instead unless that knows more of the log.
+
+        `run` returns its State.  (what the new one lacks, in lines, True if
+        it was taken, its State, that of the old one).  SQLite and OSErrors
+        are StoreErrors.
+        """
+        import sqlite3
+        path = self.path(machine) + '.new'
+        for suffix in ('', '-wal', '-shm', '-journal'):
+            unlink_quietly(path + suffix)
+        try:
+            old = self._get(machine)
+            new = self.making[machine] = Index(path, True)
+            try:
+                state = run()
+                del self.making[machine]
+                lost = ['%s: %s' % pair for pair in new.lost()]
+                lost = lost or [state.lost] if state.lost else []
+                with old.lock:
+                    was = old.state()
+                    better = not lost or len(old.lost()) >= len(lost)
+                    if better:
+                        new.db.backup(old.db)
+                        old.doubt, old.fresh = None, False
+                return lost, better, state, was
+            finally:
+                self.making.pop(machine, None)
+                new.remove()
+        except (sqlite3.Error, OSError) as e:
+            raise StoreError('rebuild index', '%016x' % machine, e) from e
+
     def _get(self, machine):
         with self.lock:
+            if machine in self.making:
+                return self.making[machine]
             index = self.open.get(machine)
             if index is None or index.db is None:
-                index = Index(self.path(machine))
+                index = self.open[machine] = Index(self.path(machine))
                 self._believe(machine, index)
-                self.open[machine] = index
+            elif index.doubt and time.monotonic() > index.asked + 5:
+                self._believe(machine, index)
             self.open.move_to_end(machine)
             while len(self.open) > self.MOST:
                 _, oldest = self.open.popitem(last=False)
@@ -5518,17 +5843,25 @@ class Indexes:
     def _believe(self, machine, index):
         """Empty an index that has seen a log other than this one.
 
-        So it is when the store was put back from a copy.
+        So it is when the store was put back from a copy.  Where the entry that
+        would tell cannot be read, the index stays as it is, and in doubt.
         """
-        state = index.state()
+        state, index.asked = index.state(), time.monotonic()
+        key = log_key(machine, state.k)
+        index.doubt = None
         if state.k == 0:
             return
         try:
-            data = self.store.get(log_key(machine, state.k))
+            data = self.store.get(key)
+            if sha256(data) != state.log_hash:
+                log_decode(machine, state.k, data)
+                index.reset()
         except NoObject:
-            data = b''
-        if sha256(data) != state.log_hash:
-            index.reset()
+            index.doubt = (
+                '%s: is missing; if the store was put back from an older '
+                'copy, "tarsnapd.py rebuild" starts from that' % key)
+        except StoreError as e:
+            index.doubt = str(e)
 
 
 class Server:
@@ -7446,18 +7779,45 @@ def stats_names(found):
 
 
 def command_rebuild(args):
-    """Make every index anew from the log."""
+    """Make every index anew from the log; status 2 if that lacks anything."""
     _, (path,) = take_options(args, {}, 1)
     server = open_server(path)
-    entries, start = 0, time.monotonic()
+    entries, status, start = 0, 0, time.monotonic()
     for number in server.run(machine_numbers()):
-        server.perform(('index', number, 'reset'))
-        server.run(catch_up(number))
-        entries += server.perform(('index', number, 'entries'))
+        try:
+            found, lines = rebuild(server, number)
+        except StoreError as e:
+            found, lines = 0, [str(e)]
+        entries += found
+        for line in lines:
+            say('machine %016x: %s' % (number, line))
+            status = 2
     seconds = max(time.monotonic() - start, 1e-6)
     print('%d entries in %.2f seconds, %d a second' % (
         entries, seconds, entries / seconds))
     server.close()
+    return status
+
+
+def rebuild(server, number):
+    """Make a machine's index anew: (entries, what is wrong in lines).
+
+    One that lacks what the old one knows is not taken.
+    """
+    count = []
+
+    def run():
+        state = server.run(catch_up(number))
+        count.append(server.perform(('index', number, 'entries')))
+        return state
+
+    lines, taken, state, was = server.indexes.make(number, run)
+    if not taken:
+        lines.append('the index stays as it was: it knows of these')
+    elif state.k < was.k:
+        lines.append('the log ends at entry %d; before, it had %d'
+                     % (state.k, was.k))
+    return count[0], lines
 
 
 def command_clean(args):

@@ -268,7 +268,7 @@ class Past(Case):
                 if key.startswith('seg/') and tarsnapd.CLEANER.hex() in key]
         os.unlink(os.path.join(self.store, lost[0]))
         status, _, said = run('rebuild', self.path)
-        self.assertEqual(status, 1)
+        self.assertEqual(status, 2)
         self.assertIn(lost[0], said)
 
 

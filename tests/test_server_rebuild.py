@@ -3,11 +3,13 @@
 
 import os
 import random
+import shutil
 import unittest
 
 from rawclient import (
     COMPLETE, D, DELETE_KIND, N, NUKE_KIND, OPEN, R, W, Client, Embedded,
-    Host, block, get, names_body, put, run, server_directory, sha, tarsnapd)
+    Error, Host, block, get, names_body, put, run, server_directory, sha,
+    tarsnapd)
 
 
 class Rebuild(unittest.TestCase):
@@ -23,6 +25,37 @@ class Rebuild(unittest.TestCase):
         status, text, said = run('index-dump', self.path, self.number)
         self.assertEqual((status, said), (0, ''))
         return text
+
+    def place(self, key=''):
+        return os.path.join(self.path, 'store', key)
+
+    def read(self, key):
+        with open(self.place(key), 'rb') as file:
+            return file.read()
+
+    def replace(self, key, data):
+        # Not in place: it may have another name in a spool.
+        tarsnapd.unlink_quietly(self.place(key))
+        with open(self.place(key), 'wb') as file:
+            file.write(data)
+
+    def rot(self, key, place):
+        """Change a byte of an object."""
+        data = bytearray(self.read(key))
+        data[place] ^= 0x10
+        self.replace(key, bytes(data))
+
+    def segment_of(self, name):
+        server = tarsnapd.Server(self.path)
+        try:
+            return server.perform(('index', self.host.machine, 'find',
+                                   [name]))[0][0]
+        finally:
+            server.close()
+
+    def lose_index(self):
+        for name in os.listdir(os.path.join(self.path, 'index')):
+            os.unlink(os.path.join(self.path, 'index', name))
 
     def reopen(self):
         self.client.close()
@@ -120,8 +153,7 @@ class Rebuild(unittest.TestCase):
             said, r'^\d+ entries in [0-9.]+ seconds, \d+ a second$')
         print(said, end='')
         self.assertEqual(self.dump(), before)
-        for name in os.listdir(os.path.join(self.path, 'index')):
-            os.unlink(os.path.join(self.path, 'index', name))
+        self.lose_index()
         self.assertEqual(self.dump(), before)
 
     def test_a_damaged_index_is_made_anew(self):
@@ -138,28 +170,138 @@ class Rebuild(unittest.TestCase):
     def test_an_index_of_another_history_is_not_believed(self):
         self.host.backup(self.client, 'one')
         self.client.close()
+        copy = self.path + '-copy'
+        shutil.copytree(self.path, copy)
+        other = self.host.copy()
+        for path, host, label in ((self.path, self.host, 'two'),
+                                  (copy, other, 'three')):
+            client = Client(Embedded(path))
+            client.auth(host.machine, host.keys, R, W)
+            host.backup(client, label)
+            client.close()
+        shutil.rmtree(self.place())
+        shutil.copytree(os.path.join(copy, 'store'), self.place())
+        self.assertEqual(self.dump(), run('index-dump', copy, self.number)[1])
+
+    def test_a_log_that_lost_its_end(self):
+        """The index has seen more: it is kept and nothing is written, until
+        the operator says that this is the log.
+        """
+        self.host.backup(self.client, 'one')
+        self.client.close()
         before = self.dump()
         self.reopen()
         _, _, names = self.host.backup(self.client, 'two')
         self.client.close()
-        # The store is put back from a copy; the index is not.
-        os.unlink(os.path.join(self.path, 'store', tarsnapd.log_key(
-            self.host.machine, 2)))
+        key = tarsnapd.log_key(self.host.machine, 2)
+        os.unlink(self.place(key))
+        self.reopen()
+        self.assertNotIn('NOBLOCK', get(self.client, names))
+        with self.assertRaisesRegex(Error, 'READONLY: .*%s: is missing' % key):
+            self.host.backup(self.client, 'three')
+        self.client.close()
+        status, _, said = run('rebuild', self.path)
+        self.assertEqual(status, 2)
+        self.assertIn('the log ends at entry 1; before, it had 2', said)
         self.assertEqual(self.dump(), before)
 
-    def test_a_damaged_log_entry_is_named(self):
-        self.host.backup(self.client, 'one')
+    def test_a_damaged_log_entry_does_not_empty_the_index(self):
+        _, _, names = self.host.backup(self.client, 'one')
         self.client.close()
+        before = self.dump()
         key = tarsnapd.log_key(self.host.machine, 1)
-        path = os.path.join(self.path, 'store', key)
-        os.chmod(path, 0o600)
-        with open(path, 'r+b') as file:
-            file.seek(60)
-            file.write(b'XX')
-        status, out, said = run('rebuild', self.path)
-        self.assertEqual((status, out), (1, ''))
-        self.assertIn(key, said)
-        self.assertEqual(said.count('\n'), 1)
+        self.rot(key, 60)
+        status, _, said = run('rebuild', self.path)
+        self.assertEqual(status, 2)
+        self.assertEqual(said.splitlines(), [
+            'tarsnapd: machine %s: %s: checksum does not match'
+            % (self.number, key),
+            'tarsnapd: machine %s: the index stays as it was: it knows of '
+            'these' % self.number])
+        self.assertEqual(self.dump(), before)
+        self.reopen()
+        self.assertNotIn('NOBLOCK', get(self.client, names))
+        # The commit is told, too: the index has it.
+        self.assertEqual([x[0] for x in self.client.stream(
+            'LIST', names_body([]))], ['COMMIT_OBJECT', 'ARCHIVES'])
+        with self.assertRaisesRegex(Error, 'READONLY: .*' + key):
+            self.host.backup(self.client, 'two')
+
+    def test_what_is_left_of_a_damaged_log_can_be_read(self):
+        """Without an index, and the entry in the middle."""
+        names = []
+        for label in ('one', 'two', 'three'):
+            names += self.host.backup(self.client, label)[2]
+        self.client.close()
+        key = tarsnapd.log_key(self.host.machine, 2)
+        for harm in (lambda: self.rot(key, 60),
+                     lambda: os.unlink(self.place(key))):
+            harm()
+            self.lose_index()
+            self.reopen()
+            self.assertNotIn('NOBLOCK', get(self.client, names))
+            rows = [x[1] for x in self.client.stream('LIST', names_body([]))]
+            self.assertIn(sha(b'idone'), rows[1])
+            self.assertNotIn(sha(b'idtwo'), rows[1])
+            self.assertIn(sha(b'idthree'), rows[1])
+            with self.assertRaisesRegex(Error, 'READONLY: .*' + key):
+                self.host.begin(self.client, os.urandom(16))
+            self.client.close()
+            status, out, said = run('clean', self.path)
+            self.assertEqual(status, 1)
+            self.assertIn(key, said)
+
+    def test_a_lost_segment_costs_its_own_blocks(self):
+        names = [self.host.backup(self.client, label)[2]
+                 for label in ('one', 'two', 'three')]
+        self.client.close()
+        segment = self.segment_of(names[1][0])
+        data = self.read(segment)
+        whole = self.dump()
+        table = len(data) - tarsnapd.FOOTER.size - 4 * tarsnapd.ROW.size
+        header = len(tarsnapd.SEGMENT_MAGIC) + 20
+
+        def check(lost, text):
+            self.lose_index()
+            self.reopen()
+            for part in names[0], names[2]:
+                self.assertNotIn('NOBLOCK', get(self.client, part))
+            self.assertEqual(get(self.client, names[1]).count('NOBLOCK'),
+                             lost)
+            if lost:
+                with self.assertRaisesRegex(Error, 'READONLY: .*' + segment):
+                    self.host.begin(self.client, os.urandom(16))
+                self.client.send('GET', b'\3' + names_body(names[1][:1]))
+                while True:
+                    kind, body = self.client.next(errors=True)
+                    if kind == 'ERROR':
+                        self.assertIn(segment.encode(), body)
+                    if kind == 'OK':
+                        break
+            self.client.close()
+            status, _, said = run('rebuild', self.path)
+            self.assertEqual((status, text in said), (2 if lost else 0, True))
+
+        # Table or footer: the entries say the same.
+        for place in (table, len(data) - 1, len(data) - 30):
+            self.rot(segment, place)
+            check(0, '')
+            self.assertEqual(self.dump(), whole)
+            self.replace(segment, data)
+        # Also an entry: then it alone is lost.
+        self.rot(segment, table)
+        self.rot(segment, header)
+        check(1, 'its table is damaged')
+        # Cut off, empty, gone.
+        self.replace(segment, data[:table - 1200])
+        check(1, 'short read')
+        self.replace(segment, b'')
+        check(3, segment)
+        os.unlink(self.place(segment))
+        check(3, 'no such object')
+        self.replace(segment, data)
+        self.assertEqual(run('rebuild', self.path)[0], 0)
+        self.assertEqual(self.dump(), whole)
 
     def test_two_processes_on_one_index(self):
         other = Client(Embedded(self.path))
