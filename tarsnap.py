@@ -276,6 +276,9 @@ OPEN, PARTIAL, COMPLETE = 1, 2, 3
 
 TRANSPORT_TLS, TRANSPORT_STDIO, TRANSPORT_DIR = 1, 2, 3
 
+# What of a block GET asks for: only whether it is whole, its refs, all.
+GET_LOOK, GET_REFS, GET_WHOLE = b'\0', b'\1', b'\3'
+
 # Bytes, unless the name says otherwise.
 CEILING = {
     'frame before auth': 4 * KIB,
@@ -3972,6 +3975,8 @@ CREATE TABLE IF NOT EXISTS archives(
     time INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS small(
     digest BLOB PRIMARY KEY, extents BLOB) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rotten(  -- blocks that --fsck found damaged
+    name BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 
 SQL_PENDING = """
@@ -4344,13 +4349,31 @@ class Cache:
                 for kid in {kid[1] for kid in KID.iter_unpack(row[0])}:
                     self.recount(kid, -1)
             self.db.execute('DELETE FROM blocks WHERE name = ?', (name,))
+            self.db.execute('DELETE FROM rotten WHERE name = ?', (name,))
 
-    def unread(self, most=1):
-        """Names and classes of blocks whose references are not known."""
+    def unread(self, most=1, rotten=True):
+        """Names and classes of blocks whose references are not known; with
+        `rotten`, also of those that are damaged.
+        """
         rows = self.db.execute(
             "SELECT name, cls FROM blocks WHERE kids IS NULL AND cls <> 'c' "
-            'LIMIT ?', (most,)).fetchall()
+            'AND (? OR name NOT IN (SELECT name FROM rotten)) LIMIT ?',
+            (rotten, most)).fetchall()
         return rows or None
+
+    def rotten(self):
+        """Names of blocks that --fsck found damaged on the server."""
+        return [row[0] for row in self.db.execute('SELECT name FROM rotten')]
+
+    def rot(self, names):
+        """Remember that these are damaged."""
+        self.db.executemany('INSERT OR IGNORE INTO rotten VALUES(?)',
+                            [(name,) for name in names])
+
+    def mended(self, names):
+        """These are whole again."""
+        self.db.executemany('DELETE FROM rotten WHERE name = ?',
+                            [(name,) for name in names])
 
     def learn(self, blocks):
         """Enter what blocks refer to: [(name, plain length, kids)]."""
@@ -4898,6 +4921,7 @@ class Sink:
         self.new = [0, 0]               # New data since the last commit
         self.sent_bytes = 0             # of blocks, in the whole run
         self.slow = False               # the network, not the processor, is
+        self.rotten = set()             # stored blocks that are damaged there
 
     def borrow(self, name):
         """A block stored before is used by this run."""
@@ -4917,7 +4941,7 @@ class Sink:
             self.own.set(name, own)
             return None
         row = self.cache and self.cache.find(name)
-        if row is not None:
+        if row is not None and name not in self.rotten:
             self.borrow(name)
             return row
         self.own.set(name, Own(cls, plain))
@@ -4930,6 +4954,8 @@ class Sink:
         own = self.own.get(name)
         if own is not None:
             return own.plain if own.used else None
+        if name in self.rotten:
+            return None
         row = self.cache and self.cache.find(name)
         plain = row and (row[2] or self.plains.get(name))
         if plain is not None:
@@ -5056,7 +5082,20 @@ class Transaction(Sink):
             if kind == ADDED:
                 held += rows_unpack(body, ADDED_ROW, 'BEGUN')
         self.first = 0
+        self.look()
         return held
+
+    def look(self):
+        """Find out which of the blocks that --fsck found damaged can be put
+        again: those of which the server itself finds its copy damaged.
+
+        If it is whole the damage is older than that copy, or gone: either way
+        nothing may build on what this cache says of it.
+        """
+        names = self.cache.rotten()
+        self.rotten = set(blocks_look(self.channel, names))
+        if len(self.rotten) < len(names):
+            raise inconsistent()
 
     def resume(self):
         """Go on after a lost connection.
@@ -5151,11 +5190,13 @@ class Transaction(Sink):
         """
         own = self.own.get(name)
         fresh = not own.stored
-        own.stored = own.stored or len(sealed)
+        # A block that is put again counts as it did before.
+        again = self.cache.find(name) if name in self.rotten else None
+        own.stored = again[3] if again else own.stored or len(sealed)
         own.plain, own.sums = plain, totals or (plain, own.stored)
         self.own.set(name, own)
         self.delta(name, cls, plain, own.stored, *own.sums, kids)
-        if fresh or self.cache.find(name) is None:
+        if fresh and not again or self.cache.find(name) is None:
             self.new[0] += plain
             self.new[1] += own.stored
         if fresh:
@@ -5363,6 +5404,8 @@ class Transaction(Sink):
         self.changed = True
         self.pending.close()
         self.cache.apply(self.pending.path, change)
+        self.cache.mended([name for name in self.rotten
+                           if self.own.get(name)])
         if memo:
             memo.apply(self.pending.path, profile, self.cache_plain,
                        state == COMPLETE)
@@ -5605,7 +5648,7 @@ def read_missing(remote, cache):
     """
     opener, names = Opener(cache.key), Names(cache.key)
     while True:
-        rows = cache.unread(512)
+        rows = cache.unread(512, False)
         if not rows:
             return
         classes = dict(rows)
@@ -5620,6 +5663,30 @@ def read_missing(remote, cache):
             learned.append(refs_learn(opener, names, name,
                                       classes[name].encode(), block))
         cache.learn(learned)
+
+
+def blocks_look(channel, names):
+    """{name: why} of those blocks of which the server has no whole copy."""
+    wrong = {}
+    for at in range(0, len(names), 512):
+        part = names[at:at + 512]
+        rid = channel.post(GET, GET_LOOK, names_join(part))
+        left = collections.deque(part)
+        while True:
+            kind, body = channel.next(rid)
+            if kind == OK:
+                break
+            if kind == BUSY:
+                continue
+            error = refusal(body) if kind == ERROR else None
+            if not left or error and error.code != E_NOBLOCK:
+                raise error or CorruptError('The server says more than it '
+                                            'was asked')
+            name = left.popleft()
+            if error:
+                wrong[name] = str(error)
+        channel.forget(rid)
+    return wrong
 
 
 def refs_learn(opener, names, name, cls, block):
@@ -7747,7 +7814,6 @@ SEAL_COST = 512             # bytes a stored block may have over its plain ones
 INDEX_WINDOW = 2 * MIB      # a dozen pages of usual size
 RECORD_GUESS = 4 * KIB      # bytes of an archive record
 
-GET_REFS, GET_WHOLE = U8.pack(1), U8.pack(3)
 
 
 class Slot:
@@ -12687,9 +12753,10 @@ def mode_read(opt):
 #
 # Everything is read from the server again and believed for its names and
 # signatures alone.  A block that is gone for good or is not what was stored
-# is damaged, and with it every archive that needs it.  As long as it exists
-# nothing new may build on it, so --fsck ends with an error and marks the
-# cache; --fsck-prune deletes it, with all that refers to it, in one commit.
+# is damaged, and with it every archive that needs it.  Nothing new may build
+# on it, so --fsck ends with an error and the cache remembers its name: whoever
+# meets its content again puts it again, which makes the archives whole that
+# need it.  --fsck-prune deletes it, with all that refers to it, in one commit.
 ##############################################################################
 
 INDEX_GUESS = 16 * KIB      # bytes of an index block of unknown length
@@ -12914,9 +12981,10 @@ class Fsck:
         for number, (archive, row) in enumerate(
                 sorted(live.items(), key=lambda item: item[1][3]), 1):
             phase('  Archive %d/%d...' % (number, len(live)))
-            if row[0] in lost:
+            whole = row[0] not in lost
+            if not whole:
                 doomed.append((archive, row[0]))
-            elif not self.cache.partial or self.damage:
+            if not self.cache.partial or whole and self.damage:
                 self.cache.total(row[0])
         return doomed
 
@@ -12937,15 +13005,15 @@ class Fsck:
         """Delete what is damaged, or say that --fsck-prune must."""
         if self.opt.letter == 'p' and not self.prune(doomed):
             return False
-        if self.damage:
-            self.cache.damaged = True
-        elif not self.cache.partial:
+        self.cache.rot(self.damage)
+        if not self.cache.partial:
             self.cache.totals_make()
         self.finish()
         if self.damage:
             self.tell(doomed)
             raise UserError(
-                '%s damaged, and %s with them; --fsck-prune deletes these' % (
+                '%s damaged, and %s with them; the next backup stores again '
+                'what it finds of them, --fsck-prune deletes them' % (
                     plural(len(self.damage), 'block'),
                     plural(len(doomed), 'archive')))
         return True
@@ -12963,7 +13031,15 @@ class Fsck:
 
     def tell(self, doomed):
         """Which archives are not whole, and what is damaged, on stderr."""
-        for why in list(self.damage.values())[:20]:
+        some = dict(list(self.damage.items())[:20])
+        try:
+            where = blocks_look(self.remote.connect(), list(some))
+        except (Refused, RemoteError):
+            where = {}
+        for name, why in some.items():
+            # The server names the object; what it finds whole was bad before.
+            if where.get(name) and where[name] not in why:
+                why += ' (the server: %s)' % where[name]
             warn(why)
         for archive, record in doomed:
             warn('Archive %s is damaged' % self.title(archive, record))

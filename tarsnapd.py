@@ -3120,14 +3120,17 @@ def index_adopt(machine):
 class Change:
     """What a commit claims and what its transaction really holds."""
 
-    __slots__ = ('commit', 'lineage', 'spool', 'deleted', 'revived')
+    __slots__ = ('commit', 'lineage', 'spool', 'deleted', 'revived',
+                 'rotten')
 
-    def __init__(self, commit, lineage=b'', spool=None, revived=None):
+    def __init__(self, commit, lineage=b'', spool=None, revived=None,
+                 rotten=frozenset()):
         self.commit = commit
         self.lineage = lineage          # of the transaction
         self.spool = spool              # its Spool, or None if it needs none
         self.deleted = spool.deleted if spool else Listed()
         self.revived = revived or {}    # {name: (class, stored length)}
+        self.rotten = rotten            # names whose live copy is damaged
 
     def tables(self):
         """Of all its segments, one by one."""
@@ -3246,7 +3249,11 @@ def check_unlink(found, relinked, lineage):
 
 
 def check_puts(index, state, change):
-    """Rule 3 for puts, and which copies are dead on arrival."""
+    """Rule 3 for puts, and which copies are dead on arrival.
+
+    The first copy wins, so that no write key can replace what is stored; but
+    one that this server itself found damaged is no copy.
+    """
     digest, count, fresh, size = hashlib.sha256(), 0, 0, 0
     dead = [bytearray(b'\1' * (len(table) // ROW.size))
             for table in change.tables()]
@@ -3256,10 +3263,13 @@ def check_puts(index, state, change):
             names = [put[2] for _, put in part]
             digest.update(b''.join(names))
             count += len(part)
-            live = index.live(names) if state.blocks else ()
-            for t, i, _, _, length in first_copies(seen, live, part):
+            live = index.live(names) if state.blocks else set()
+            damaged = index.lengths(live & change.rotten)
+            for t, i, name, _, length in first_copies(
+                    seen, live - damaged.keys(), part):
                 dead[t][i] = 0
-                fresh, size = fresh + 1, size + length
+                fresh += name not in damaged
+                size += length - damaged.get(name, (0, 0))[1]
     finally:
         seen.close()
     if change.commit.puts != (count, digest.digest()):
@@ -3818,7 +3828,7 @@ REQUESTS = {
     STAT: ('_stat', 'rwdn', False),
     CHANGES: ('_changes', 'rwdn', False),
     LIST: ('_list', 'rwd', False),
-    GET: ('_get', 'rd', False),
+    GET: ('_get', 'rwd', False),
     HAS: ('_has', 'w', False),
     BEGIN: ('_begin', 'wd', True),
     PUT: (None, 'w', True),
@@ -3942,6 +3952,23 @@ def read_groups(places):
         yield start, len(places)
 
 
+def block_rotten(name, place):
+    """Steps: what is wrong with a stored block, in words, or None.
+
+    `place` is as Index.find() tells it.  Held against the checksum before it.
+    """
+    key, offset, length, _ = place
+    try:
+        data = yield ('get', key, offset - ENTRY.size, ENTRY.size + length)
+    except LOST as e:
+        return str(e)
+    row = entry_row(data, 0, 0)
+    if row and row.startswith(name) and ROW.unpack(row)[3] == length:
+        return None
+    return 'read segment %s: block %s at %d is damaged' % (key, name.hex(),
+                                                           offset)
+
+
 class Session:
     """One connection's side of the protocol, without I/O.
 
@@ -3973,6 +4000,7 @@ class Session:
         self.arrived = 0                # puts and the like since BEGIN
         self.quotas = []                # Quotas that hold for tx
         self.arrived_bytes = 0          # of blocks, since these were measured
+        self.rotten = set()             # names whose stored copy is damaged
 
     @property
     def ceiling(self):
@@ -4342,15 +4370,46 @@ class Session:
         reader = Reader(body)
         mask, names = reader.u8(), reader.names()
         reader.end()
-        if mask not in (1, 3, 5):
+        if mask not in (0, 1, 3, 5):
             raise Refused(E_BAD, 'unknown mask %d' % mask)
+        if mask == 1 and not set('rd') & set(self.roles):
+            self._need(ROLE_READ)
         if mask == 3:
             self._need(ROLE_READ)
         if mask == 5:
             self._need(ROLE_DELETE)
         for i in range(0, len(names), 256):
-            yield from self._get_some(names[i:i + 256], mask)
+            if mask == 0:
+                yield from self._look_some(names[i:i + 256])
+            else:
+                yield from self._get_some(names[i:i + 256], mask)
         yield ('answer', OK, b'')
+
+    def _look_some(self, names):
+        """Steps: for each name nothing but whether its block is whole.
+
+        What is not may be put again in this session: see check_puts().
+        """
+        state = yield from self._current()
+        places = yield self._ask('find', names)
+        for name, place in zip(names, places):
+            if place:
+                wrong = yield from block_rotten(name, place)
+            else:
+                wrong = self._no_block(state.lost)
+            if wrong is None:
+                yield ('answer', BLOCK, name)
+                continue
+            if place:
+                self.rotten.add(name)
+                yield ('log', 'machine %016x: %s' % (self.machine.number,
+                                                     wrong))
+            yield ('answer', ERROR, error_body(E_NOBLOCK, wrong))
+
+    @staticmethod
+    def _no_block(lost):
+        return ('no such block, or it is lost with %s' % lost if lost
+                else 'no such block')
 
     def _get_some(self, names, mask):
         places, lost = (yield self._ask('find', names)), None
@@ -4368,8 +4427,7 @@ class Session:
 
     def _read(self, names, places, lost):
         """Steps: for each name (class, block), or the error in its place."""
-        out = [Refused(E_NOBLOCK, 'no such block, or it is lost with %s'
-                       % lost if lost else 'no such block')] * len(names)
+        out = [Refused(E_NOBLOCK, self._no_block(lost))] * len(names)
         for key, start, end, members in range_plan(places):
             try:
                 data = yield ('get', key, start, end - start)
@@ -4738,8 +4796,8 @@ class Session:
     def _judge(self, commit, body, state):
         """Steps: the Entry for a good commit; None if the index moved on."""
         tx = self._transaction_of(commit)
-        change = Change(commit, tx.lineage, tx.spool, tx.revived) if tx \
-            else Change(commit)
+        change = Change(commit, tx.lineage, tx.spool, tx.revived,
+                        self.rotten) if tx else Change(commit)
         verdict = yield self._ask('check', state.k, change)
         if verdict is None:
             return None

@@ -17,6 +17,7 @@ import lab
 import tarsnap
 import tarsnapd
 from lab import LabTest, snapshot
+from rawclient import run as operator
 from test_counts import Audit, dump
 
 PROGRESS = r"""Phase 1: .*
@@ -43,13 +44,18 @@ class FsckCase(LabTest):
     def setUp(self):
         super().setUp()
         self.models = {}
-        for name, files in self.files.items():
-            shutil.rmtree(self.lab.tree)
-            os.mkdir(self.lab.tree)
-            for file in files:
-                self.write(file, noise(file), 10 ** 18)
+        for name in self.files:
+            self.tree(name)
             self.models[name] = snapshot(self.lab.tree)
             self.host.create(name)
+
+    def tree(self, name):
+        """The tree of an archive, the same each time."""
+        shutil.rmtree(self.lab.tree)
+        os.mkdir(self.lab.tree)
+        for file in self.files[name]:
+            self.write(file, noise(file), 10 ** 18)
+        os.utime(self.lab.tree, ns=(10 ** 18, 10 ** 18))
 
     # Blocks and where they lie.
 
@@ -100,9 +106,6 @@ class FsckCase(LabTest):
         at = lines.index(REFUSED)
         self.assertIn('--fsck-prune', lines[at - 1])
         self.assertIn('Phase 5', result.out)
-        result = self.host.run('-c', '-f', 'not', '-C', self.lab.tree, '.')
-        self.assertEqual(result.status, 1)
-        self.assertIn('Run --fsck', result.err)
         return re.findall(r'Archive "(\w+)" is damaged', '\n'.join(lines))
 
     def pruned(self, *args, lost):
@@ -137,10 +140,7 @@ class FsckCase(LabTest):
         """Store a lost archive's tree anew; nothing of it is taken for
         stored that is not.
         """
-        shutil.rmtree(self.lab.tree)
-        os.mkdir(self.lab.tree)
-        for file in self.files[name]:
-            self.write(file, noise(file), 10 ** 18)
+        self.tree(name)
         model = snapshot(self.lab.tree)
         self.host.create(name)
         self.host.check(name, model)
@@ -396,6 +396,89 @@ class Damage(FsckCase):
             return body
         with mock.patch.object(tarsnap, 'transaction_commit', commit):
             self.pruned('--read-data', lost=['middle'])
+
+
+class Mended(FsckCase):
+    """What --fsck found damaged is put again by whoever meets it."""
+
+    def backup(self, name):
+        self.tree(name)
+        self.models['new'] = snapshot(self.lab.tree)
+        with lab.tapped() as log:
+            self.host.create('new')
+        return [row[0] for row in log.puts()]
+
+    def test_a_backup_of_the_same_makes_archives_whole(self):
+        for what, name, victim in (
+                ('chunk', 'middle', self.chunk('two')),
+                ('shared', 'last', self.chunk('more')),
+                ('page', 'first', self.kids(self.record('first'))[0])):
+            with self.subTest(what):
+                self.damage(victim)
+                found = self.refused('--read-data')
+                self.assertIn(name, found)
+                self.assertIn(victim, self.backup(name))
+                self.host.good('--fsck', '--read-data')
+                self.sound(list(self.models))
+                self.host.good('-d', '-f', 'new')
+                self.models.pop('new')
+                self.sound(list(self.models))
+
+    def test_the_index_made_anew_knows_the_new_copy(self):
+        self.damage(self.chunk('two'))
+        self.refused('--read-data')
+        self.backup('middle')
+        before = self.place(self.chunk('two'))
+        status, _, said = operator('rebuild', self.lab.store)
+        self.assertEqual((status, said), (0, ''))
+        self.assertEqual(self.place(self.chunk('two')), before)
+        self.sound(list(self.models))
+
+    def test_what_is_not_met_stays_damaged(self):
+        self.damage(self.chunk('two'))
+        self.refused('--read-data')
+        self.assertNotIn(self.chunk('two'), self.backup('first'))
+        self.host.check('new', self.models['new'])
+        self.assertEqual(self.refused('--read-data'), ['middle'])
+        self.pruned('--read-data', lost=['middle'])
+
+    def test_a_whole_copy_is_not_replaced(self):
+        """A write key cannot put another block under the name of a good one:
+        what this client holds damaged the server finds whole.
+        """
+        with self.host.database() as db:
+            db.execute('INSERT INTO rotten VALUES(?)', (self.chunk('two'),))
+            db.commit()
+        self.tree('middle')
+        result = self.host.run('-c', '-f', 'new', '-C', self.lab.tree, '.')
+        self.assertEqual(result.status, 1)
+        self.assertIn('Run --fsck', result.err)
+        before = self.place(self.chunk('two'))
+        remote = tarsnap.Remote(self.lab.key, (lab.W, lab.R))
+        try:
+            self.assertEqual(tarsnap.blocks_look(
+                remote.connect(), [self.chunk('two')]), {})
+        finally:
+            remote.close()
+        self.host.good('--fsck')
+        self.backup('middle')
+        self.assertEqual(self.place(self.chunk('two')), before)
+
+    def test_the_connection_breaks_meanwhile(self):
+        self.damage(self.chunk('two'))
+        self.refused('--read-data')
+        real, lost = tarsnap.Transaction.enqueue, []
+
+        def enqueue(txn, kind, body):
+            real(txn, kind, body)
+            if not lost:
+                lost.append(1)
+                txn.remote.close()
+                raise tarsnap.ChannelLost('Connection lost')
+        with mock.patch.object(tarsnap.Transaction, 'enqueue', enqueue):
+            self.backup('middle')
+        self.assertEqual(lost, [1])
+        self.sound(list(self.models))
 
 
 class Parts(LabTest):

@@ -4,6 +4,7 @@
 import os
 import random
 import shutil
+import struct
 import unittest
 
 from rawclient import (
@@ -45,11 +46,12 @@ class Rebuild(unittest.TestCase):
         data[place] ^= 0x10
         self.replace(key, bytes(data))
 
-    def segment_of(self, name):
+    def find(self, name):
+        """(segment, offset, length, class) of a block."""
         server = tarsnapd.Server(self.path)
         try:
             return server.perform(('index', self.host.machine, 'find',
-                                   [name]))[0][0]
+                                   [name]))[0]
         finally:
             server.close()
 
@@ -255,7 +257,7 @@ class Rebuild(unittest.TestCase):
         names = [self.host.backup(self.client, label)[2]
                  for label in ('one', 'two', 'three')]
         self.client.close()
-        segment = self.segment_of(names[1][0])
+        segment = self.find(names[1][0])[0]
         data = self.read(segment)
         whole = self.dump()
         table = len(data) - tarsnapd.FOOTER.size - 4 * tarsnapd.ROW.size
@@ -302,6 +304,43 @@ class Rebuild(unittest.TestCase):
         self.replace(segment, data)
         self.assertEqual(run('rebuild', self.path)[0], 0)
         self.assertEqual(self.dump(), whole)
+
+    def test_a_damaged_copy_is_put_again_and_a_whole_one_is_not(self):
+        _, record, names = self.host.backup(self.client, 'one')
+        segment, offset, _, _ = self.find(names[0])
+        self.rot(segment, offset + 500)
+        self.client.send('GET', b'\0' + names_body(names))
+        kind, body = self.client.next(errors=True)
+        self.assertEqual(kind, 'ERROR')
+        self.assertIn(b'read segment %s: block %s at %d is damaged' % (
+            segment.encode(), names[0].hex().encode(), offset), body)
+        self.assertEqual([self.client.next() for _ in range(3)], [
+            ('BLOCK', names[1]), ('BLOCK', names[2]), ('OK', b'')])
+        tid = os.urandom(16)
+        self.host.begin(self.client, tid)
+        stored = {}
+        for name in names[:2]:
+            other = block('c', 'of another length', 700)
+            stored[name] = put(self.client, (name,) + other[1:]) and other[2]
+        self.host.commit(self.client, tid, puts=names[:2])
+        first, second = get(self.client, names[:2])
+        self.assertEqual(first, stored[names[0]])
+        self.assertNotEqual(second, stored[names[1]])
+        _, _, _, blocks, size, _ = struct.unpack(
+            '>Q32sQQQI', self.client.call('STAT')[1])
+        self.assertEqual((blocks, size), (4, sum(
+            map(len, get(self.client, names + [record])))))
+        self.client.close()
+        before = self.dump()
+        self.assertEqual(run('rebuild', self.path)[::2], (0, ''))
+        self.assertEqual(self.dump(), before)
+        # Asked on another connection, it is not to be put again on this.
+        self.reopen()
+        tid = os.urandom(16)
+        self.host.begin(self.client, tid)
+        put(self.client, (names[0],) + block('c', 'again', 300)[1:])
+        self.host.commit(self.client, tid, puts=names[:1])
+        self.assertEqual(get(self.client, names[:1]), [first])
 
     def test_two_processes_on_one_index(self):
         other = Client(Embedded(self.path))

@@ -23,6 +23,7 @@ TABLE = {
     'LIST ids': ('rwd', 'some'),
     'GET whole': ('r', 'some'),
     'GET refs': ('rd', 'some'),
+    'GET look': ('rwd', 'some'),
     'HAS': ('w', 'some'),
     'BEGIN write': ('w', 'some'),
     'BEGIN delete': ('d', 'some'),
@@ -93,6 +94,7 @@ class Roles(unittest.TestCase):
             'GET whole': b'\3' + names_body([self.record]),
             'GET kept': b'\5' + names_body([self.record]),
             'REVIVE': names_body([]),
+            'GET look': b'\0' + names_body([self.record]),
             'GET refs': b'\1' + names_body([self.record]),
             'HAS': names_body([ZERO]),
         }[(name + ' ' + variant).strip()]
