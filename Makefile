@@ -49,6 +49,7 @@ help:
 	@echo 'make bench-growth      time and memory by files, archives, blocks'
 	@echo 'make bench-network     the main job over a slow link'
 	@echo 'make bench-load        one server under many sessions'
+	@echo 'make bench-rebuild     the index of a million blocks made anew'
 	@echo 'make lint              check sources and manual pages'
 	@echo 'make clean             remove what these make'
 	@echo 'PYTHON=... chooses the interpreter, VENV=... where one is made.'
@@ -69,7 +70,7 @@ bench: peers
 bench-quick: peers
 	@$(FIND) && exec "$$py" bench/compare.py --runs 1 $(BENCH)
 
-bench-growth bench-network bench-load:
+bench-growth bench-network bench-load bench-rebuild:
 	@$(FIND) && exec "$$py" bench/$(@:bench-%=%).py $(BENCH)
 
 # As root on Debian what is missing is installed; elsewhere the tests and the
@@ -112,4 +113,4 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help demo test crash bench bench-quick bench-growth bench-network \
-	bench-load tools peers lint clean
+	bench-load bench-rebuild tools peers lint clean

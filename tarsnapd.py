@@ -2267,6 +2267,7 @@ def log_encode(entry):
                          entry.time, len(entry.commit)), entry.commit,
            U32.pack(len(entry.segments))]
     for key, size, digest, count, dead in entry.segments:
+        assert len(dead) == (count + 7) // 8, key
         out += (U16.pack(len(key)), key.encode(),
                 U64.pack(size), digest, U32.pack(count), dead)
     out += (LOG_TOTALS.pack(entry.blocks, entry.bytes),
@@ -2544,7 +2545,7 @@ class Index:
                                   check_same_thread=False)
         run = self.db.execute
         run('PRAGMA journal_mode = %s' % (
-            'MEMORY' if self.scratch else 'WAL')).fetchall()
+            'TRUNCATE' if self.scratch else 'WAL')).fetchall()
         # OFF could leave an index that looks whole after a power cut.
         run('PRAGMA synchronous = %s' % (
             'OFF' if self.scratch else 'NORMAL'))
@@ -4703,12 +4704,12 @@ class Session:
                                       spool.number, segment.table_hash)
             # What may be there already is the same.
             yield ('put', segment.key, path)
+            yield ('spool', spool, 'keep', segment)
         except StoreError:
             yield ('spool', spool, 'drop')
             yield from self._leave()
             raise
         tx.segments.append(segment)
-        yield ('spool', spool, 'keep', segment)
         yield ('spool', spool, 'drop')
 
     def _abort(self, body):

@@ -136,6 +136,16 @@ class Benchmarks(unittest.TestCase):
         self.assertGreater(figures['first', 1]['bytes_up'], 40000)
         self.assertGreater(figures['restore', 1]['bytes_down'], 40000)
 
+    def test_rebuild(self):
+        document, _ = self.run_bench('rebuild', '--entries', '900',
+                                     '--stores', 'directory,floor')
+        rebuilt, floor = document['figures']
+        self.assertEqual((rebuilt['work'], floor['work']),
+                         ('rebuild', 'floor'))
+        # Its tables and log, and nothing of the blocks.
+        self.assertTrue(900 * 77 < rebuilt['read']['most'] < 900 * 85,
+                        rebuilt)
+
     def test_load(self):
         document, _ = self.run_bench(
             'load', '--idle', '3', '--active', '2', '--seconds', '.3',

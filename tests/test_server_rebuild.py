@@ -5,18 +5,21 @@ import os
 import random
 import shutil
 import struct
+import tempfile
 import unittest
 
+import s3peers
 from rawclient import (
     COMPLETE, D, DELETE_KIND, N, NUKE_KIND, OPEN, R, W, Client, Embedded,
     Error, Host, block, get, names_body, put, run, server_directory, sha,
     tarsnapd)
+from test_s3_store import environment
 
 
-class Rebuild(unittest.TestCase):
+class History:
+    """A history of commits of all kinds, in the server directory `path`."""
 
-    def setUp(self):
-        self.path = server_directory(self)
+    def begin(self):
         self.client = Client(Embedded(self.path))
         self.host = Host(self.client)
         self.client.auth(self.host.machine, self.host.keys, R, W, D, N)
@@ -26,34 +29,6 @@ class Rebuild(unittest.TestCase):
         status, text, said = run('index-dump', self.path, self.number)
         self.assertEqual((status, said), (0, ''))
         return text
-
-    def place(self, key=''):
-        return os.path.join(self.path, 'store', key)
-
-    def read(self, key):
-        with open(self.place(key), 'rb') as file:
-            return file.read()
-
-    def replace(self, key, data):
-        # Not in place: it may have another name in a spool.
-        tarsnapd.unlink_quietly(self.place(key))
-        with open(self.place(key), 'wb') as file:
-            file.write(data)
-
-    def rot(self, key, place):
-        """Change a byte of an object."""
-        data = bytearray(self.read(key))
-        data[place] ^= 0x10
-        self.replace(key, bytes(data))
-
-    def find(self, name):
-        """(segment, offset, length, class) of a block."""
-        server = tarsnapd.Server(self.path)
-        try:
-            return server.perform(('index', self.host.machine, 'find',
-                                   [name]))[0]
-        finally:
-            server.close()
 
     def lose_index(self):
         for name in os.listdir(os.path.join(self.path, 'index')):
@@ -136,10 +111,13 @@ class Rebuild(unittest.TestCase):
                                   tarsnapd.Cleaned()))
         server.close()
 
-    def test_many_commits(self):
+    def rehearse(self, steps):
+        """All that a server can lose is deleted, and made again; the same
+        byte for byte.
+        """
         seed = random.randrange(1 << 32)
         print('test_server_rebuild: seed %d' % seed)
-        live = self.random_history(random.Random(seed), 60)
+        live = self.random_history(random.Random(seed), steps)
         names = [block('c', 'n%d' % i)[0] for i in range(30)]
         found = [x != 'NOBLOCK' for x in get(self.client, names)]
         self.assertEqual(found, [name in live for name in names])
@@ -157,6 +135,59 @@ class Rebuild(unittest.TestCase):
         self.assertEqual(self.dump(), before)
         self.lose_index()
         self.assertEqual(self.dump(), before)
+
+
+class Bucket(History, unittest.TestCase):
+
+    def test_many_commits(self):
+        peer = s3peers.Moto()
+        self.addCleanup(peer.close)
+        base = tempfile.TemporaryDirectory()
+        self.addCleanup(base.cleanup)
+        self.path = os.path.join(base.name, 'srv')
+        with environment(peer.environment()):
+            tarsnapd.Bucket('backup', {}).request('create', '', 'PUT')
+            tarsnapd.server_create(self.path, {'store': 's3://backup/x'})
+            self.begin()
+            self.rehearse(12)
+
+
+class Rebuild(History, unittest.TestCase):
+
+    def setUp(self):
+        self.path = server_directory(self)
+        self.begin()
+
+    def place(self, key=''):
+        return os.path.join(self.path, 'store', key)
+
+    def read(self, key):
+        with open(self.place(key), 'rb') as file:
+            return file.read()
+
+    def replace(self, key, data):
+        # Not in place: it may have another name in a spool.
+        tarsnapd.unlink_quietly(self.place(key))
+        with open(self.place(key), 'wb') as file:
+            file.write(data)
+
+    def rot(self, key, place):
+        """Change a byte of an object."""
+        data = bytearray(self.read(key))
+        data[place] ^= 0x10
+        self.replace(key, bytes(data))
+
+    def find(self, name):
+        """(segment, offset, length, class) of a block."""
+        server = tarsnapd.Server(self.path)
+        try:
+            return server.perform(('index', self.host.machine, 'find',
+                                   [name]))[0]
+        finally:
+            server.close()
+
+    def test_many_commits(self):
+        self.rehearse(60)
 
     def test_a_damaged_index_is_made_anew(self):
         _, _, names = self.host.backup(self.client, 'one')
