@@ -52,6 +52,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     journal               a line for each event, while it serves
     drivers               at once: embedded and on a pipe
     event loop            many connections over TLS
+    canary                a small client, which sees whether a server works
     commands, main        the command line
 
 Formats and protocol are written down byte by byte in tarsnap-format(5) and
@@ -5618,7 +5619,7 @@ INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
-             'scrub.lock', 'clean.lock'}
+             'scrub.lock', 'clean.lock', 'canary.key', 'journal'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner'}
@@ -7500,6 +7501,378 @@ def serve_child(server, listener, context, strangers, parent):
 
 
 ##############################################################################
+# Canary
+#
+# A client of a few lines, with a machine of its own, that finds out whether a
+# server works: through the front door, as every client comes, it has a block
+# stored, read and deleted.  Shares with the server above only constants, the
+# frame and live_digest().  Archives of it are one record each, whose bytes are
+# made from its key; one stays, to see that what is stored stays.
+##############################################################################
+
+CANARY_FIELDS = ('fingerprint', 'store', 'machine', 'read', 'write', 'delete')
+CANARY_SIZE = 16 * KIB      # bytes of its block
+CANARY_OLD = 3600           # seconds; what it left before is given up then
+CANARY_TRIES = 10           # while others with the same key commit too
+
+
+class CanaryDead(Exception):
+    """The service does not work; str() says why, in one line."""
+
+
+class CanaryRefused(CanaryDead):
+    """The server answered with a typed error."""
+
+    def __init__(self, body):
+        self.code = U16.unpack_from(body)[0]
+        super().__init__('refused: %s' % printable(
+            body[2:].decode('utf-8', 'replace')))
+
+
+class CanaryKey:
+    """The machine a canary is, and what it knows its server by."""
+
+    def __init__(self, values):
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+        values = {name: bytes.fromhex(values[name]) for name in CANARY_FIELDS}
+        self.fingerprint = values['fingerprint']
+        self.store = values['store']
+        self.machine, = U64.unpack(values['machine'])
+        self.private = {role: ed25519.Ed25519PrivateKey.from_private_bytes(
+            values[name]) for role, name in (
+                (ROLE_READ, 'read'), (ROLE_WRITE, 'write'),
+                (ROLE_DELETE, 'delete'))}
+        self.secret = hmac.digest(values['write'], b'canary', 'sha256')
+
+    def name(self, data):
+        return hmac.digest(self.secret, data, 'sha256')
+
+    def record(self, archive):
+        """The (name, sealed block) that archive id `archive` consists of."""
+        sizes = (64, 64, CANARY_SIZE - 128)
+        noise = hashlib.shake_256(self.secret + archive)
+        noise = noise.digest(32 + sum(sizes))
+        block = BLOCK_HEAD.pack(1, RECORD, len(sizes), noise[:32])
+        at = 32
+        for recipient, size in zip(RECIPIENTS[RECORD], sizes):
+            block += PART_HEAD.pack(recipient, size) + noise[at:at + size]
+            at += size
+        return self.name(block), block
+
+
+def canary_make(server, path):
+    """A new canary of the machine's own operator; the file `path` is its key.
+
+    Durable on return.  No password is needed: who can do this could write to
+    the files.
+    """
+    from cryptography.hazmat.primitives import serialization as ser
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    raw, bare = ser.Encoding.Raw, ser.NoEncryption()
+    pairs = [ed25519.Ed25519PrivateKey.generate() for _ in range(4)]
+    public = b''.join(x.public_key().public_bytes(raw, ser.PublicFormat.Raw)
+                      for x in pairs)
+    secrets = [x.private_bytes(raw, ser.PrivateFormat.Raw, bare).hex()
+               for x in pairs]
+    # The fourth, which could delete everything, is nowhere from now on.
+    number = server.run(machine_create('', 'canary', public))
+    values = dict(zip(CANARY_FIELDS, [
+        server.fingerprint(), server.store_id.hex(), '%016x' % number,
+        *secrets]))
+    write_file(path, json.dumps(values, indent=1).encode() + b'\n')
+
+
+def canary_load(path):
+    """The CanaryKey in a file; ServerError if there is none in it."""
+    try:
+        return CanaryKey(json.loads(read_file(path)))
+    except OSError as e:
+        raise ServerError('%s: %s' % (path, e.strerror)) from None
+    except (ValueError, KeyError, TypeError, struct.error):
+        raise ServerError('%s: not the key of a canary' % path) from None
+
+
+class CanaryLine:
+    """Frames over TLS to a server, until a time after which it is dead."""
+
+    def __init__(self, address, seconds):
+        import socket
+        import ssl
+        self.address = address
+        self.end = time.monotonic() + seconds
+        self.seconds = seconds
+        self.rid = 0
+        self.frames = Frames()
+        self.frames.ceiling = CEILING['frame']
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False      # the pin says who it is
+        context.verify_mode = ssl.CERT_NONE
+        host, _, port = address.rpartition(':')
+        with self.dying():
+            self.sock = socket.create_connection(
+                (host.strip('[]'), int(port)), seconds)
+            self.sock = context.wrap_socket(self.sock)
+        self.cert_hash = sha256(self.sock.getpeercert(True))
+
+    @contextlib.contextmanager
+    def dying(self):
+        """What goes wrong with the network, in words."""
+        import socket
+        try:
+            yield
+        except (TimeoutError, socket.timeout):      # two until Python 3.10
+            raise CanaryDead('no answer in %d seconds'
+                             % self.seconds) from None
+        except OSError as e:
+            # ssl.SSLError has no strerror of the system.
+            raise CanaryDead(' '.join(str(e.strerror or e).split())) from None
+        except Refused as e:
+            raise CanaryDead('not a tarsnap server: %s' % e) from None
+
+    def send(self, kind, body):
+        """Send a request."""
+        self.rid += 1
+        with self.dying():
+            self.sock.sendall(FRAME.pack(len(body), kind, self.rid) + body)
+
+    def next(self):
+        """(type, body) of the next answer; ERRORs are raised."""
+        while True:
+            with self.dying():
+                frame = self.frames.next()
+                if frame is None:
+                    self.receive()
+                    continue
+            if frame[0] == ERROR:
+                raise CanaryRefused(frame[2])
+            if frame[0] not in (RECEIVED, BUSY):
+                return frame[0], frame[2]
+
+    def receive(self):
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+        data = self.sock.recv(64 * KIB)
+        if not data:
+            raise CanaryDead('the server hung up')
+        self.frames.buf += data
+
+    def call(self, kind, body, wanted):
+        """The body of the one answer to a request."""
+        self.send(kind, body)
+        found, body = self.next()
+        if found != wanted:
+            raise CanaryDead('answer %d to request %d' % (found, kind))
+        return body
+
+    def stream(self, kind, body):
+        """[(type, body)] of all answers up to OK."""
+        self.send(kind, body)
+        answers = []
+        while not answers or answers[-1][0] != OK:
+            answers.append(self.next())
+        return answers[:-1]
+
+
+class Canary:
+    """One visit to a server; `times` are the seconds each step took."""
+
+    def __init__(self, key, address, seconds):
+        self.key = key
+        self.times = {}
+        self.start = time.monotonic()
+        self.line = CanaryLine(address, seconds)
+        statement = self.line.next()[1]
+        self.check_statement(statement)
+        for role in key.private:
+            answer = self.auth(statement, role)
+        self.n, = U64.unpack_from(answer)
+        self.head = answer[8:40]
+        self.read_only = answer[48]
+        self.archives = {}              # id -> (record, lineage, state, time)
+        self.now = 0                    # the newest of these times
+        self.lap('connect')
+
+    def lap(self, step):
+        """The step that ends now."""
+        now = time.monotonic()
+        self.times[step] = now - self.start - sum(self.times.values())
+
+    def check_statement(self, body):
+        """The server is the one of our key, or CanaryDead."""
+        try:
+            _, public, store, serial, _, signature = struct.unpack(
+                '>H32s16sQ32s64s', body)
+        except struct.error:
+            raise CanaryDead('not a tarsnap server') from None
+        signed = (b'tarsnap-server-1\0' + store + U64.pack(serial)
+                  + self.line.cert_hash)
+        if sha256(public) != self.key.fingerprint or not verify(
+                public, signature, signed):
+            raise CanaryDead('another server than the canary\'s, or somebody '
+                             'between')
+        if store != self.key.store:
+            raise CanaryDead('another store than the canary\'s')
+
+    def auth(self, statement, role):
+        nonce = os.urandom(32)
+        signed = (b'tarsnap-auth-1\0' + U16.pack(PROTOCOL)
+                  + bytes([TRANSPORT_TLS]) + self.key.store
+                  + self.line.cert_hash + U64.pack(self.key.machine)
+                  + bytes([role]) + statement[58:90] + nonce)
+        return self.line.call(
+            AUTH, AUTH_HEAD.pack(PROTOCOL, self.key.machine, role) + nonce
+            + self.key.private[role].sign(signed), AUTHOK)
+
+    def list(self):
+        """Learn which archives there are."""
+        self.archives = {}
+        for kind, body in self.line.stream(LIST, U16.pack(0)):
+            if kind == ARCHIVES:
+                for archive, *row in ARCHIVE_ROW.iter_unpack(body[2:]):
+                    self.archives[archive] = row
+        self.now = max((row[3] for row in self.archives.values()), default=0)
+
+    def resident(self):
+        """The id of the archive that stays."""
+        return self.key.name(b'resident')
+
+    def read(self, archive):
+        """Read an archive's block; CanaryDead if it is not what we wrote."""
+        name, block = self.key.record(archive)
+        if self.archives[archive][0] != name:
+            raise CanaryDead('an archive is not the one that was stored')
+        try:
+            answers = self.line.stream(GET, b'\3' + U16.pack(1) + name)
+        except CanaryRefused as e:
+            raise CanaryDead('a block that was stored cannot be read: %s'
+                             % e) from None
+        if answers != [(BLOCK, name + block)]:
+            raise CanaryDead('a block that was stored is damaged')
+
+    def write(self, archive):
+        """Store an archive of one block; durable on return."""
+        name, block = self.key.record(archive)
+        tid = self.begin(KIND_WRITE)
+        self.line.send(PUT, name + RECORD + block)
+        row = (name, bytes(16), COMPLETE)
+        self.archives[archive] = (*row, self.now)
+        self.commit(KIND_WRITE, tid, [(archive, *row)], [], [name], [])
+
+    def delete(self, archives):
+        """Delete archives; no part of them is live on return."""
+        gone = [(x, self.archives.pop(x)[0]) for x in archives
+                if x in self.archives]
+        names = sorted(name for _, name in gone)
+        tid = self.begin(KIND_DELETE)
+        self.line.send(DELETE, U16.pack(len(names)) + b''.join(names))
+        self.commit(KIND_DELETE, tid, [], gone, [], names)
+        try:
+            self.line.stream(GET, b'\3' + U16.pack(1) + names[0])
+        except CanaryRefused as e:
+            if e.code == E_NOBLOCK and self.line.next()[0] == OK:
+                return
+            raise
+        raise CanaryDead('a block that was deleted is still there')
+
+    def begin(self, kind):
+        """The id of a new transaction."""
+        tid = os.urandom(16)
+        self.line.stream(BEGIN, BEGIN_HEAD.pack(
+            kind, tid, bytes(16), self.n, self.head, 0))
+        return tid
+
+    def commit(self, kind, tid, linked, unlinked, puts, deletes):
+        """Sign and send commit n + 1."""
+        body = COMMIT_HEAD.pack(COMMIT_MAGIC, self.key.machine, self.n + 1,
+                                self.head, kind, tid)
+        body += U16.pack(len(linked)) + b''.join(
+            archive + record + lineage + bytes([state])
+            for archive, record, lineage, state in linked)
+        body += U16.pack(len(unlinked)) + b''.join(
+            archive + record for archive, record in unlinked)
+        for names in (puts, deletes):
+            body += U64.pack(len(names)) + sha256(b''.join(names))
+        body += live_digest([(archive, row[0], row[2]) for archive, row
+                             in self.archives.items()]) + U16.pack(0)
+        body += self.key.private[KIND_ROLE[kind]].sign(
+            b'tarsnap-history-1\0' + body)
+        answer = self.line.call(COMMIT, body, COMMITTED)
+        if answer[:40] != U64.pack(self.n + 1) + sha256(body):
+            raise CanaryDead('another commit was acknowledged')
+        self.n, self.head = self.n + 1, sha256(body)
+
+    def visit(self, look):
+        """Read, write, read and delete; with `look` only read."""
+        self.list()
+        if self.resident() in self.archives:
+            self.read(self.resident())
+        elif look:
+            raise CanaryDead('nothing is stored to be read; a check without '
+                             '--read stores it')
+        self.lap('read')
+        if look:
+            return
+        if self.read_only:
+            raise CanaryDead('read-only: what is stored can be read, nothing '
+                             'can be stored')
+        if self.resident() not in self.archives:
+            self.insist(self.write, self.resident())
+            self.read(self.resident())
+        fresh = self.key.name(os.urandom(32))
+        self.insist(self.write, fresh)
+        self.read(fresh)
+        self.lap('write')
+        old = [x for x, row in self.archives.items()
+               if row[3] < self.now - CANARY_OLD
+               and x not in (self.resident(), fresh)]
+        self.insist(self.delete, [fresh, *old])
+        self.lap('delete')
+
+    def insist(self, step, what):
+        """Do a step again for as long as others with this key are faster."""
+        for tries in itertools.count(1):
+            try:
+                return step(what)
+            except CanaryRefused as e:
+                if tries == CANARY_TRIES or e.code not in (
+                        E_CONFLICT, E_RESYNC, E_BUSY, E_EXISTS):
+                    raise
+            self.refresh(tries)
+            if step == self.write and what in self.archives:
+                return None             # another one has, the resident
+
+    def refresh(self, tries):
+        """Give the transaction up, and learn what others did meanwhile."""
+        try:
+            self.line.call(ABORT, b'', OK)
+        except CanaryRefused:
+            pass                        # it had not begun
+        # Those who met must not meet again.
+        time.sleep(0.02 * tries * (1 + os.urandom(1)[0] / 64))
+        status = self.line.call(STAT, b'', STATUS)
+        self.n, self.head = U64.unpack_from(status)[0], status[8:40]
+        self.list()
+
+    def close(self):
+        self.line.sock.close()
+
+
+def canary_run(key, address, seconds, look=False):
+    """The Canary that has been at the server at `address` and found that it
+    works; CanaryDead if it does not.
+    """
+    canary = Canary(key, address, seconds)
+    try:
+        canary.visit(look)
+    finally:
+        canary.close()
+    return canary
+
+
+##############################################################################
 # Commands
 #
 # The command line: `tarsnapd.py COMMAND SRV ...`.  Results on stdout, one line
@@ -7529,6 +7902,8 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py machine SRV read-only MACHINE on | off
        tarsnapd.py machine SRV delete-delay MACHINE DAYS
        tarsnapd.py machine SRV freeze | unfreeze MACHINE [ROLES]
+       tarsnapd.py check [SRV] [--server HOST:PORT] [--key FILE] [--read]
+                   [--warn SECONDS] [--timeout SECONDS]
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
        tarsnapd.py index-dump SRV MACHINE
@@ -7573,7 +7948,8 @@ def init_check(path, options):
 
 
 def listen_check(address):
-    if not address.rpartition(':')[2].isdigit():
+    port = address.rpartition(':')[2]
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
         raise ServerError('listen address %s is not HOST:PORT' % address)
 
 
@@ -8099,8 +8475,75 @@ def take_options(args, known, least, most=None):
     return options, words
 
 
+# What monitors call the exit statuses of a check.
+CHECK_OK, CHECK_WARNING, CHECK_CRITICAL, CHECK_UNKNOWN = range(4)
+CHECK_WORDS = ('OK', 'WARNING', 'CRITICAL', 'UNKNOWN')
+
+
+def command_check(args):
+    """Whether a server works: one line on stdout, a monitor's status."""
+    try:
+        status, text = check(args)
+    except (ServerError, StoreError) as e:
+        status, text = CHECK_UNKNOWN, str(e)
+    print('tarsnapd %s - %s' % (CHECK_WORDS[status], text))
+    return status
+
+
+def check(args):
+    """(status, what there is to say)."""
+    options, words = take_options(args, {
+        '--server': True, '--key': True, '--read': False, '--warn': True,
+        '--timeout': True}, 0, 1)
+    limits = [option_number(options, name, default, 1, 3600)
+              for name, default in (('--warn', 10), ('--timeout', 60))]
+    path = words[0] if words else ''
+    key = options.get('--key') or os.path.join(path, 'canary.key')
+    if not words and not {'--server', '--key'} <= options.keys():
+        raise ServerError('check needs a server directory, or --server and '
+                          '--key')
+    address = options.get('--server') or check_address(path)
+    listen_check(address)
+    if words and '--key' not in options and not os.path.exists(key):
+        server = open_server(path)
+        canary_make(server, key)
+        server.close()
+    try:
+        canary = canary_run(canary_load(key), address, limits[1],
+                            '--read' in options)
+    except CanaryDead as e:
+        return CHECK_CRITICAL, '%s: %s' % (address, e)
+    return check_says(canary, address, limits)
+
+
+def check_address(path):
+    """Where a server directory is served, as seen from this host."""
+    if not is_server(path):
+        raise ServerError('%s: not a server directory' % path)
+    conf = conf_read(path)
+    if conf.get('front-certificate'):
+        raise ServerError('%s is behind a front; --server says where that '
+                          'listens' % path)
+    host, _, port = (conf.get('listen') or ':%d' % PORT).rpartition(':')
+    if host.strip('[]') in ('', '::', '0.0.0.0'):
+        host = 'localhost'
+    return '%s:%s' % (host, port)
+
+
+def check_says(canary, address, limits):
+    """(status, line) about a Canary that came back."""
+    seconds = sum(canary.times.values())
+    did = 'wrote, read and deleted' if 'write' in canary.times else 'read'
+    figures = ['time=%.3fs;%d;%d;0' % (seconds, *limits)] + [
+        '%s=%.3fs' % step for step in canary.times.items()]
+    return (CHECK_WARNING if seconds > limits[0] else CHECK_OK,
+            '%s: %s a block in %.3f s|%s' % (address, did, seconds,
+                                             ' '.join(figures)))
+
+
 COMMANDS = {
     'init': command_init,
+    'check': command_check,
     'fingerprint': command_fingerprint,
     'cert': command_cert,
     'user': command_user,
