@@ -226,7 +226,8 @@ class Fails(Case):
             file.seek(60)
             file.write(b'????')
         self.start()
-        self.check(CRITICAL, says='refused: ')
+        # What can be read still is; but nobody can store a backup.
+        self.check(CRITICAL, says='read-only: what is stored can be read')
 
     def test_somebody_else(self):
         other = server_directory(self)
