@@ -88,8 +88,9 @@ LIMIT = {
     'segment': 32 * MIB,            # an open segment is closed at this size
     'segment entries': 65536,       # or with so many entries
     'batch': 256 * KIB,             # puts written together
-    'batch in memory': 2 * MIB,     # above it no more is taken
-    'unparsed': 2 * MIB,            # above it a connection is not read
+    'batch in memory': 512 * KIB,   # above it no more is taken
+    'unparsed': 512 * KIB,          # above it, and a frame is whole, no more
+    #                                 is read of a connection
     'read at once': MIB,            # then it is another connection's turn
     'rows at once': 100000,         # of segments, that the index applies
     'rows with room': 20000,        # for so many it takes more memory
@@ -337,6 +338,12 @@ class Frames:
             raise Refused(E_BAD, 'frame of %d bytes, at most %d are allowed'
                           % (length, self.ceiling))
         return kind if len(self.buf) >= FRAME.size + length else None
+
+    def wanted(self):
+        """Bytes that the frame at the front takes, as far as is known."""
+        if len(self.buf) < FRAME.size:
+            return FRAME.size
+        return FRAME.size + min(self.ceiling, FRAME.unpack_from(self.buf)[0])
 
     def next(self):
         """The next whole frame as (type, request id, body), or None."""
@@ -3999,6 +4006,7 @@ class Session:
         self.unsaid = False             # tx was taken; to be said by idle()
         self.batch = []                 # entries not yet in the spool
         self.batch_bytes = 0
+        self.writing = 0                # bytes of the batch being written
         self.arrived = 0                # puts and the like since BEGIN
         self.quotas = []                # Quotas that hold for tx
         self.arrived_bytes = 0          # of blocks, since these were measured
@@ -4076,7 +4084,8 @@ class Session:
         BEGIN finds what is left of it.
         """
         while self.batch:
-            batch, self.batch, self.batch_bytes = self.batch, [], 0
+            batch, self.batch = self.batch, []
+            self.writing, self.batch_bytes = self.batch_bytes, 0
             arrived, tx = self.arrived, self.tx
             self.busy = True
             try:
@@ -4089,7 +4098,7 @@ class Session:
                     yield from self._leave()
                 raise
             finally:
-                self.busy = False
+                self.busy, self.writing = False, 0
             yield ('answer', RECEIVED, U64.pack(arrived), 0)
 
     def end(self):
@@ -7110,7 +7119,8 @@ class Loop:
         """True if there is room for more from this connection."""
         return (not self.stopping and not conn.session.over
                 and not conn.hanging and not conn.gone
-                and len(conn.frames.buf) < LIMIT['unparsed']
+                and len(conn.frames.buf) < max(LIMIT['unparsed'],
+                                               conn.frames.wanted())
                 and (self.held < LIMIT['all connections']
                      or conn is self.favoured))
 
@@ -7273,7 +7283,7 @@ class Loop:
         held = 0
         if conn in self.connections:
             held = (len(conn.frames.buf) + conn.session.batch_bytes
-                    + conn.out_bytes)
+                    + conn.session.writing + conn.out_bytes)
         before = self.held
         self.held += held - conn.held
         conn.held = held

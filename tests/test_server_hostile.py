@@ -7,13 +7,14 @@ import resource
 import socket
 import ssl
 import struct
+import threading
 import time
 import unittest
 
 from rawclient import (
-    D, N, R, REQUEST, W, ZERO, Client, Closed, Embedded, Error, Host, Serve,
-    Wire, block, names_body, part, put, server_directory, tarsnapd, u16,
-    u64)
+    COMPLETE, D, N, R, REQUEST, W, ZERO, Client, Closed, Embedded, Error,
+    Host, Serve, Wire, block, get, names_body, part, put, server_directory,
+    tarsnapd, u16, u64)
 
 
 def frame(kind, body=b'', rid=1, length=None):
@@ -62,10 +63,10 @@ class Hostile(unittest.TestCase):
         with self.assertRaises(Closed):
             client.next()
 
-    def memory(self):
+    def memory(self, what='VmRSS'):
         with open('/proc/%d/status' % self.serve.child.pid) as file:
             for line in file:
-                if line.startswith('VmRSS'):
+                if line.startswith(what):
                     return int(line.split()[1]) << 10
         return 0
 
@@ -253,6 +254,35 @@ class Hostile(unittest.TestCase):
             client.link.send(frame(11, bytes(1 << 19), length=1 << 20))
         time.sleep(0.5)
         self.assertLess(self.memory(), before + (32 << 20))
+
+    def test_a_frame_longer_than_what_is_read_ahead(self):
+        client, tid = self.authed(), os.urandom(16)
+        self.host.begin(client, tid)
+        name, cls, body = block('i', 'long', 520000)
+        self.assertGreater(len(body), 1 << 20 - 1)
+        put(client, (name, cls, body))
+        record = put(client, block('a', 'long'))
+        self.host.commit(client, tid, puts=[name, record], linked=[
+            (ZERO, record, bytes(16), COMPLETE)])
+        self.assertEqual(get(client, [name]), [body])
+
+    def test_puts_that_come_faster_than_they_are_written(self):
+        clients, threads, before = [], [], self.memory('VmHWM')
+        body = b'c' + block('c', 'fast', 250000)[2]
+        for _ in range(4):
+            client, tid = self.authed(), os.urandom(16)
+            self.host.begin(client, tid)
+            clients.append(client)
+            threads.append(threading.Thread(target=lambda client=client: [
+                client.send('PUT', os.urandom(32) + body)
+                for _ in range(120)]))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for client in clients:
+            client.call('ABORT')
+        self.assertLess(self.memory('VmHWM'), before + (19 << 20))
 
 
 class Fuzz(unittest.TestCase):
