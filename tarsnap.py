@@ -1564,11 +1564,8 @@ def commit_unpack(data, key):
 
 def live_digest(archives):
     """SHA-256 of all live archives; `archives`: id -> (record, ..., state)."""
-    digest = hashlib.sha256()
-    for archive in sorted(archives):
-        link = archives[archive]
-        digest.update(archive + link[0] + U8.pack(link[2]))
-    return digest.digest()
+    return sha256(b''.join([archive + link[0] + U8.pack(link[2])
+                            for archive, link in sorted(archives.items())]))
 
 
 # Statistics after a commit: All archives, (unique data), This archive, New
@@ -2104,7 +2101,10 @@ class Channel:
 
     def call(self, kind, *body):
         """Ask, and return the one answer as (type, body)."""
-        rid = self.post(kind, *body)
+        return self.reply(self.post(kind, *body))
+
+    def reply(self, rid):
+        """The one answer to request `rid` as (type, body)."""
         while True:
             kind, body = self.next(rid)
             if kind == BUSY:
@@ -2371,16 +2371,22 @@ def channel_check(channel, key):
     return statement
 
 
-def channel_auth(channel, statement, key, role):
-    """Prove `role` of `key`; (head n, H_n, archives, read-only)."""
+def auth_post(channel, statement, key, role):
+    """Send the proof of one role; the request's id."""
     nonce = os.urandom(32)
     signed = b'tarsnap-auth-1\x00' + struct.pack(
         '>HB16s32sQB', PROTOCOL, channel.link.transport, key.store,
         channel.link.cert_hash, key.machine, role) + statement.nonce + nonce
-    kind, body = channel.call(
+    return channel.post(
         AUTH, struct.pack('>HQB', PROTOCOL, key.machine, role), nonce,
         sign(key.sign_privs[role], signed))
-    reader = Reader(body, 'answer to AUTH')
+
+
+def auth_answer(channel, rid):
+    """What the server says to a proof: (head n, H_n, archives,
+    read-only).
+    """
+    reader = Reader(channel.reply(rid)[1], 'answer to AUTH')
     head = (reader.u64(), reader.take(32))
     return head, reader.u64(), reader.u8() & 1
 
@@ -2465,19 +2471,23 @@ class Remote:
         try:
             statement = channel_check(channel, self.key)
             self.proven = set()
-            for role in self.roles:
-                self.prove(channel, statement, role)
+            for role, rid in [
+                    (role, auth_post(channel, statement, self.key, role))
+                    for role in self.roles]:
+                self.prove(channel, role, rid)
         except BaseException:
             channel.close()
             raise
         self.channel, self.since = channel, time.monotonic()
         return channel
 
-    def prove(self, channel, statement, role):
-        """Prove one role; a spare one may be refused: it is frozen, say."""
+    def prove(self, channel, role, rid):
+        """Have `role` proven, as request `rid` asked; a spare one may be
+        refused: it is frozen, say.
+        """
         try:
-            self.head, self.archives, self.read_only = channel_auth(
-                channel, statement, self.key, role)
+            self.head, self.archives, self.read_only = auth_answer(
+                channel, rid)
             self.proven.add(role)
         except Refused as e:
             if e.code != E_ROLE or role not in self.spare:
@@ -4017,6 +4027,7 @@ CREATE TABLE IF NOT EXISTS repack(chunk BLOB PRIMARY KEY) WITHOUT ROWID;
 DATABASE_CACHE = 4 * MIB    # of each database in memory
 CANDIDATES = 4              # memo pages kept for one first member
 PROFILE_RUNS = 20           # runs after which a profile not used is dropped
+CATCH_UP = 256              # commits of others that are applied together
 LOCK_POLL = 0.2             # s between two looks at a lock that is held
 SMALL_EXTENT = struct.Struct('>32sIII')     # chunk, its length, offset, length
 USE = struct.Struct('>32sI')                # chunk, live bytes
@@ -4294,24 +4305,40 @@ class Cache:
         read_missing() of the transaction reads what they refer to.  True if
         anything changed.
         """
-        moved = False
-        archives = self.archives()
-        for change in changes:
-            self.db.execute('BEGIN IMMEDIATE')
-            try:
-                archives_apply(archives, change)
-                self.absorb(change)
-                self.archives_save(archives)
-                self.save()
+        archives, moved = self.archives(), 0
+        try:
+            for change in changes:
+                if not self.db.in_transaction:
+                    self.db.execute('BEGIN IMMEDIATE')
+                self.catch_up_one(archives, change)
+                moved += 1
+                if moved % CATCH_UP == 0:
+                    self.db.execute('COMMIT')
+        finally:
+            # What came before an error was verified, and is kept.
+            if self.db.in_transaction:
                 self.db.execute('COMMIT')
-            except BaseException:
-                rollback(self.db)
-                self.load()
-                raise
-            moved = True
         if moved:
             self.publish()
-        return moved
+        return moved > 0
+
+    def catch_up_one(self, archives, change):
+        """Apply one Change, or nothing of it, inside a SQLite transaction.
+
+        `archives` is the map of them before it, and after it.
+        """
+        self.db.execute('SAVEPOINT one')
+        try:
+            archives_apply(archives, change)
+            self.absorb(change)
+            self.archives_change(archives, change.commit)
+            self.save()
+            self.db.execute('RELEASE one')
+        except BaseException:
+            if self.db.in_transaction:      # out of space, it is not
+                self.db.execute('ROLLBACK TO one')
+            self.load()
+            raise
 
     def absorb(self, change):
         """The blocks and totals of one Change."""
@@ -4468,7 +4495,7 @@ class Cache:
                     self.recount(link[1], 1)
                     self.meta['lineage'] = link[2]
                 self.forget(change.removed)
-                self.archives_save(archives)
+                self.archives_change(archives, change.commit)
                 self.n, self.head = change.commit.n, change.hash
                 if change.commit.note:
                     self.totals = note_open(self.key, change.commit)
@@ -4482,17 +4509,16 @@ class Cache:
         finally:
             db.execute('DETACH p')
 
-    def archives_save(self, archives):
-        """The table is small: one row for each archive."""
-        old = self.archives()
-        for archive in old:
-            if archive not in archives:
-                self.db.execute('DELETE FROM archives WHERE id = ?',
-                                (archive,))
-        for archive, row in archives.items():
-            if old.get(archive) != row:
-                self.db.execute('INSERT OR REPLACE INTO archives '
-                                'VALUES(?, ?, ?, ?, ?)', (archive, *row))
+    def archives_change(self, archives, commit):
+        """Write the rows that a commit changed; `archives` is after it."""
+        if commit.kind == KIND_NUKE:
+            self.db.execute('DELETE FROM archives')
+        for archive, _ in commit.unlinked:
+            self.db.execute('DELETE FROM archives WHERE id = ?', (archive,))
+        for archive, *_ in commit.linked:
+            self.db.execute('INSERT OR REPLACE INTO archives '
+                            'VALUES(?, ?, ?, ?, ?)',
+                            (archive, *archives[archive]))
 
     def apply_blocks(self):
         """Upsert the deltas in order of name, so that pages are filled.
@@ -12978,6 +13004,7 @@ class Fsck:
         live = self.cache.archives()
         lost = self.above(self.damage)
         doomed = []
+        self.cache.db.execute('BEGIN IMMEDIATE')    # not one for each total
         for number, (archive, row) in enumerate(
                 sorted(live.items(), key=lambda item: item[1][3]), 1):
             phase('  Archive %d/%d...' % (number, len(live)))
@@ -12986,6 +13013,7 @@ class Fsck:
                 doomed.append((archive, row[0]))
             if not self.cache.partial or whole and self.damage:
                 self.cache.total(row[0])
+        self.cache.db.execute('COMMIT')
         return doomed
 
     def above(self, names):

@@ -7,6 +7,7 @@ right counts, or says in one line what to do.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import random
 import sqlite3
@@ -17,8 +18,9 @@ import unittest
 from unittest import mock
 
 import lab
+import many
 import tarsnap
-from lab import LabTest, snapshot
+from lab import LabTest, R, snapshot
 from test_counts import Audit
 
 SEED = int(os.environ.get('SEED', random.SystemRandom().randrange(10 ** 6)))
@@ -586,6 +588,66 @@ class NoSpace(FilesTest):
                                           ).out.split():
                     self.host.check(name, model)
                 self.audit()
+
+
+class CaughtUp(LabTest):
+    """What another host committed: each commit whole, or not at all."""
+
+    COMMITS = 7
+
+    def setUp(self):
+        super().setUp()
+        with open(self.lab.path('key'), 'wb') as file:
+            file.write(tarsnap.key_text(tarsnap.key_encode(self.lab.key)))
+        self.host.create('first')
+        many.Many(self.lab.store, self.lab.path('key')).make(self.COMMITS)
+        self.remote = tarsnap.Remote(self.lab.key, (R,))
+        self.addCleanup(self.remote.close)
+
+    def changes(self, cache, good):
+        """So many changes, then what is none."""
+        yield from itertools.islice(tarsnap.history_changes(
+            self.remote, (cache.n, cache.head)), good)
+        raise tarsnap.CorruptError('forged')
+
+    def test_what_came_before_an_error_is_kept(self):
+        for batch in (1, 3, 256):
+            with self.subTest(batch), mock.patch.object(
+                    tarsnap, 'CATCH_UP', batch):
+                cache = tarsnap.Cache(self.host.cache, self.lab.key)
+                before = cache.n
+                try:
+                    with self.assertRaises(tarsnap.CorruptError):
+                        cache.catch_up(self.changes(cache, 2))
+                    self.assertEqual(cache.n, before + 2)
+                finally:
+                    cache.close()
+                cache = tarsnap.Cache(self.host.cache, self.lab.key)
+                self.assertEqual((cache.n, len(cache.archives())),
+                                 (before + 2, before + 2))
+                cache.close()
+
+    def test_half_a_commit_is_taken_back(self):
+        cache = tarsnap.Cache(self.host.cache, self.lab.key)
+        self.addCleanup(cache.close)
+        before = cache.n
+        real, left = cache.archives_change, [3]
+
+        def full(*args):
+            left[0] -= 1
+            if not left[0]:
+                raise sqlite3.OperationalError('database or disk is full')
+            real(*args)
+
+        with mock.patch.object(cache, 'archives_change', full), \
+                self.assertRaises(sqlite3.OperationalError):
+            cache.catch_up(self.changes(cache, 5))
+        self.assertEqual((cache.n, len(cache.archives())),
+                         (before + 2, before + 2))
+        self.assertEqual(len(cache.unread(100)), 2)     # records, put
+        with self.assertRaises(tarsnap.CorruptError):
+            cache.catch_up(self.changes(cache, 100))
+        self.assertEqual(cache.n, 1 + self.COMMITS)
 
 
 if __name__ == '__main__':
