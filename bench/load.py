@@ -153,11 +153,13 @@ class Bench:
         self.processes.append(process)
 
     def wait(self, poll):
-        """What poll(seconds) finds; ends the program if a client died."""
+        """What poll(seconds) finds, not False; ends the program if a client
+        died.
+        """
         while True:
             try:
                 found = poll(1)
-                if found:
+                if found is not False:
                     return found
             except queue.Empty:
                 pass
