@@ -4313,14 +4313,23 @@ class Cache:
                 self.catch_up_one(archives, change)
                 moved += 1
                 if moved % CATCH_UP == 0:
-                    self.db.execute('COMMIT')
+                    self.commit()
         finally:
             # What came before an error was verified, and is kept.
             if self.db.in_transaction:
-                self.db.execute('COMMIT')
+                self.commit()
         if moved:
             self.publish()
         return moved > 0
+
+    def commit(self):
+        """Make the SQLite transaction durable, or take all of it back."""
+        try:
+            self.db.execute('COMMIT')
+        except BaseException:
+            rollback(self.db)
+            self.load()
+            raise
 
     def catch_up_one(self, archives, change):
         """Apply one Change, or nothing of it, inside a SQLite transaction.
