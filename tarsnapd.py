@@ -2412,11 +2412,13 @@ def log_last(number, keys):
     return last
 
 
-def log_beyond(machine, k, error):
+def log_beyond(machine, k, previous, error):
     """Steps: ([Entry], lost): the first from k on that can be read at all, and
     [(key, what is wrong)] of those before it; ([], []) if there is none.
 
-    `error` is why entry k cannot be used.
+    `previous` is entry k-1's hash, `error` why entry k could not be used.
+    That may have passed, or the entry been written since: then nothing is
+    wrong.
     """
     keys = yield ('list', 'log/%016x/' % machine)
     lost = []
@@ -2427,7 +2429,9 @@ def log_beyond(machine, k, error):
         except LOST as e:
             lost.append((key, e.reason))
         else:
-            return [entry], lost or [(key, error.reason)]
+            if not lost and entry.previous != previous:
+                lost.append((key, error.reason))
+            return [entry], lost
     return [], []
 
 
@@ -2783,10 +2787,17 @@ class Index:
         return self.state()
 
     def dump(self):
-        """Every row as a line of text, in an order of its own."""
+        """Every row that counts as a line of text, in an order of its own.
+
+        What is kept in a dropped segment counts no more; it may still be
+        there if its process died in the wrong moment.
+        """
         lines = []
         for table in INDEX_TABLES:
-            for row in self.db.execute('SELECT * FROM %s ORDER BY 1' % table):
+            where = '' if table != 'kept' else (
+                'WHERE seg IN (SELECT seg FROM segments WHERE NOT dropped)')
+            for row in self.db.execute('SELECT * FROM %s %s ORDER BY 1'
+                                       % (table, where)):
                 lines.append(' '.join([table] + [
                     x.hex() if isinstance(x, bytes) else str(x)
                     for x in row]))
@@ -3049,7 +3060,8 @@ def catch_up(machine):
             # Most times there is nothing, and asking costs money on S3.
             most = min(2 * most, 256) if len(entries) == most else 1
             if not entries and (state.fresh or type(error) is not NoObject):
-                entries, lost = yield from log_beyond(machine, k + 1, error)
+                entries, lost = yield from log_beyond(
+                    machine, k + 1, previous, error)
                 holes += lost
                 if not entries and type(error) is not NoObject:
                     end = error

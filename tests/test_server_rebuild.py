@@ -373,6 +373,31 @@ class Rebuild(History, unittest.TestCase):
         self.host.commit(self.client, tid, puts=names[:1])
         self.assertEqual(get(self.client, names[:1]), [first])
 
+    def test_what_was_missed_for_a_moment_is_not_lost(self):
+        """A log entry that another server makes just now, or a read that
+        fails once.
+        """
+        for i in range(2):
+            self.host.backup(self.client, 'n%d' % i)
+        server = tarsnapd.Server(self.path)
+        self.addCleanup(server.close)
+        key = tarsnapd.log_key(self.host.machine, 1)
+        for error in (tarsnapd.NoObject('read', key),
+                      tarsnapd.StoreError('read', key, 'timed out')):
+            server.perform(('index', self.host.machine, 'reset'))
+            real, missed = server.store.get, []
+
+            def get(name, *place):
+                if name == key and not missed:
+                    missed.append(name)
+                    raise error
+                return real(name, *place)
+
+            server.store.get = get
+            state = server.run(tarsnapd.catch_up(self.host.machine))
+            server.store.get = real
+            self.assertEqual((missed, state.k, state.lost), ([key], 2, None))
+
     def test_two_processes_on_one_index(self):
         other = Client(Embedded(self.path))
         self.addCleanup(other.close)
