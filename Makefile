@@ -22,6 +22,9 @@ TESTS =
 # Arguments for tests/crash.py, such as --seconds 60, --seed N or parts.
 CRASH =
 
+# Arguments for tests/rot.py, such as --seconds 60, --every or --s3.
+ROT =
+
 # Arguments for the benchmarks, such as --runs 3, --json FILE or --help.
 BENCH =
 
@@ -43,6 +46,8 @@ help:
 	@echo 'make test [TESTS=...]  run the tests'
 	@echo 'make crash [CRASH=...] kill and cut the power at any call, for ten'
 	@echo '                       minutes; nothing may be lost'
+	@echo 'make rot [ROT=...]     flip bytes of everything stored, for ten'
+	@echo '                       minutes; each must be named'
 	@echo 'make bench [BENCH=...] time it beside restic and borg: a small tree,'
 	@echo '                       a large one, one file of 1 GB; 5 rounds'
 	@echo 'make bench-quick       the small tree, one round'
@@ -62,6 +67,9 @@ test: tools
 
 crash: tools
 	@$(FIND) && exec "$$py" tests/crash.py $(CRASH)
+
+rot:
+	@$(FIND) && exec "$$py" tests/rot.py $(ROT)
 
 bench: peers
 	@$(FIND) && exec "$$py" bench/compare.py --tree small --tree large \
@@ -112,5 +120,5 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test crash bench bench-quick bench-growth bench-network \
+.PHONY: help demo test crash rot bench bench-quick bench-growth bench-network \
 	bench-load bench-rebuild tools peers lint clean

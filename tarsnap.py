@@ -3924,7 +3924,8 @@ def history_live(remote, opt):
 
     The list is what the newest commit signed; that commit continues what the
     cache directory, if there is one, has seen, and --expect-head if given.
-    Needs the read or the delete role.
+    --accept-rollback takes what the server still has.  Needs the read or the
+    delete role.
     """
     answers = remote.ask(LIST, U16.pack(0))
     archives, commit, head = {}, None, (0, remote.key.genesis())
@@ -3939,12 +3940,15 @@ def history_live(remote, opt):
         raise CorruptError('The server shows two heads at commit %d'
                            % head[0])
     if live_digest(archives) != (commit.live if commit else NOTHING):
-        raise CorruptError(
-            'The server\'s list of archives is not the one signed in commit '
-            '%d: it hides, adds or swaps archives' % head[0])
+        wrong = ('The server\'s list of archives is not the one signed in '
+                 'commit %d: it hides, adds or swaps archives' % head[0])
+        if not opt.accept_rollback:
+            raise CorruptError(wrong + ' (if a part of it is really lost: '
+                               '--accept-rollback)')
+        warn(wrong)
     if head[0] != remote.head[0]:
         history_follow(remote, *sorted((head, remote.head)))
-    if opt.cachedir:
+    if opt.cachedir and not opt.accept_rollback:
         seen = cache_seen(opt.cachedir, remote.key)
         if seen:
             history_follow(remote, seen, head)
@@ -13624,7 +13628,7 @@ OPTIONS = [Option(*row) for row in (
      'refuse a server whose state is older or another'),
     ('read-data', '', '', 'fp!', False, FLAG,
      'look at every chunk too, not only at the index'),
-    ('accept-rollback', '', '', 'fp', False, FLAG,
+    ('accept-rollback', '', '', 'fptxraDV', False, FLAG,
      'believe a server that really lost commits'),
     ('dump-config', '', '', '', False, FLAG,
      'show the command line and the configuration files'),

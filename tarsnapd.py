@@ -5300,7 +5300,7 @@ class Scrub:
         self.queue = None           # segments of self.machine yet to do
         self.machine = None         # whose log has been read, 16 digits
         self.known = {}             # segment -> (size, table hash, count)
-        self.past = set()           # segments committed and dropped
+        self.past = {}              # the same of those that are dropped
         self.extracts = set()       # keys of those there are
         self.unreadable = 0         # in a row, for what may be no damage
 
@@ -5355,7 +5355,8 @@ class Scrub:
         keys = set((yield ('list', 'seg/%s/' % self.machine)))
         keys.update('seg' + x[len('list'):] for x in self.extracts)
         self.queue = collections.deque(sorted(
-            x for x in keys | set(self.known) | self.past if x > last))
+            x for x in keys | self.known.keys() | self.past.keys()
+            if x > last))
         self.place = [self.machine, last]
         return True
 
@@ -5402,9 +5403,16 @@ class Scrub:
             if value:
                 number = key.split('/')[1]
                 owners[number] = value['keys']
-        for prefix in ('account/', 'address/', 'owner/'):
+        for key in (yield ('list', 'account/')):
+            yield from self._versioned(key)
+        for prefix in ('address/', 'owner/'):
             for key in (yield ('list', prefix)):
-                yield from self._versioned(key)
+                value = yield from self._versioned(key)
+                # An account is written before anything names it.
+                ident = value and value.get('account')
+                if ident and not (yield ('list', account_prefix(ident))):
+                    self._say(key, '', 'names account %s, which is missing'
+                              % ident)
         for key in (yield ('list', 'keys/')):
             yield from self._keys(key, owners)
         yield from self._store()
@@ -5459,7 +5467,7 @@ class Scrub:
 
     def _log(self, machine):
         """Steps: every log entry, and the chain they make."""
-        self.known, self.past = {}, set()
+        self.known, self.past = {}, {}
         self.extracts = set((yield ('list', 'list/%s/' % machine)))
         number = int(machine, 16)
         for key in [x for x in self.damage
@@ -5508,8 +5516,9 @@ class Scrub:
         for name, size, digest, count, _ in entry.segments:
             self.known[name] = (size, digest, count)
         for name in entry.drops:
-            if self.known.pop(name, None) and extract_key(name):
-                self.past.add(name)
+            if name in self.known and extract_key(name):
+                self.past[name] = self.known[name]
+            self.known.pop(name, None)
         if not entry.commit:
             return head
         commit = commit_decode(entry.commit)
@@ -5552,7 +5561,8 @@ class Scrub:
         """Steps: a segment's extract; `segment` is None if that is gone."""
         extract = extract_key(key)
         if extract not in self.extracts:
-            if segment and key in self.known and not self.read_only:
+            if segment and not self.read_only and (
+                    key in self.known or key in self.past):
                 yield from extract_put(segment)
                 self.extracts.add(extract)
             elif key in self.past and segment is None and (
@@ -5571,7 +5581,7 @@ class Scrub:
 
     def _segment_check(self, key, machine):
         """Steps: the Segment, None if it is damaged."""
-        known, wrong = self.known.get(key), []
+        known, wrong = self.known.get(key) or self.past.get(key), []
         size = yield ('size', key)
         if size is None:
             raise NoObject('read', key)
