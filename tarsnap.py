@@ -4820,6 +4820,27 @@ class Pending:
                               'digest = ?', (digest,)).fetchone()
         return row and row[0]
 
+    def forget(self, names):
+        """Drop all rows of the blocks `names`; the names of those that no
+        other block of this transaction names.
+        """
+        self.flush()
+        run = self.db.execute
+        run('CREATE TEMP TABLE some(name BLOB PRIMARY KEY)')
+        run('BEGIN')
+        self.db.executemany('INSERT INTO some VALUES(?)',
+                            ((name,) for name in names))
+        kids = run('SELECT DISTINCT name FROM delta WHERE parent IN some'
+                   ).fetchall()
+        run('DELETE FROM delta WHERE name IN some OR parent IN some')
+        run('DELETE FROM some')
+        self.db.executemany('INSERT INTO some VALUES(?)', kids)
+        left = {row[0] for row in run(
+            'SELECT name FROM delta WHERE name IN some AND parent NOTNULL')}
+        run('COMMIT')
+        run('DROP TABLE some')
+        return {row[0] for row in kids} - left
+
     def borrowed(self, names):
         """True if any of `names` was borrowed."""
         self.flush()
@@ -4848,14 +4869,15 @@ def pending_exists(cache):
 class Own:
     """A block this transaction has put, or is about to."""
 
-    __slots__ = ('cls', 'plain', 'stored', 'sums', 'used')
+    __slots__ = ('cls', 'plain', 'stored', 'sums', 'used', 'linked')
 
-    def __init__(self, cls, plain=0, stored=0, used=True):
+    def __init__(self, cls, plain=0, stored=0, used=True, linked=False):
         self.cls = cls
         self.plain = plain      # bytes of its own
         self.stored = stored    # bytes; 0 while it is being made
         self.sums = None        # (plain, stored) with what is below an index
         self.used = used        # by the walk under way
+        self.linked = linked    # a block of this transaction names it
 
 
 class Owned:
@@ -4866,7 +4888,8 @@ class Owned:
     dict it would be 280.  A name is a hash already.
     """
 
-    ROW = struct.Struct('=32sII?')      # name, plain, stored, used
+    ROW = struct.Struct('=32sIIB')      # name, plain, stored, flags
+    USED, LINKED = 1, 2
 
     def __init__(self):
         import array
@@ -4896,10 +4919,15 @@ class Owned:
         if own is None:
             at = self.place(name)[1]
             if at >= 0:
-                _, plain, stored, used = self.ROW.unpack_from(self.rows, at)
+                row = self.ROW.unpack_from(self.rows, at)
                 # Nothing stored: it was dropped.
-                return Own(CHUNK, plain, stored, used) if stored else None
+                return self.own(*row[1:]) if row[2] else None
         return own
+
+    def own(self, plain, stored, flags):
+        """The Own of a row."""
+        return Own(CHUNK, plain, stored, bool(flags & self.USED),
+                   bool(flags & self.LINKED))
 
     def set(self, name, own):
         """Enter a block, or what has become of it."""
@@ -4913,7 +4941,7 @@ class Owned:
             self.rows += bytes(self.ROW.size)
             self.slots[slot] = at // self.ROW.size + 1
         self.ROW.pack_into(self.rows, at, name, own.plain, own.stored,
-                           own.used)
+                           self.USED * own.used | self.LINKED * own.linked)
         if 3 * len(self.rows) > 2 * self.ROW.size * len(self.slots):
             self.grow()
 
@@ -4928,19 +4956,30 @@ class Owned:
         self.making.pop(name, None)
         at = self.place(name)[1]
         if at >= 0:
-            self.ROW.pack_into(self.rows, at, name, 0, 0, False)
+            self.ROW.pack_into(self.rows, at, name, 0, 0, 0)
+
+    def link(self, name, linked=True):
+        """A block names this one, which need not be one of these."""
+        if name in self.making:
+            self.making[name].linked = linked
+            return
+        at = self.place(name)[1]
+        if at >= 0:
+            flags = at + self.ROW.size - 1
+            self.rows[flags] = self.rows[flags] & ~self.LINKED | (
+                self.LINKED * linked)
 
     def items(self):
         """(name, Own) of every block; do not set() or drop() meanwhile."""
         yield from self.making.items()
-        for name, plain, stored, used in self.ROW.iter_unpack(self.rows):
-            if stored:
-                yield name, Own(CHUNK, plain, stored, used)
+        for name, *row in self.ROW.iter_unpack(self.rows):
+            if row[1]:
+                yield name, self.own(*row)
 
     def unuse(self):
-        """No block is used by the walk that begins."""
+        """No block is used by the walk that begins, or named."""
         for own in self.making.values():
-            own.used = False
+            own.used = own.linked = False
         size = self.ROW.size
         self.rows[size - 1::size] = bytes(len(self.rows) // size)
 
@@ -5251,6 +5290,7 @@ class Transaction(Sink):
             name, None, cls.decode(), 0, plain, stored, tplain, tstored,
             None if cls == CHUNK else packed))
         for kid in {kid.name: kid for kid in kids}.values():
+            self.own.link(kid.name)
             self.pending.add('delta', (kid.name, name, None, 1, kid.plain,
                                        None, None, None, None))
 
@@ -5317,6 +5357,31 @@ class Transaction(Sink):
         except ChannelLost:
             self.resume()
 
+    def withdraw_unlinked(self, record):
+        """Take back all puts that the archive does not need: what a dead
+        run put, or a file that could not be read to its end.
+
+        Nothing would ever name them, and nobody who reads the store anew
+        could tell how long they are.
+        """
+        while True:
+            names = []
+            for name, own in self.own.items():
+                if not own.linked and name != record:
+                    names.append(name)
+                    if own.used and self.cache.find(name) is None:
+                        self.new[0] -= own.plain
+                        self.new[1] -= own.stored
+            if not names:
+                return
+            self.withdraw(names)
+            self.forget(names)
+
+    def forget(self, names):
+        """Drop what was noted of these blocks, and what they name."""
+        for name in self.pending.forget(names):
+            self.own.link(name, False)
+
     def withdraw_post(self, names):
         for start in range(0, len(names), CEILING['names']):
             self.enqueue(WITHDRAW,
@@ -5332,11 +5397,9 @@ class Transaction(Sink):
         checkpoint; the transaction goes on) or PARTIAL.  Raises Restart where
         the input must be walked again.
         """
-        unused = [name for name, own in self.own.items() if not own.used]
-        if unused:
-            self.withdraw(unused)
         while True:
             record = make_record(self.base)
+            self.withdraw_unlinked(record.name)
             raw = self.commit_object(record, state)
             self.pending.set(profile=profile, state=bytes([state]))
             self.pending.seal(raw)
@@ -5424,15 +5487,13 @@ class Transaction(Sink):
         if self.channel.failed:
             self.resume()
         self.withdraw([record.name])
+        self.forget([record.name])
         # What others put as well is theirs: the first copy counts.
         self.new = [0, 0]
         for name, own in self.own.items():
             if own.used and self.cache.find(name) is None:
                 self.new[0] += own.plain
                 self.new[1] += own.stored
-        self.pending.flush()
-        self.pending.db.execute('DELETE FROM delta WHERE name = ?1 OR '
-                                'parent = ?1', (record.name,))
         removed = [name for change in changes for name in change.removed]
         if any(change.commit.kind == KIND_NUKE for change in changes) or \
                 (removed and self.pending.borrowed(removed)):

@@ -7,6 +7,7 @@ a stranger finds who walks all blocks of the store; the server must hold what
 the archives reach, and nothing else.
 """
 
+import errno
 import os
 import random
 import shutil
@@ -327,6 +328,46 @@ class Sequences(CountTest):
         result = self.host.run('-x', '-f', 'two', '-C', target, cache=False)
         self.assertEqual(result.status, 1)
         self.assertIn('missing', result.err)
+
+
+class Unreadable(CountTest):
+    def test_nothing_stays_of_a_file_that_cannot_be_read_to_its_end(self):
+        # Its chunks, and lists of them, are put before that is known.
+        # Nothing names them, so --fsck could not tell how long they are.
+        data = self.rng.randbytes(150000)
+        for n in range(1, 20, 6):
+            path = self.write('large', data[n:])
+            name = 'failing-%d' % n
+            with mock.patch.object(tarsnap, 'pread_exactly',
+                                   self.failing(n)):
+                self.host.create(name, status=2)
+            self.audit(self.host)
+            os.unlink(path)
+            self.host.check(name, snapshot(self.lab.tree))
+        before = dump(self.host)
+        self.host.good('--fsck')
+        self.assertEqual(dump(self.host), before)
+
+    def test_nothing_stays_that_only_another_failed_file_shares(self):
+        self.host.create('before')
+        for number in range(8):
+            self.write('d1/s%d' % number, self.rng.randbytes(1500))
+        with mock.patch.object(tarsnap.Writer, 'attributes',
+                               side_effect=OSError(errno.EIO, 'EIO')):
+            self.host.create('failing', status=2)
+        self.audit(self.host)
+
+    @staticmethod
+    def failing(n):
+        """pread_exactly() whose n-th call of a file fails."""
+        real, count = tarsnap.pread_exactly, [0]
+
+        def pread(fd, size, pos):
+            count[0] = count[0] + 1 if pos else 1
+            if count[0] == n and os.fstat(fd).st_size > 140000:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(fd, size, pos)
+        return pread
 
 
 class Checkpoints(CountTest):
