@@ -7,16 +7,18 @@ usage: tests/crash.py [--seed N] [--seconds N] [--count N] [PART ...]
 The parts (all, if none is named; each gets its share of the seconds, and ends
 after so many kills, cuts or faults):
 
-    dir     the client with a store directory: killed at the n-th call of a
-            command, or the power is cut there; what was not synced is gone
-    tls     the same with a server; it, too, is killed, or loses its power
+    dir     the client with a store directory
+    tls     the same with a server
     s3      the same with a server whose store is a bucket
 
-The programs run in real processes with faults.c below them, which sees what
-SQLite does as well.  After each: what is listed is what was acknowledged (or
-was under way), it restores bit for bit, the client goes on with the cache
-directory it has, the index is what a rebuild makes of the log, and what the
-cache directory counts is what --fsck counts.
+Whoever works is killed, or the power of its host is cut, and what was not
+synced is gone: at the n-th call of a command, at one of STEPS, which are
+taken in turn, or at any moment.  The programs run in real processes with
+faults.c below them, which sees what SQLite does as well.  After some of these:
+what is listed is what was acknowledged (or was under way), it restores bit
+for bit, the client goes on with the cache directory it has, the index is what
+a rebuild makes of the log, nothing is damaged, and what the cache directory
+counts is what it refers to, and what --fsck counts.
 
 The last line is the report.  `corrupt` and `lost` (committed data that is not
 there) must be 0, or the exit status is 1; `failed` commands are allowed.
@@ -29,6 +31,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -46,6 +49,8 @@ from faults import AFTER, KILL, NETWORK, TORN, WRITES   # noqa: E402
 
 SERVER_SECONDS = 20             # most for a server to come, or to end
 RUN_SECONDS = 100               # after which a command hangs
+# The client's between two tries, in seconds: a server comes back at once.
+SHORT_WAITS = (0,) + (0.1,) * 30
 
 
 class Report(collections.Counter):
@@ -53,6 +58,17 @@ class Report(collections.Counter):
 
     WORDS = ('runs', 'kills', 'power cuts', 'faults', 'corrupt',
              'lost committed', 'failed')
+
+    def __init__(self):
+        super().__init__()
+        self.steps = collections.Counter()      # of STEPS, that were met
+        self.tried = collections.Counter()      # and that were aimed at
+
+    def add(self, other):
+        """What another one says, too."""
+        self.update(other)
+        self.steps.update(other.steps)
+        self.tried.update(other.tried)
 
     def __str__(self):
         return ', '.join('%d %s' % (self[word], word)
@@ -86,6 +102,7 @@ def child(work):
     pid = os.fork()
     if not pid:
         status = 99
+        faults.mute(False)
         try:
             status = work()
         except BaseException:
@@ -99,16 +116,18 @@ def child(work):
 class Client:
     """One command in a process of its own; what it says goes to a file."""
 
-    def __init__(self, argv, said, main=None):
+    def __init__(self, argv, said, main=None, patch=contextlib.nullcontext):
         self.argv = argv
         self.said = said
         self.main = main            # of the program, the client's if None
+        self.patch = patch          # makes what changes the program in there
         self.pid = child(self.work)
         self.code = None            # exit status, -9 if it was killed
         self.end = time.monotonic() + RUN_SECONDS
 
     def work(self):
-        result = lab.run(self.argv, self.main)
+        with self.patch():
+            result = lab.run(self.argv, self.main)
         with open(self.said, 'w', errors='surrogateescape') as file:
             file.write(result.out + '\0' + result.err)
         return result.status
@@ -139,6 +158,38 @@ def server_main(argv):
 
 
 SERVER_COMMANDS = ('clean', 'scrub')
+
+# Where a process dies with a name to it: the calls, as Faults.set() wants
+# them, by who makes them and what for.  They are met before or after their
+# effect, or with half of it.
+CACHE_STEPS = ('o directory-journal', 'w directory-journal',
+               'f directory-journal', 'w /directory', 'f /directory',
+               'u directory-journal', 's cseq', 'r cseq')
+COMMIT_STEPS = ('o spool/', 'w spool/', 'f spool/', 'l store/seg/',
+                'f store/seg/', 'u spool/', 'o tmp/', 'w tmp/', 'f tmp/',
+                'l store/log/', 'f store/log/', 'u tmp/', 'w index/',
+                'f index/')
+STEPS = {
+    'client': {
+        'create': ('o pending', 'w pending', 'f pending', 'u pending',
+                   'o cache-journal', 'w /cache', *CACHE_STEPS),
+        'delete': CACHE_STEPS,
+        'undelete': CACHE_STEPS,
+        'recover': ('u pending', *CACHE_STEPS),
+        'fsck': ('m fsck', 'w fsck/', 'u fsck', 'u pending', 'r /directory',
+                 'r cseq'),
+    },
+    'server': {
+        'create': COMMIT_STEPS,
+        'delete': COMMIT_STEPS,
+        'undelete': COMMIT_STEPS,
+        'clean': ('l store/list/', 'f store/list/', 'u store/seg/',
+                  *COMMIT_STEPS),
+        'scrub': ('l store/list/', 'f store/list/', 'w scrub', 'f scrub',
+                  'r scrub', 'u scrub'),
+    },
+}
+WAYS = {KILL: 'before', AFTER: 'after', TORN: 'amid'}
 
 
 ##############################################################################
@@ -172,6 +223,10 @@ class Story:
         self.server = self.world.server
         self.home = self.server.path if self.server else self.world.address
         self.theirs = None          # the Faults of a server
+        self.client = None          # the command that was started last
+        self.deaths = 0             # of the server
+        self.gone = []              # archives that were deleted
+        self.seconds = {}           # words -> how long a run of them takes
         if self.server:
             self.theirs = faults.Faults(self.world.path('state'))
             self.theirs.watch(self.home)
@@ -189,7 +244,24 @@ class Story:
         self.number = 0
         self.calls = {}             # words -> calls a run of them makes
         self.past = []              # what was done, for who must find out
+        self.kept = None            # a copy of the world, if that is broken
         self.tree_make()
+        # Then what is deleted is still there to be undeleted.
+        if dice.random() < 0.5:
+            self.daemon('machine', self.home, 'delete-delay',
+                        self.machine(), '1')
+            self.unlogged()
+
+    def machine(self):
+        """The number of the machine, as the server prints it."""
+        return self.daemon('machine', self.home, 'list').split()[0]
+
+    def end(self):
+        """Nothing stays behind."""
+        if self.client and self.client.code is None:
+            os.kill(self.client.pid, signal.SIGKILL)
+            os.waitpid(self.client.pid, 0)
+        self.case.stack.close()
 
     def stop(self):
         self.mine.set()
@@ -238,13 +310,22 @@ class Story:
         if words[0] in SERVER_COMMANDS:
             # It works on the server's directory, whoever serves that.
             self.mine.watch(self.home)
-            return Client(words, said, server_main)
-        self.mine.watch(*self.ours)
-        return Client(self.argv(words, cache), said)
+            self.client = Client(words, said, server_main)
+        else:
+            self.mine.watch(*self.ours)
+            self.client = Client(self.argv(words, cache), said)
+        return self.client
 
-    def wait(self, client):
-        """Until it has ended; a server that dies is started again."""
+    def wait(self, client, victim=None, moment=0):
+        """Until it has ended; a server that dies is started again.
+
+        With `moment`, this process is killed after so many seconds.
+        """
+        start = time.monotonic()
         while not client.over():
+            if moment and time.monotonic() > start + moment:
+                os.kill(victim, signal.SIGKILL)
+                moment = 0
             if self.server and self.server.running.process.poll() is not None:
                 self.died()
             time.sleep(0.002)
@@ -259,7 +340,14 @@ class Story:
             raise Broken('corrupt', 'the server ended: %r' % (
                 self.server.running.text(),))
         self.report['kills'] += 1
-        self.power(self.home)
+        self.deaths += 1
+        if self.dice.random() < 0.5:
+            if self.client.main and self.client.code is None:
+                # The cleaner is on the same host.
+                os.kill(self.client.pid, signal.SIGKILL)
+                while not self.client.over():
+                    time.sleep(0.002)
+            self.power(self.home)
         self.restart()
 
     def restart(self):
@@ -277,11 +365,8 @@ class Story:
         self.log.skip()
 
     def power(self, *roots):
-        """Was it the power?  Then what was not synced is gone."""
+        """The power is cut: what was not synced is gone."""
         self.feed()
-        if self.dice.random() < 0.5:
-            return
-        self.mine.set()             # what we do ourselves is not logged
         self.report['power cuts'] += 1
         dice = self.dice if self.dice.random() < 0.5 else None
         self.past.append('  power cut of %s%s' % (
@@ -311,13 +396,18 @@ class Story:
         if lot < 0.15 and self.sure:
             name = self.dice.choice(sorted(self.sure))
             return 'delete', name, ['-d', '-f', name]
-        if lot < 0.22:
-            return 'fsck', '', ['--fsck']
+        if lot < 0.22 and self.gone:
+            name = self.gone.pop(self.dice.randrange(len(self.gone)))
+            return 'undelete', name, ['--undelete', '-f', name]
         if lot < 0.27:
+            return 'fsck', '', ['--fsck']
+        if lot < 0.30:
             return 'recover', '', ['--recover']
-        if lot < 0.37:
+        if lot < 0.40:
             return 'clean', '', ['clean', self.home, '--abandon']
-        if lot < 0.42 and self.sure:
+        if lot < 0.44:
+            return 'scrub', '', ['scrub', self.home]
+        if lot < 0.48 and self.sure:
             where = self.world.path('torn-out%d' % self.number)
             os.mkdir(where)
             return 'extract', '', ['-x', '-f', self.dice.choice(
@@ -336,45 +426,105 @@ class Story:
             self.doomed.add(name)
         elif name:
             self.open.add(name)
-        theirs = self.server and self.dice.random() < 0.6
-        who = (what, bool(theirs))
+        theirs = bool(self.server and self.dice.random() < 0.6)
         victim = self.theirs if theirs else self.mine
-        at = self.dice.randrange(1, self.calls.get(who, 60) + 2)
-        mask = WRITES
-        if self.server and self.dice.random() < 0.5:
-            mask, who = WRITES | NETWORK, who + (True,)
-        how = self.dice.choice((KILL, AFTER, TORN))
         self.mine.set(logging=1)
-        victim.set(at, how, 0, mask, 1)
-        self.past.append('killed (%d) at call %d of %s:' % (
-            how, at, 'server' if theirs else 'client'))
+        moment, step, who = 0, None, (what, theirs)
+        if self.dice.random() < 0.15:
+            moment = self.dice.random() * self.seconds.get(what, 0.3)
+            self.past.append('killed after %.3f s, the %s of:' % (
+                moment, 'server' if theirs else 'client'))
+        else:
+            step, who = self.arm(victim, what, theirs)
+        start, deaths = time.monotonic(), self.deaths
         client = self.start(*words)
-        code = self.wait(client)
-        if not victim.hits:
+        code = self.wait(client, self.server.running.process.pid if theirs
+                         else client.pid, moment)
+        met = victim.hits or self.deaths > deaths
+        if not moment and not met:
             self.calls[who] = victim.count
+            self.seconds[what] = time.monotonic() - start
+        if step and met:
+            self.report.steps[step] += 1
         (self.theirs or self.mine).set(logging=1)
         self.mine.set(logging=1)
         if code == -signal.SIGKILL:
-            self.report['kills'] += 1
-            # The cleaner dies alone: its host has a server to lose, too.
-            if what != 'clean' or not self.server:
-                self.power(*self.ours)
-        elif code == 0:
+            self.fell()
+        else:
+            self.ended(what, name, words, code)
+        if what == 'extract':
+            shutil.rmtree(words[-1])
+
+    def arm(self, victim, what, theirs):
+        """Have it die at a step whose turn it is, or at the n-th call.
+
+        (the step, as Report.steps has it, or None; key of self.calls)
+        """
+        sides = ['server'] if theirs else ['client']
+        if what in SERVER_COMMANDS:
+            sides = ['server']
+        elif not self.server:
+            sides = ['client', 'server']
+        work = what.rstrip('01')
+        steps = [(side, work, step, how) for side in sides
+                 for step in STEPS[side].get(work, ()) for how in WAYS
+                 if how != TORN or step[0] == 'w']
+        if steps and self.dice.random() < 0.5:
+            self.dice.shuffle(steps)
+            step = min(steps, key=self.report.tried.__getitem__)
+            self.report.tried[step] += 1
+            at = self.dice.choice((1, 1, 2))
+            victim.set(at, step[3], 0, WRITES, 1, step[2])
+            self.past.append('killed %s call %d of "%s" of %s:' % (
+                WAYS[step[3]], at, step[2], 'server' if theirs else 'client'))
+            return step, (what, theirs, step[2])
+        mask, who = WRITES, (what, theirs)
+        if self.server and self.dice.random() < 0.5:
+            mask, who = WRITES | NETWORK, who + (True,)
+        at = self.dice.randrange(1, self.calls.get(who, 60) + 2)
+        how = self.dice.choice(list(WAYS))
+        victim.set(at, how, 0, mask, 1)
+        self.past.append('killed %s call %d of %s:' % (
+            WAYS[how], at, 'server' if theirs else 'client'))
+        return None, who
+
+    def fell(self):
+        """The command was killed; was it the power of its host?"""
+        self.report['kills'] += 1
+        if self.dice.random() < 0.5:
+            return
+        if self.client.main and self.server:
+            self.server.kill()
+            self.power(self.home)
+            self.restart()
+        else:
+            self.power(*self.ours)
+
+    def ended(self, what, name, words, code):
+        """The command came to an end of its own."""
+        if code == 0:
             self.acknowledged(what, name)
         else:
             self.report['failed'] += 1
-            self.error_clear(words, client)
-        if what == 'extract':
-            shutil.rmtree(words[-1])
+            self.error_clear(words, self.client)
+        self.counted()
 
     def acknowledged(self, what, name):
         """The command said so, and so it is."""
         if what == 'delete':
-            self.sure.discard(name)
-            self.doomed.discard(name)
+            self.deleted(name)
         elif name:
             self.open.discard(name)
             self.sure.add(name)
+
+    def deleted(self, name):
+        """It is gone, and the last few can be undeleted."""
+        self.sure.discard(name)
+        self.doomed.discard(name)
+        self.gone.append(name)
+        for old in self.gone[:-5]:
+            self.gone.remove(old)
+            del self.models[old]
 
     @staticmethod
     def error_clear(words, client):
@@ -394,9 +544,10 @@ class Story:
         for name in self.stake(names, whole):
             self.compare(name)
         self.go_on()
+        if whole or self.dice.random() < 0.3:
+            self.count()
         if whole:
             self.rebuild()
-            self.count()
             self.good('scrub', self.home)
         self.past.clear()
 
@@ -456,8 +607,7 @@ class Story:
         if len(self.sure) > 8:
             for name in sorted(self.sure, key=lambda x: int(x[1:]))[:4]:
                 self.good('-d', '-f', name)
-                self.sure.discard(name)
-                del self.models[name]
+                self.deleted(name)
         for name in names:
             if name.endswith('.part'):
                 self.good('-d', '-f', name)
@@ -465,6 +615,11 @@ class Story:
     def daemon(self, *words):
         return self.world.tarsnapd(*words, env=dict(
             self.world.environment, LD_PRELOAD='')).out
+
+    def unlogged(self):
+        """What was just done to the server directory was not logged."""
+        self.feed()
+        self.disk.take(os.path.realpath(self.home))
 
     def rebuild(self):
         """The index is what the log makes of it."""
@@ -474,16 +629,39 @@ class Story:
             self.daemon('rebuild', self.home)
             if self.daemon('index-dump', self.home, number) != before:
                 raise Broken('corrupt', 'a rebuilt index differs')
-        # That was not logged.
-        self.feed()
-        self.disk.take(os.path.realpath(self.home))
+        self.unlogged()
 
     def count(self):
         """The cache directory counts what is there."""
         before = self.good('--print-stats')
+        self.counted()
         self.good('--fsck')
-        if self.good('--print-stats') != before:
-            raise Broken('corrupt', 'counts differ: %s' % before)
+        after = self.good('--print-stats')
+        if after != before:
+            raise Broken('corrupt', 'counts differ:\n%s%s' % (before, after))
+
+    def counted(self):
+        """A block's count is how many others in the cache directory name it.
+        """
+        path = os.path.join(self.cache, 'directory')
+        if not os.path.exists(path):
+            return
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            if not db.execute('SELECT 1 FROM sqlite_master WHERE name = '
+                              '"archives"').fetchone():
+                return              # it was killed while it made the tables
+            rows = db.execute('SELECT name, count, kids FROM blocks'
+                              ).fetchall()
+            wanted = collections.Counter(record for record, in db.execute(
+                'SELECT record FROM archives'))
+        for _, _, kids in rows:
+            wanted.update({kid[1] for kid in
+                           tarsnap.KID.iter_unpack(kids or b'')})
+        wrong = [name for name, count, _ in rows
+                 if count != wanted.pop(name, 0)]
+        if wrong or wanted:
+            raise Broken('corrupt', '%d counts are wrong, %d blocks missing'
+                         % (len(wrong), len(wanted)))
 
     def run(self, going):
         """Kills and checks, while going() says so."""
@@ -496,8 +674,13 @@ class Story:
                 rounds += 1
                 self.check(whole=rounds % 15 == 0)
             self.check(whole=True)
+        except (Broken, AssertionError):
+            self.kept = tempfile.mkdtemp(prefix='crash-')
+            shutil.copytree(self.world.root, os.path.join(
+                self.kept, 'world'), symlinks=True)
+            raise
         finally:
-            self.case.stack.close()
+            self.end()
 
 
 ##############################################################################
@@ -531,9 +714,10 @@ def guarded(story, report, work):
     try:
         work()
     except (Broken, AssertionError) as e:
-        report[getattr(e, 'kind', 'corrupt')] += 1
-        print('%s: %s\n%s' % (e.kind, e, '\n'.join(
-            '    ' + line for line in story.past)), flush=True)
+        kind = getattr(e, 'kind', 'corrupt')
+        report[kind] += 1
+        print('%s: %s\n%s\nsee %s' % (kind, e, '\n'.join(
+            '    ' + line for line in story.past), story.kept), flush=True)
 
 
 PARTS = {'dir': part_dir, 'tls': part_tls, 's3': part_s3}
@@ -560,8 +744,10 @@ def main():
     if 'FAULTS_STATE' not in os.environ:
         faults.preload([sys.executable, *sys.argv, '--seed', str(args.seed)])
     print('SEED=%d' % args.seed, flush=True)
+    faults.mute()
     total = Report()
     with mock.patch.object(lab, 'no_fsync', contextlib.nullcontext), \
+            mock.patch.object(tarsnap, 'WAITS', SHORT_WAITS), \
             mock.patch.object(tarsnap, 'RACY', 0):
         for part in parts:
             report = Report()
@@ -575,8 +761,12 @@ def main():
             PARTS[part](random.Random('%s-%d' % (part, args.seed)), report,
                         going)
             print('%s: %s' % (part, report), flush=True)
-            total.update(report)
+            total.add(report)
     shutil.rmtree(os.path.dirname(os.environ['FAULTS_STATE']), True)
+    print('%d named steps were met, %d were aimed at and not met%s' % (
+        len(total.steps), len(set(total.tried) - set(total.steps)),
+        ''.join('\n    %s: %s, %s "%s"' % (*step[:2], WAYS[step[3]], step[2])
+                for step in sorted(set(total.tried) - set(total.steps)))))
     print(total)
     return 1 if total['corrupt'] or total['lost committed'] else 0
 

@@ -46,6 +46,8 @@ struct state {
 	uint32_t hits;		/* calls to which something was done */
 	uint32_t logging;	/* 1: write the log */
 	char under[2000];	/* directories, each followed by a newline */
+	char only[96];		/* LETTERS PART: these calls count alone, as in
+				   the log, on paths with PART; "" all */
 };
 
 struct record {
@@ -58,6 +60,14 @@ struct record {
 
 static struct state *state;
 static int logfd = -1;
+static int muted;		/* this process is none of those watched */
+
+void
+faults_mute(int on)
+{
+
+	muted = on;
+}
 
 __attribute__((constructor)) static void
 begin(void)
@@ -99,7 +109,7 @@ fd_path(int fd, char *path)
 	char name[40];
 	ssize_t n;
 
-	if (state == NULL || (state->mask == 0 && !state->logging))
+	if (state == NULL || muted || (state->mask == 0 && !state->logging))
 		return (0);
 	snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
 	n = syscall(SYS_readlinkat, AT_FDCWD, name, path, PATH_MAX - 1);
@@ -116,7 +126,7 @@ name_path(int dir, const char *name, char *path)
 	char proc[40];
 	ssize_t n = 0;
 
-	if (state == NULL || name == NULL ||
+	if (state == NULL || name == NULL || muted ||
 	    (state->mask == 0 && !state->logging))
 		return (0);
 	if (name[0] != '/') {
@@ -137,17 +147,28 @@ is_socket(int fd)
 {
 	struct stat st;
 
-	return (state != NULL && (state->mask & NETWORK) != 0 &&
+	return (state != NULL && !muted && (state->mask & NETWORK) != 0 &&
 	    fstat(fd, &st) == 0 && S_ISSOCK(st.st_mode));
 }
 
-/* What is to be done to this call. */
+/* Is this call one of those named? */
 static int
-due(int ours, uint32_t class)
+is_named(char op, const char *path)
+{
+	const char *space = strchr(state->only, ' ');
+
+	return (space == NULL ||
+	    (memchr(state->only, op, space - state->only) != NULL &&
+	    strstr(path, space + 1) != NULL));
+}
+
+/* What is to be done to this call, `op` being its letter in the log. */
+static int
+due(int ours, uint32_t class, char op, const char *path)
 {
 	uint64_t n;
 
-	if (!ours || (state->mask & class) == 0)
+	if (!ours || (state->mask & class) == 0 || !is_named(op, path))
 		return (PASS);
 	n = __sync_add_and_fetch(&state->count, 1);
 	if (state->at == 0 || n < state->at ||
@@ -224,7 +245,8 @@ do_open(int dir, const char *name, int flags, mode_t mode)
 	char path[PATH_MAX];
 	int ours = name_path(dir, name, path), what, fd;
 
-	what = due(ours, flags & (O_CREAT | O_TRUNC) ? WRITES : READS);
+	what = due(ours, flags & (O_CREAT | O_TRUNC) ? WRITES : READS, 'o',
+	    path);
 	if (what == FAIL)
 		return (end(what, -1));
 	fd = syscall(SYS_openat, dir, name, flags, mode);
@@ -259,7 +281,8 @@ int
 linkat(int dir1, const char *name1, int dir2, const char *name2, int flags)
 {
 	char one[PATH_MAX], two[PATH_MAX];
-	int ours = name_path(dir2, name2, two), what = due(ours, WRITES);
+	int ours = name_path(dir2, name2, two);
+	int what = due(ours, WRITES, 'l', two);
 	int known = name_path(dir1, name1, one), r;
 
 	if (what == FAIL)
@@ -280,7 +303,8 @@ int
 renameat(int dir1, const char *name1, int dir2, const char *name2)
 {
 	char one[PATH_MAX], two[PATH_MAX];
-	int ours = name_path(dir2, name2, two), what = due(ours, WRITES);
+	int ours = name_path(dir2, name2, two);
+	int what = due(ours, WRITES, 'r', two);
 	int known = name_path(dir1, name1, one), r;
 
 	if (what == FAIL)
@@ -301,7 +325,8 @@ int
 unlinkat(int dir, const char *name, int flags)
 {
 	char path[PATH_MAX];
-	int ours = name_path(dir, name, path), what = due(ours, WRITES), r;
+	int ours = name_path(dir, name, path);
+	int what = due(ours, WRITES, 'u', path), r;
 
 	if (what == FAIL)
 		return (end(what, -1));
@@ -328,7 +353,8 @@ mkdirat(int dir, const char *name, mode_t mode)
 {
 	char path[PATH_MAX];
 	struct stat st;
-	int ours = name_path(dir, name, path), what = due(ours, WRITES), r;
+	int ours = name_path(dir, name, path);
+	int what = due(ours, WRITES, 'm', path), r;
 
 	if (what == FAIL)
 		return (end(what, -1));
@@ -348,7 +374,8 @@ int
 symlinkat(const char *target, int dir, const char *name)
 {
 	char path[PATH_MAX];
-	int ours = name_path(dir, name, path), what = due(ours, WRITES), r;
+	int ours = name_path(dir, name, path);
+	int what = due(ours, WRITES, 's', path), r;
 
 	if (what == FAIL)
 		return (end(what, -1));
@@ -370,13 +397,13 @@ static ssize_t
 do_write(int fd, const void *data, size_t length, off_t offset, int placed)
 {
 	char path[PATH_MAX];
-	int ours = fd_path(fd, path), what, socket = 0;
+	int ours = fd_path(fd, path), what;
 	ssize_t r;
 
 	if (ours)
-		what = due(1, WRITES);
+		what = due(1, WRITES, 'w', path);
 	else
-		what = due(socket = is_socket(fd), NETWORK);
+		what = due(is_socket(fd), NETWORK, 'S', "");
 	if (what == FAIL)
 		return (end(what, -1));
 	if (halved(what) && length > 1)
@@ -433,7 +460,7 @@ int
 ftruncate(int fd, off_t size)
 {
 	char path[PATH_MAX];
-	int ours = fd_path(fd, path), what = due(ours, WRITES), r;
+	int ours = fd_path(fd, path), what = due(ours, WRITES, 't', path), r;
 
 	if (what == FAIL)
 		return (end(what, -1));
@@ -453,14 +480,14 @@ static int
 do_fsync(int fd, long number)
 {
 	char path[PATH_MAX];
-	int ours = fd_path(fd, path), what = due(ours, WRITES);
+	int ours = fd_path(fd, path), what = due(ours, WRITES, 'f', path);
 
 	if (what == FAIL || what == HALF)
 		return (end(what, -1));
 	if (ours)
 		note('f', path, NULL, fd_ino(fd), 0, NULL, 0);
 	/* Where the power is cut in thought only, no disk need turn. */
-	return (end(what, ours ? 0 : syscall(number, fd)));
+	return (end(what, state != NULL ? 0 : syscall(number, fd)));
 }
 
 int
@@ -482,9 +509,9 @@ do_read(int fd, void *data, size_t length, off_t offset, int placed)
 	int ours = fd_path(fd, path), what;
 
 	if (ours)
-		what = due(1, READS);
+		what = due(1, READS, 'g', path);
 	else
-		what = due(is_socket(fd), NETWORK);
+		what = due(is_socket(fd), NETWORK, 'R', "");
 	if (what == FAIL)
 		return (end(what, -1));
 	if (halved(what) && length > 1)
@@ -519,7 +546,7 @@ ssize_t
 sendto(int fd, const void *data, size_t length, int flags,
     const struct sockaddr *address, socklen_t size)
 {
-	int what = due(is_socket(fd), NETWORK);
+	int what = due(is_socket(fd), NETWORK, 'S', "");
 
 	if (what == FAIL)
 		return (end(what, -1));
@@ -539,7 +566,7 @@ ssize_t
 recvfrom(int fd, void *data, size_t length, int flags,
     struct sockaddr *restrict address, socklen_t *restrict size)
 {
-	int what = due(is_socket(fd), NETWORK);
+	int what = due(is_socket(fd), NETWORK, 'R', "");
 
 	if (what == FAIL)
 		return (end(what, -1));

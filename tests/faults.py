@@ -9,6 +9,7 @@ writes down the tree that would be found after the power had gone.
 """
 
 import contextlib
+import ctypes
 import mmap
 import os
 import shutil
@@ -31,6 +32,7 @@ SECTOR = 512                    # bytes a disk writes as one
 PAGE = struct.Struct('=QQIIIII')
 RECORD = struct.Struct('=c3xHHQqI')
 UNDER = 2000                    # bytes for the names of directories
+ONLY = 96                       # bytes for what counts alone
 
 
 def build(where):
@@ -55,6 +57,16 @@ def preload(argv):
     os.execv(argv[0], argv)
 
 
+def mute(on=True):
+    """This process is none of those that are watched, where the library is
+    below it at all; its children inherit that.
+    """
+    try:
+        ctypes.CDLL(None).faults_mute(int(on))
+    except AttributeError:
+        pass
+
+
 class Faults:
     """The shared page of one process and its children."""
 
@@ -74,8 +86,16 @@ class Faults:
         assert len(names) < UNDER
         self.page[PAGE.size:PAGE.size + len(names) + 1] = names + b'\0'
 
-    def set(self, at=0, what=PASS, error=0, mask=0, logging=0):
-        """Count from now on, and do `what` at call number `at`."""
+    def set(self, at=0, what=PASS, error=0, mask=0, logging=0, only=''):
+        """Count from now on, and do `what` at call number `at`.
+
+        `only` 'LETTERS PART': of the calls that have one of these letters,
+        on a path with PART in it.  They are those of the log (o open, w
+        write, t truncate, f fsync, l link, r rename, u unlink, m mkdir, s
+        symlink), and g for a read, S and R for what sends and receives.
+        """
+        self.page[PAGE.size + UNDER:PAGE.size + UNDER + ONLY] = (
+            only.encode().ljust(ONLY, b'\0'))
         self.page[:PAGE.size] = PAGE.pack(0, at, what, error, mask, 0,
                                           logging)
 

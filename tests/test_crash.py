@@ -91,6 +91,10 @@ class Watched(unittest.TestCase):
                 self.disk.apply(op, *rest)
         self.disk.leave(self.top, dice, now)
         self.disk.take(self.top)
+        return self.contents()
+
+    def contents(self):
+        """{path: content} of what is there."""
         found = {}
         for where, _, names in os.walk(self.top):
             for name in names:
@@ -173,12 +177,32 @@ class Watched(unittest.TestCase):
                 self.assertEqual(self.script(
                     text, at=n, what=what, error=28, mask=faults.WRITES,
                     logging=0), status)
-                found = {}
-                for name in os.listdir(self.top):
-                    with open(os.path.join(self.top, name), 'rb') as file:
-                        found[name] = file.read()
-                self.assertEqual(found, there)
+                self.assertEqual(self.contents(), there)
                 self.assertEqual(self.faults.hits, n < 7)
+
+    def test_calls_that_are_named(self):
+        text = 'put("a", b"12", True); put("b", b"34", True)\n'
+        for only, there in (('w b', {'a': b'12', 'b': b''}),
+                            ('ow b', {'a': b'12'}),
+                            ('f /', {'a': b'12'}),
+                            ('l /', {'a': b'12', 'b': b'34'})):
+            with self.subTest(only=only):
+                for name in os.listdir(self.top):
+                    os.unlink(os.path.join(self.top, name))
+                self.assertEqual(self.script(
+                    text, at=1, what=faults.KILL, mask=faults.WRITES,
+                    only=only), 0 if only[0] == 'l' else -9)
+                self.assertEqual(self.contents(), there)
+
+    def test_a_process_that_is_mute(self):
+        self.assertEqual(self.script(
+            'import ctypes; ctypes.CDLL(None).faults_mute(1)\n'
+            'put("a", b"12", True)\n'
+            'ctypes.CDLL(None).faults_mute(0)\nput("b", b"12", True)\n',
+            at=2, what=faults.KILL, mask=faults.WRITES), -9)
+        self.assertEqual({record[1] for record in self.log.records()
+                          if record[0] != '!'},
+                         {os.path.join(self.top, 'b')})
 
 
 if __name__ == '__main__':
