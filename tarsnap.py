@@ -2411,6 +2411,7 @@ class Remote:
         self.head = (0, b'')            # (n, H_n), the newest seen
         self.archives = 0               # live ones then
         self.read_only = False
+        self.changed = False            # it took a deletion, or took it back
 
     def connect(self):
         """An authenticated Channel: the one there is, or a new one.
@@ -4143,10 +4144,18 @@ def meta_check(meta):
                            for key in sorted(meta) if key != 'check'))
 
 
-def cache_damaged(path, error):
-    """What is said of a `directory` that cannot be read."""
-    return UserError('Error reading cache directory %s: %s; run --fsck'
-                     % (path, error))
+# What SQLite says where the disk, not a file of ours, is in the way; making
+# the files anew would not help, or do harm.
+NO_DAMAGE = ('database or disk is full', 'database is locked',
+             'attempt to write a readonly database')
+
+
+def cache_trouble(path, error):
+    """The line for an error of SQLite's, or of what it read, in `path`."""
+    if str(error) in NO_DAMAGE:
+        return 'Error writing cache directory %s: %s' % (path, error)
+    return 'Error reading cache directory %s: %s (if it is damaged, run ' \
+        '--fsck)' % (path, error)
 
 
 def cache_seen(path, key):
@@ -4174,7 +4183,7 @@ def cache_meta(path):
         if meta and meta_check(meta) != meta.get('check'):
             raise ValueError('checksum differs')
     except (sqlite3.Error, ValueError, TypeError, AttributeError) as e:
-        raise cache_damaged(path, e) from None
+        raise UserError(cache_trouble(path, e)) from None
     return meta
 
 
@@ -4204,10 +4213,13 @@ class Cache:
             # a power cut takes the commit back.
             self.db = database(os.path.join(path, 'directory'),
                                SQL_DIRECTORY, 'EXTRA')
+            # Where it may not write SQLite reads, and says so too late.
+            self.db.execute('BEGIN IMMEDIATE')
+            rollback(self.db)
             self.load()
         except (sqlite3.Error, ValueError, TypeError, AttributeError) as e:
             self.close()
-            raise cache_damaged(path, e) from None
+            raise UserError(cache_trouble(path, e)) from None
         except BaseException:
             self.close()
             raise
@@ -12169,6 +12181,8 @@ class Deletion:
             self.stats.archive(name, title, whole, 'Deleted data', freed)
 
     def close(self):
+        if self.remote and self.remote.changed:
+            self.opt.changed = True     # whatever went wrong after that
         for thing in (self.remote, self.cache):
             if thing:
                 thing.close()
@@ -12288,6 +12302,7 @@ def delete_send(remote, cache, commit, dead, raw):
     for start in range(0, len(dead), CEILING['names']):
         channel.push(DELETE, names_join(dead[start:start + CEILING['names']]))
     transaction_commit(channel, raw)
+    remote.changed = True
 
 
 class Expire:
@@ -12576,6 +12591,7 @@ def undelete_archive(remote, cache, gone):
         revival = Revival(remote, cache, gone)
         try:
             undelete_once(revival)
+            remote.changed = True
         except ChannelLost:
             pass
         except Refused as e:
@@ -14297,13 +14313,14 @@ def mode_run(opt):
 
 def failure_text(error, opt):
     """The line that says what ended a mode; a bug is raised again."""
+    if isinstance(error, Refused) and error.code == E_INTERNAL:
+        return 'The server failed: %s' % error      # its disk, not ours
     if isinstance(error, Error):
         return str(error)
     if isinstance(error, OSError):
         return system_text(error)
     if type(error).__module__ == 'sqlite3':     # imported only where needed
-        return 'Error reading cache directory %s: %s (if it is damaged, run ' \
-            '--fsck)' % (opt.cachedir, error)
+        return cache_trouble(opt.cachedir, error)
     raise error
 
 
