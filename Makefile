@@ -25,6 +25,9 @@ CRASH =
 # Arguments for tests/rot.py, such as --seconds 60, --every or --s3.
 ROT =
 
+# Arguments for tests/failing.py, such as --seconds 600, --seed N or parts.
+FAULTS =
+
 # Arguments for the benchmarks, such as --runs 3, --json FILE or --help.
 BENCH =
 
@@ -48,6 +51,8 @@ help:
 	@echo '                       minutes; nothing may be lost'
 	@echo 'make rot [ROT=...]     flip bytes of everything stored, for ten'
 	@echo '                       minutes; each must be named'
+	@echo 'make faults [FAULTS=...] fail each call once, in every way, which'
+	@echo '                       takes hours; FAULTS="--seconds 600" a share'
 	@echo 'make bench [BENCH=...] time it beside restic and borg: a small tree,'
 	@echo '                       a large one, one file of 1 GB; 5 rounds'
 	@echo 'make bench-quick       the small tree, one round'
@@ -70,6 +75,9 @@ crash: tools
 
 rot:
 	@$(FIND) && exec "$$py" tests/rot.py $(ROT)
+
+faults: tools
+	@$(FIND) && exec "$$py" tests/failing.py $(FAULTS)
 
 bench: peers
 	@$(FIND) && exec "$$py" bench/compare.py --tree small --tree large \
@@ -120,5 +128,6 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test crash rot bench bench-quick bench-growth bench-network \
-	bench-load bench-rebuild tools peers lint clean
+.PHONY: help demo test crash rot faults bench bench-quick \
+	bench-growth bench-network bench-load bench-rebuild tools peers lint \
+	clean
