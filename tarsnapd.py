@@ -5643,7 +5643,8 @@ CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 'delete-delay',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
                 's3-access-key', 's3-secret-key', 's3-session-token',
-                's3-checksum', 's3-ca-bundle', 'scrub-rate', 'read-only',
+                's3-checksum', 's3-ca-bundle', 'scrub-rate',
+                'scrub-days', 'read-only',
                 'clean-hours', 'clean-rate', 'journal', 'journal-level'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
@@ -5664,6 +5665,7 @@ CONF = '''\
 #workers = 1
 #front-certificate =
 #scrub-rate = 1M
+#scrub-days = 1
 #read-only = no
 #delete-delay = 0
 #clean-hours = 24
@@ -6238,7 +6240,7 @@ class CleanAlways:
 ##############################################################################
 
 SCRUB_SAVE = 10                 # seconds between two writes of SRV/scrub
-SCRUB_AGAIN = 24 * 3600         # seconds from round to round, for `serve`
+SCRUB_DAYS = '1'                # from round to round, for `serve`
 
 
 class ScrubRun:
@@ -6252,14 +6254,8 @@ class ScrubRun:
         if not lock_take(self.lock):
             os.close(self.lock)
             raise ServerError('%s: another process scrubs it' % server.path)
-        try:
-            saved = json.loads(read_file(self.path, 64 * MIB))
-        except (FileNotFoundError, ValueError):
-            saved = None                        # a round begins anew
-        try:
-            self.scrub = Scrub(saved, rate, server.read_only)
-        except (TypeError, AttributeError):
-            self.scrub = Scrub(None, rate, server.read_only)
+        self.scrub = scrub_saved(server.path)
+        self.scrub.rate, self.scrub.read_only = rate, server.read_only
         self.when = time.monotonic()            # of the last save
 
     def run(self, segments=None, heard=None):
@@ -6295,17 +6291,40 @@ class ScrubRun:
             os.close(self.lock)
 
 
-def scrub_always(server, rate):
+def scrub_saved(path):
+    """The Scrub of a server directory as it was last kept; one that cannot
+    be read begins anew.
+    """
+    try:
+        return Scrub(json.loads(read_file(os.path.join(path, 'scrub'),
+                                          64 * MIB)))
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        return Scrub()
+
+
+def scrub_conf(conf):
+    """(bytes a second, seconds between the starts of two rounds) for `serve`;
+    (None, 0) if it does not scrub.
+    """
+    rate, days = conf.get('scrub-rate'), conf.get('scrub-days', SCRUB_DAYS)
+    if not days.isdecimal() or not 0 < int(days) <= MOST_DAYS:
+        raise ServerError('scrub-days is a number from 1 to %d, not %s'
+                          % (MOST_DAYS, printable(days)))
+    return (size_parse(rate), int(days) * DAY) if rate else (None, 0)
+
+
+def scrub_always(server):
     """Scrub in a thread of this process for as long as it lives, if no other
     process of this directory does.
     """
+    rate, again = scrub_conf(server.conf)
     while True:
         try:
             run = ScrubRun(server, rate)
             try:
                 wait = 0
                 if run.scrub.place is None:
-                    wait = run.scrub.started + SCRUB_AGAIN - time.time()
+                    wait = run.scrub.started + again - time.time()
                 if wait <= 0:
                     run.run(None, lambda damage: server.perform_here(
                         ('log', scrub_line(damage))))
@@ -7461,13 +7480,12 @@ def serve_one(server, listener, context, strangers, parent=None):
         signal.signal(number, lambda *_: loop.stop())
     signal.signal(signal.SIGHUP, lambda *_: server.journal.reopen())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*signals, signal.SIGHUP))
-    rate = server.conf.get('scrub-rate')
-    if rate and not server.read_only:
-        threading.Thread(target=scrub_always, daemon=True,
-                         args=(server, size_parse(rate))).start()
-    cleaning = CleanAlways(server)
     if not parent:
         announce(server, listener)
+    if scrub_conf(server.conf)[0] and not server.read_only:
+        threading.Thread(target=scrub_always, daemon=True,
+                         args=(server,)).start()
+    cleaning = CleanAlways(server)
     loop.run()
     cleaning.stop()
     server.close()
@@ -8204,7 +8222,7 @@ def stats(machine):
         'machine': '%016x' % machine, 'archives': state.archives,
         'blocks': state.blocks, 'bytes': state.bytes, 'segments': len(live),
         'segment bytes': sum(row[1] for row in live), 'commits': state.n,
-        'last commit': commit[2] if commit else None})
+        'last commit': commit[2] if commit else None, 'lost': state.lost})
     for key in (yield ('list', prefix)):
         if known.get(key) != 0:
             what = 'dropped' if key in known else 'orphan'
@@ -8214,11 +8232,14 @@ def stats(machine):
 
 
 def command_stats(args):
-    """How much there is, and how much of the space is of use."""
+    """How much there is, how much of the space is of use, and what is known
+    to be damaged; status 2 if anything is.
+    """
     options, (path,) = take_options(args, {'--json': False}, 1)
-    server = open_server(path)
+    server, scrub = open_server(path), scrub_saved(path)
     machines = [server.run(stats(number))
                 for number in server.run(machine_numbers())]
+    lost = [found for found in machines if found['lost']]
     total = {name: sum(found[name] for found in machines) for name in STATS}
     space = sum(total[name] for name in (
         'segment bytes', 'dropped bytes', 'orphan bytes'))
@@ -8227,6 +8248,8 @@ def command_stats(args):
     times = [found['last commit'] for found in machines
              if found['last commit'] is not None]
     total['last commit'] = max(times, default=None)
+    total.update({'damaged': len(scrub.damage), 'lost': len(lost),
+                  'scrubbed': scrub.finished or None})
     if '--json' in options:
         print(json.dumps(stats_names(dict(total, machine=[
             stats_names(found) for found in machines]))))
@@ -8235,9 +8258,16 @@ def command_stats(args):
         for name in STATS:
             print('%s %d' % (name, total[name]))
         print('used %.1f%%' % total['used'])
-        print('last commit %s' % ('never' if not times else time.strftime(
-            '%Y-%m-%d %H:%M:%S', time.localtime(total['last commit']))))
+        for name in ('last commit', 'scrubbed'):
+            print(name, 'never' if total[name] is None else time.strftime(
+                '%Y-%m-%d %H:%M:%S', time.localtime(total[name])))
+    for found in lost:
+        say('machine %s is read-only: %s' % (found['machine'], found['lost']))
+    if scrub.damage:
+        say('%d objects are damaged; "tarsnapd.py scrub" names them'
+            % len(scrub.damage))
     server.close()
+    return 2 if lost or scrub.damage else 0
 
 
 def stats_names(found):
@@ -8422,7 +8452,7 @@ def command_serve(args):
     server = open_server(path)
     server.journal = journal_of(server, options)
     server.complain = server.journal.trouble
-    size_parse(server.conf.get('scrub-rate', '1'))
+    scrub_conf(server.conf)
     clean_conf(server.conf)
     server.certificate_load()
     context = None

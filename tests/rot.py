@@ -287,8 +287,11 @@ class Store:
         keys = {case.key}
         if case.harm == 'swapped':
             keys.add(self.like(case.key))
-        text = found if isinstance(found, str) else ' '.join(
-            tarsnapd.scrub_line(x) for x in found.values())
+        if isinstance(found, str):      # nothing opens such a store
+            self.test.assertIn('store-id', keys, (case, found))
+            self.test.assertIn('store-id', found, case)
+            return
+        text = ' '.join(tarsnapd.scrub_line(x) for x in found.values())
         for key in keys:
             if case.harm == 'lost' and (
                     key in self.dropped or key.startswith('address/')

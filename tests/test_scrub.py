@@ -250,9 +250,27 @@ class Files(unittest.TestCase):
                 self.assertRaises(tarsnapd.StoreError):
             self.scrub()
 
+    def test_stats_tell(self):
+        self.scrub()
+        status, out, said = run('stats', self.path)
+        self.assertEqual((status, said), (0, ''))
+        self.assertRegex(out, r'(?m)^scrubbed \d{4}-')
+        segment, log = [[x for x in self.keys() if x.startswith(kind)][-1]
+                        for kind in ('seg/', 'log/')]
+        self.write(segment, self.read(segment)[:-1])
+        self.scrub(forget=False)
+        os.unlink(self.place(log))
+        status, out, said = run('stats', self.path, '--json')
+        found = json.loads(out)
+        self.assertEqual((status, found['damaged'], found['lost']), (2, 1, 1))
+        self.assertIn(log, found['machine'][0]['lost'])
+        self.assertIn('machine %016x is read-only: %s: is missing'
+                      % (self.host.machine, log), said)
+        self.assertIn('1 objects are damaged', said)
+
     def test_while_serving(self):
         with open(os.path.join(self.path, 'tarsnapd.conf'), 'a') as file:
-            file.write('scrub-rate = 10M\n')
+            file.write('scrub-rate = 10M\nscrub-days = 7\n')
         key = [x for x in self.keys() if x.startswith('seg/')][0]
         self.write(key, self.read(key)[:-1])
         serve = Serve(self.path)
@@ -261,6 +279,11 @@ class Files(unittest.TestCase):
             self.assertIn('damaged: %s' % key, line)
         finally:
             serve.stop()
+        self.assertEqual(tarsnapd.scrub_conf(tarsnapd.conf_read(self.path)),
+                         (10 ** 7, 7 * 86400))
+        for wrong in ('0', 'x', '4000'):
+            with self.assertRaisesRegex(tarsnapd.ServerError, 'scrub-days'):
+                tarsnapd.scrub_conf({'scrub-days': wrong})
         self.forget()
 
     def test_objects_from_before_there_were_sums(self):
