@@ -345,6 +345,13 @@ def deflate(data, level):
     return packer.compress(data) + packer.flush()
 
 
+def shrinks(data, level):
+    """True if pieces from the start, the middle and the end of `data` do."""
+    middle = len(data) // 2
+    pieces = b'%b%b%b' % (data[:KIB], data[middle:middle + KIB], data[-KIB:])
+    return len(deflate(pieces, level)) < len(pieces)
+
+
 def frame_plain(data, level, pad):
     """`data` with codec, lengths and zeros, ready to be encrypted.
 
@@ -605,40 +612,42 @@ def verify(public, signature, message):
 class Names:
     """The keyed names of one key file: HMAC-SHA256, never cut short."""
 
-    __slots__ = ('data', 'refs')
+    __slots__ = ('macs',)
 
     def __init__(self, key):
-        self.data = key.k_data and hmac.new(key.k_data, b'', 'sha256')
-        self.refs = key.k_refs and hmac.new(key.k_refs, b'', 'sha256')
+        # Purpose -> an HMAC that has its key and the purpose in it.
+        self.macs = {}
+        for secret, purposes in ((key.k_data, 'crd'), (key.k_refs, 'pans')):
+            for purpose in map(str.encode, purposes if secret else ''):
+                self.macs[purpose] = hmac.new(secret, purpose, 'sha256')
 
-    def _mac(self, base, prefix, data):
-        mac = base.copy()
-        mac.update(prefix)
+    def name(self, purpose, data):
+        mac = self.macs[purpose].copy()
         mac.update(data)
         return mac.digest()
 
     def chunk(self, data):
-        return self._mac(self.data, b'c', data)
+        return self.name(b'c', data)
 
     def rows(self, data):
-        return self._mac(self.data, b'r', data)
+        return self.name(b'r', data)
 
     def content(self, data):
         """16 bytes that tell equal small files."""
-        return self._mac(self.data, b'd', data)[:16]
+        return self.name(b'd', data)[:16]
 
     def index(self, refs):
-        return self._mac(self.refs, b'p', refs)
+        return self.name(b'p', refs)
 
     def record(self, refs):
-        return self._mac(self.refs, b'a', refs)
+        return self.name(b'a', refs)
 
     def archive(self, name):
         """Archive id of the archive called `name` (bytes)."""
-        return self._mac(self.refs, b'n', name)
+        return self.name(b'n', name)
 
     def series(self, series):
-        return self._mac(self.refs, b's', series)[:16]
+        return self.name(b's', series)[:16]
 
 
 ##############################################################################
@@ -1729,6 +1738,9 @@ class Cutter:
 CONNECT_SECONDS = 30
 SILENCE = 600               # seconds; a server at work says BUSY every 5
 READ_SIZE = 256 * KIB
+UNHURRIED = 512 * KIB       # bytes that may wait until something is asked; to
+                            # wake the thread for each block costs 0.7 s in
+                            # a run of 2 GB
 
 # Seconds to wait before each try to connect again.
 WAITS = (0, 0, 1, 2, 4, 8, 15, 30, 60, 90, 90)
@@ -2017,6 +2029,8 @@ class Channel:
         self.up, self.down = limits
         self.changed = threading.Condition()    # guards all below
         self.out = collections.deque()          # frames not yet sent
+        self.unhurried = 0                      # bytes of them, not waited for
+        self.hurried = False                    # the thread is to take them
         self.answers = {}                       # request id -> deque
         self.statement = None                   # body of the first frame
         self.unread = set()                     # ids no longer listened to
@@ -2046,22 +2060,32 @@ class Channel:
             self.last += 1
             rid = self.last
             self.answers[rid] = collections.deque()
-            self.enqueue(kind, rid, body)
+            self.out.append((kind, rid, body))
+            self.hurry()
         return rid
 
-    def enqueue(self, kind, rid, body):
-        """Queue a frame; the thread is woken if it may be asleep."""
-        self.out.append((kind, rid, body))
-        if len(self.out) == 1:
-            self.wake()
-
     def push(self, kind, body):
-        """Queue a request that has no answer."""
+        """Queue a request that has no answer; it goes with the next that has
+        one, with the next wait, or when UNHURRIED bytes are together.
+        """
         with self.changed:
             if self.failed:
                 raise self.failed
             self.last += 1
-            self.enqueue(kind, self.last, body)
+            self.out.append((kind, self.last, body))
+            self.unhurried += len(body)
+            if self.unhurried >= UNHURRIED:
+                self.hurry()
+
+    def hurry(self):
+        """Have the thread take what is queued; `changed` is held."""
+        if self.out and not self.hurried:
+            self.hurried = True
+            self.wake()
+
+    def taken(self):
+        """The queue is empty; `changed` is held."""
+        self.hurried, self.unhurried = False, 0
 
     def next(self, rid):
         """The next answer to `rid` as (type, body)."""
@@ -2077,6 +2101,7 @@ class Channel:
         """Until something came, with `changed` held; raises ChannelLost."""
         if self.failed:
             raise self.failed
+        self.hurry()
         if not self.waiting:
             self.heard = time.monotonic()
         self.waiting += 1
@@ -2178,9 +2203,11 @@ class Channel:
         self.deliver(STATEMENT, 0, local.statement)
         while True:
             with self.changed:
-                frames = list(self.out)
-                self.out.clear()
-                closing = self.closing
+                closing, frames = self.closing, ()
+                if self.hurried or closing:
+                    frames = list(self.out)
+                    self.out.clear()
+                    self.taken()
             for kind, rid, body in frames:
                 if self.up:
                     self.up.pass_through(FRAME.size + len(body))
@@ -2273,10 +2300,13 @@ class Channel:
         """Up to about 1 MiB of queued frames as one view; True to stop."""
         pieces, size = [], 0
         with self.changed:
-            while self.out and size < MIB:
-                kind, rid, body = self.out.popleft()
-                pieces += (FRAME.pack(len(body), kind, rid), body)
-                size += len(body) + FRAME.size
+            if self.hurried or self.closing:
+                while self.out and size < MIB:
+                    kind, rid, body = self.out.popleft()
+                    pieces += (FRAME.pack(len(body), kind, rid), body)
+                    size += len(body) + FRAME.size
+                if not self.out:
+                    self.taken()
             done = self.closing and not pieces
         self.bytes_out += size
         return memoryview(b''.join(pieces)), done
@@ -6263,6 +6293,8 @@ WORKERS_MOST = 4            # reading and cutting keep no more of them busy
 WORKERS_NICE = 5            # who feeds them goes first: 4 % less, all in all
 SAMPLE = 32                 # one chunk in so many is opened again and compared
 SAMPLE_FIRST = 100          # and these of each worker
+IN_VAIN = 4                 # chunks in a row that did not shrink: of the next
+                            # one pieces are tried first
 
 JOB_MESSAGE = struct.Struct('>IIb')     # slot, blocks, level or -1
 JOB_RESULT = struct.Struct('>II')       # slot, blocks; NO_BLOCKS: a text
@@ -6288,6 +6320,7 @@ class Worker:
         self.results = results          # descriptor to write to
         self.check_all = check_all      # open every block again
         self.made = 0                   # blocks, for the sample
+        self.in_vain = 0                # chunks deflated in vain, in a row
 
     def run(self):
         while True:
@@ -6327,7 +6360,13 @@ class Worker:
 
     def seal(self, cls, name, parts, level):
         """The sealed block; opened again and compared, all or a sample."""
+        if self.in_vain >= IN_VAIN and cls == CHUNK and not shrinks(
+                parts[0], 1):
+            level = 0
         sealed = self.sealer.seal(cls, name, parts, level)
+        if cls == CHUNK:
+            self.in_vain = 0 if len(sealed) < len(parts[0]) \
+                else self.in_vain + 1
         self.made += 1
         if cls != CHUNK or self.check_all or self.made <= SAMPLE_FIRST \
                 or not self.made % SAMPLE:
@@ -7032,7 +7071,8 @@ class Writer:
         self.names = Names(key)
         self.crew = crew                # Crew, closed by who made it
         crew.put, crew.level = self.put, self.level
-        self.page_key = hmac.digest(key.k_cut, b'page', 'sha256')
+        self.page_mac = hmac.new(
+            hmac.digest(key.k_cut, b'page', 'sha256'), b'', 'sha256')
         self.cut_key = hmac.digest(key.k_cut, b'cut', 'sha256')[:16]
         self.errors = 0                 # entries that could not be stored
         self.owners = {}                # (uid, gid) -> owner()
@@ -7691,7 +7731,9 @@ class Writer:
         """True if a page ends after this member: 1 in 512, by keyed hash."""
         if len(self.page.entries) >= PAGE_ENTRIES:
             return True
-        digest = hmac.digest(self.page_key, member, 'sha256')
+        mac = self.page_mac.copy()
+        mac.update(member)
+        digest = mac.digest()
         return digest[0] == 0 and digest[1] < 128
 
     def page_end(self):

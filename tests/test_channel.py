@@ -56,5 +56,49 @@ class Silence(unittest.TestCase):
         self.assertIsNone(self.channel.failed)
 
 
+class Unhurried(unittest.TestCase):
+    """What has no answer is sent with what has one, or once there is enough
+    of it; nothing is left behind.
+    """
+
+    def setUp(self):
+        temp = tempfile.TemporaryDirectory()
+        self.addCleanup(temp.cleanup)
+        import tarsnapd
+        tarsnapd.open_local(temp.name, create=True).close()
+        self.channel = tarsnap.Channel(temp.name)
+        self.addCleanup(self.channel.close)
+        self.channel.wait_statement()
+        self.taken = []
+        receive = self.channel.link.local.receive
+
+        def noted(kind, rid, body):
+            self.taken.append(kind)
+            return receive(kind, rid, body)
+
+        self.channel.link.local.receive = noted
+
+    def test_goes_with_a_question(self):
+        self.channel.push(tarsnap.PUT, b'x')
+        self.assertEqual(len(self.channel.out), 1)
+        with self.assertRaises(tarsnap.Refused):
+            self.channel.call(tarsnap.STAT)
+        self.assertEqual(self.taken, [tarsnap.PUT, tarsnap.STAT])
+
+    def test_goes_when_there_is_enough(self):
+        count = tarsnap.UNHURRIED // 1000 + 1
+        for _ in range(count):
+            self.channel.push(tarsnap.PUT, bytes(1000))
+        until = time.monotonic() + 60
+        while self.channel.out and time.monotonic() < until:
+            time.sleep(0.01)
+        self.assertFalse(self.channel.out)
+
+    def test_goes_at_the_end(self):
+        self.channel.push(tarsnap.PUT, b'x')
+        self.channel.close()
+        self.assertEqual(self.taken, [tarsnap.PUT])
+
+
 if __name__ == '__main__':
     unittest.main()

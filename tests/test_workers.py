@@ -99,6 +99,36 @@ class Crew(unittest.TestCase):
             crew.close()
         self.check(added)
 
+    def test_dense_runs_are_not_deflated(self):
+        deflated = []
+        real = tarsnap.deflate
+
+        def counted(data, level):
+            deflated.append(len(data))
+            return real(data, level)
+
+        worker = tarsnap.Worker(tarsnap.Sealer(self.key), None, -1, -1, False)
+
+        def sealed(data):
+            deflated.clear()
+            block = worker.seal(CHUNK, self.names.chunk(data), [data], None)
+            self.assertEqual(self.opener.open(
+                CHUNK, self.names.chunk(data), block), [data])
+            return len(block)
+
+        noise, text = self.dice.randbytes(64 * KIB), b'so it goes\n' * 6000
+        mixed = noise[:KIB] + text + noise[KIB:2 * KIB]
+        with mock.patch.object(tarsnap, 'deflate', counted):
+            for _ in range(tarsnap.IN_VAIN):
+                sealed(noise)
+                self.assertIn(len(noise), deflated)
+            sealed(noise)
+            self.assertNotIn(len(noise), deflated)
+            # What shrinks in any of three places is tried whole.
+            self.assertLess(sealed(mixed), len(mixed) // 4)
+            sealed(noise)
+            self.assertIn(len(noise), deflated)
+
     def test_no_process_is_left(self):
         crew = self.crew()
         pids = set(crew.workers)
