@@ -28,6 +28,10 @@ ROT =
 # Arguments for tests/failing.py, such as --seconds 600, --seed N or parts.
 FAULTS =
 
+# Arguments for tests/fuzz.py, such as --seconds 60, --seed N, --target X or
+# --engine atheris.
+FUZZ =
+
 # Arguments for the benchmarks, such as --runs 3, --json FILE or --help.
 BENCH =
 
@@ -53,6 +57,8 @@ help:
 	@echo '                       minutes; each must be named'
 	@echo 'make faults [FAULTS=...] fail each call once, in every way, which'
 	@echo '                       takes hours; FAULTS="--seconds 600" a share'
+	@echo 'make fuzz [FUZZ=...]   hostile bytes for everything that takes bytes'
+	@echo '                       apart, half an hour; FUZZ=--list names what'
 	@echo 'make bench [BENCH=...] time it beside restic and borg: a small tree,'
 	@echo '                       a large one, one file of 1 GB; 5 rounds'
 	@echo 'make bench-quick       the small tree, one round'
@@ -78,6 +84,9 @@ rot:
 
 faults: tools
 	@$(FIND) && exec "$$py" tests/failing.py $(FAULTS)
+
+fuzz:
+	@$(FIND) && exec "$$py" tests/fuzz.py $(FUZZ)
 
 bench: peers
 	@$(FIND) && exec "$$py" bench/compare.py --tree small --tree large \
@@ -128,6 +137,6 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test crash rot faults bench bench-quick \
+.PHONY: help demo test crash fuzz rot faults bench bench-quick \
 	bench-growth bench-network bench-load bench-rebuild tools peers lint \
 	clean

@@ -3824,7 +3824,9 @@ def history_once(remote, base, lists):
         if kind == COMMIT_OBJECT:
             if change:
                 yield change_check(change, lists)
-            change = Change(body[8:], U64.unpack_from(body)[0], remote.key)
+            reader = Reader(body, 'COMMIT_OBJECT')
+            when = reader.u64()
+            change = Change(reader.rest(), when, remote.key)
             if change.commit.n != n + 1 or change.commit.previous != head:
                 raise CorruptError(
                     'The server\'s history does not continue at commit %d: '

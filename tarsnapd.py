@@ -1623,11 +1623,17 @@ def segment_lists(segment, cls):
     for number, row in enumerate(ROW.iter_unpack(segment.table)):
         _, found, offset, length, digest = row
         if found == cls:
-            data = yield ('get', segment.key, offset, length)
-            if sha256(data) != digest:
+            whole = offset + length <= segment.size
+            data = (yield ('get', segment.key, offset, length)) if (
+                whole) else b''
+            try:
+                rows = list_rows(cls, data)
+            except struct.error:
+                whole = False
+            if not whole or sha256(data) != digest:
                 raise Damaged('read segment', segment.key,
                               'list %d is damaged' % number)
-            out.append((number, list_rows(cls, data)))
+            out.append((number, rows))
     return out
 
 
@@ -1648,10 +1654,10 @@ def linked_puts(tables, withdrawn):
 
 
 def list_rows(cls, data):
-    """What a list of class `cls` holds."""
+    """What a list of class `cls` holds; struct.error if that is none."""
     if cls == REVIVED_LIST:
         return list(ADDED_ROW.iter_unpack(data))
-    return split_names(data)
+    return [name for name, in NAME.iter_unpack(data)]
 
 
 # What a commit put and deleted must be known for as long as a client may ask,
@@ -1660,6 +1666,7 @@ def list_rows(cls, data):
 
 EXTRACT_MAGIC = b'tarsnap-extract1'
 EXTRACT_ROW = struct.Struct('>32scI')   # name, class, length
+NAME = struct.Struct('>32s')
 CLEANER = b'cleaner\0'      # begins the transaction ids of the cleaner's own
 
 
@@ -1697,16 +1704,21 @@ def extract_decode(key, data):
     if sha256(data[:-32]) != data[-32:] or not data.startswith(
             EXTRACT_MAGIC):
         raise Damaged('read extract', key, 'checksum does not match')
-    pos = len(EXTRACT_MAGIC) + 4
-    end = pos + EXTRACT_ROW.size * U32.unpack_from(data, pos - 4)[0]
-    table, lists, offset = [], [], len(SEGMENT_MAGIC)
-    for number, (name, cls, length) in enumerate(
-            EXTRACT_ROW.iter_unpack(data[pos:end])):
-        table.append(ROW.pack(name, cls, offset + ENTRY.size, length, ZERO32))
-        offset += ENTRY.size + length
-        if cls not in BLOCK_CLASSES:
-            lists.append((number, cls, list_rows(cls, data[end:end + length])))
-            end += length
+    try:
+        reader = Reader(data[len(EXTRACT_MAGIC):-32])
+        rows = list(EXTRACT_ROW.iter_unpack(
+            reader.take(reader.u32() * EXTRACT_ROW.size)))
+        table, lists, offset = [], [], len(SEGMENT_MAGIC)
+        for number, (name, cls, length) in enumerate(rows):
+            table.append(ROW.pack(name, cls, offset + ENTRY.size, length,
+                                  ZERO32))
+            offset += ENTRY.size + length
+            if cls not in BLOCK_CLASSES:
+                lists.append((number, cls,
+                              list_rows(cls, reader.take(length))))
+        reader.end()
+    except (Refused, struct.error):
+        raise Damaged('read extract', key, 'malformed') from None
     return b''.join(table), lists
 
 
@@ -2544,7 +2556,7 @@ class Index:
         import sqlite3
         try:
             self._open(sqlite3)
-        except sqlite3.DatabaseError as e:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as e:
             # Disposable, but not if it is only locked or cannot be opened.
             self.close()
             if isinstance(e, sqlite3.OperationalError):
@@ -2593,6 +2605,9 @@ class Index:
             '(SELECT count(*) FROM archives), '
             '(SELECT key || \': \' || what FROM lost LIMIT 1) FROM meta'
             ).fetchone()
+        if row is None:
+            import sqlite3
+            raise sqlite3.DatabaseError('it does not say where it stands')
         return State(*row[:-1], row[-1] or self.doubt, self.fresh)
 
     def lost(self):
@@ -5869,7 +5884,7 @@ class Indexes:
                     continue        # closed by another thread just now
                 try:
                     return getattr(index, method)(*args)
-                except sqlite3.Error as e:
+                except (sqlite3.Error, UnicodeDecodeError) as e:
                     if not isinstance(e, sqlite3.OperationalError):
                         index.remove()
                     raise StoreError('index', '%016x' % machine, e) from e
@@ -5922,8 +5937,7 @@ class Indexes:
                 return self.making[machine]
             index = self.open.get(machine)
             if index is None or index.db is None:
-                index = self.open[machine] = Index(self.path(machine))
-                self._believe(machine, index)
+                index = self.open[machine] = self._open(machine)
             elif index.doubt and time.monotonic() > index.asked + 5:
                 self._believe(machine, index)
             self.open.move_to_end(machine)
@@ -5932,6 +5946,21 @@ class Indexes:
                 with oldest.lock:
                     oldest.close()
             return index
+
+    def _open(self, machine):
+        """The machine's Index; one whose file is damaged is made anew."""
+        import sqlite3
+        index = Index(self.path(machine))
+        try:
+            self._believe(machine, index)
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as e:
+            index.close()
+            if isinstance(e, sqlite3.OperationalError):
+                raise
+            index.remove()
+            index = Index(self.path(machine))
+            self._believe(machine, index)
+        return index
 
     def _believe(self, machine, index):
         """Empty an index that has seen a log other than this one.

@@ -9,8 +9,8 @@ import struct
 import unittest
 
 from rawclient import (
-    D, DELETE_KIND, R, W, Client, Closed, Embedded, Error, Host, Serve, names_body,
-    part, server_directory, tarsnapd)
+    D, DELETE_KIND, R, W, Client, Closed, Embedded, Error, Host, Serve,
+    names_body, part, server_directory, tarsnapd)
 
 MIB = 1 << 20
 SMALL = b'c' + b'\1c\1' + bytes(32) + part(1, bytes(28))
