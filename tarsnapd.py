@@ -5506,7 +5506,7 @@ class Scrub:
         if last < seen:
             self._say(log_key(number, seen), machine, 'is missing: the log '
                       'ends at entry %d, it had %d' % (last, seen))
-        elif before and last == seen and before.hex() != digest:
+        elif before and digest and last == seen and before.hex() != digest:
             self._say(log_key(number, seen), machine, 'is another one than '
                       'it was')
         elif before:

@@ -268,6 +268,13 @@ class Files(unittest.TestCase):
                       % (self.host.machine, log), said)
         self.assertIn('1 objects are damaged', said)
 
+    def test_a_machine_that_has_stored_nothing(self):
+        client = Client(Embedded(self.path))
+        Host(client)
+        client.close()
+        for forget in (True, False):
+            self.assertEqual(self.scrub(forget), {})
+
     def test_while_serving(self):
         with open(os.path.join(self.path, 'tarsnapd.conf'), 'a') as file:
             file.write('scrub-rate = 10M\nscrub-days = 7\n')
