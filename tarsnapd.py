@@ -2610,6 +2610,18 @@ class Index:
             raise sqlite3.DatabaseError('it does not say where it stands')
         return State(*row[:-1], row[-1] or self.doubt, self.fresh)
 
+    def at(self, k, method, *args):
+        """Call a method, if this index knows log entry k; else StoreError.
+
+        Whoever has seen it at k would take an index that was thrown away
+        since for a log that says nothing: that a segment was not committed,
+        that a block is not live.
+        """
+        if self.db.execute('SELECT k FROM meta').fetchone()[0] < k:
+            raise StoreError('index', 'log entry %d' % k,
+                             'is being made anew')
+        return getattr(self, method)(*args)
+
     def lost(self):
         """[(key, what is wrong)] of all that this index does without."""
         return self.db.execute('SELECT key, what FROM lost').fetchall()
@@ -2698,7 +2710,7 @@ class Index:
         """Numbers of the rows of segment `key` that are live copies."""
         ask = self.db.execute
         found = ask('SELECT seg FROM segments WHERE key = ?', (key,)
-                    ).fetchone()
+                    ).fetchone() or (None,)
         return [i for i, (name, cls, offset, _, _)
                 in enumerate(ROW.iter_unpack(table))
                 if cls in BLOCK_CLASSES and ask(
@@ -3909,12 +3921,14 @@ def log_put(entry):
     return created or (yield ('get', key, 0, None)) == data
 
 
-def droppable(machine, keys):
-    """Steps: those of a transaction's segments that the log does not know."""
+def droppable(machine, k, keys):
+    """Steps: those of a transaction's segments that the log up to entry k
+    does not know.
+    """
     if not keys:
         return []
     prefix = keys[0].rpartition('/')[0] + '/'
-    known = dict((yield ('index', machine, 'segments_of', prefix)))
+    known = dict((yield ('index', machine, 'at', k, 'segments_of', prefix)))
     return [key for key in keys if key not in known]
 
 
@@ -3923,7 +3937,7 @@ def log_drop(machine, keys):
     `keys`, and only then they may be deleted: those it says so of."""
     while True:
         state = yield from catch_up(machine)
-        keys = yield from droppable(machine, keys)
+        keys = yield from droppable(machine, state.k, keys)
         if not keys:
             return []
         entry = yield from log_next(machine, state)
@@ -4452,8 +4466,9 @@ class Session:
     def _get_some(self, names, mask):
         places, lost = (yield self._ask('find', names)), None
         if None in places:
-            lost = (yield from self._current()).lost
-            places = yield self._ask('find', names)
+            state = yield from self._current()
+            places = yield self._ask('at', state.k, 'find', names)
+            lost = state.lost
         if None in places and mask == 5:
             kept = yield self._ask('find', names, 'kept')
             places = [a or b for a, b in zip(places, kept)]
@@ -4487,8 +4502,8 @@ class Session:
         Only then is a segment that cannot be read called damaged.
         """
         while True:
-            yield from self._current()
-            place = (yield self._ask('find', [name]))[0]
+            state = yield from self._current()
+            place = (yield self._ask('at', state.k, 'find', [name]))[0]
             if place is None:
                 return Refused(E_NOBLOCK, 'the block was deleted meanwhile')
             try:
@@ -4631,8 +4646,9 @@ class Session:
             segment = yield from segment_load(key)
             lists = yield from segment_lists(segment, WITHDRAWN_LIST)
         except NoObject:
-            yield from self._current()
-            if not (yield from droppable(self.machine.number, [key])):
+            state = yield from self._current()
+            if not (yield from droppable(self.machine.number, state.k,
+                                         [key])):
                 return
             raise
         yield ('spool', tx.spool, 'keep', segment, lists)
@@ -4799,7 +4815,7 @@ class Session:
         while True:
             state = yield from self._current()
             if commit.n <= state.n:
-                when = yield from self._decided(commit)
+                when = yield from self._decided(state, commit)
                 break
             log_whole(state)
             if commit.n > state.n + 1:
@@ -4817,13 +4833,15 @@ class Session:
         yield ('answer', COMMITTED, U64.pack(commit.n) + commit.hash
                + U64.pack(when))
 
-    def _decided(self, commit):
+    def _decided(self, state, commit):
         """Steps: rule 2, receive time if commit n is this very one.
 
         What answered before may have died before its fsync, so the entry is
         put again, which finds it there and makes it durable.
         """
-        found = yield self._ask('commit_at', commit.n)
+        found = yield self._ask('at', state.k, 'commit_at', commit.n)
+        if found is None:
+            log_whole(state)            # nobody can tell
         if not found or found[0] != commit.hash:
             raise Refused(E_CONFLICT, 'commit %d is another' % commit.n)
         key = log_key(self.machine.number, found[1])
@@ -4851,7 +4869,8 @@ class Session:
         if commit.kind == KIND_ABORT and self.tx and (
                 self.tx.tid == commit.tid):
             entry.drops = yield from droppable(
-                self.machine.number, [s.key for s in self.tx.segments])
+                self.machine.number, state.k,
+                [s.key for s in self.tx.segments])
         if tx:
             if not (yield from self._segments_ready(tx, state.k)):
                 return None
@@ -4877,7 +4896,7 @@ class Session:
         """
         number = self.machine.number
         adopted = [s.key for s in tx.segments]
-        if len((yield from droppable(number, adopted))) < len(adopted):
+        if len((yield from droppable(number, k, adopted))) < len(adopted):
             if (yield self._ask('state')).k > k:
                 return False
             yield from self._leave()

@@ -272,6 +272,31 @@ class Past(Case):
         self.assertIn(lost[0], said)
 
 
+class Moving(Case):
+
+    def test_a_reader_looks_again_as_often_as_a_block_moves(self):
+        """Each time its segment was dropped and deleted under his hands."""
+        self.backup('one', 1)
+        _, _, names = self.archives['one']
+        server, policy = self.server(), tarsnapd.Policy()
+        policy.gain, policy.used = -10 ** 6, 10 ** 6     # whatever there is
+        real, moved = tarsnapd.FileStore.get, []
+
+        def moving(store, key, *place):
+            if store is not server.store and key.startswith('seg/') and (
+                    len(moved) < 3):
+                moved.append(key)
+                for _ in range(2):
+                    server.run(tarsnapd.clean(self.host.machine, policy,
+                                              tarsnapd.Cleaned()))
+            return real(store, key, *place)
+
+        with mock.patch.object(tarsnapd.FileStore, 'get', moving):
+            found = get(self.client, names)
+        self.assertEqual(found, [block('c', 'one-0', 10000)[2]])
+        self.assertEqual(len(set(moved)), 3)
+
+
 class Meanwhile(Case):
 
     def second(self):

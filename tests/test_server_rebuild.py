@@ -398,6 +398,19 @@ class Rebuild(History, unittest.TestCase):
             server.store.get = real
             self.assertEqual((missed, state.k, state.lost), ([key], 2, None))
 
+    def test_an_index_thrown_away_is_not_asked(self):
+        """It would say that no segment was ever committed."""
+        self.host.backup(self.client, 'one')
+        server = tarsnapd.Server(self.path)
+        self.addCleanup(server.close)
+        machine = self.host.machine
+        keys = server.store.list('seg/%016x/' % machine)
+        self.assertEqual(len(keys), 1)
+        self.assertEqual(server.run(tarsnapd.droppable(machine, 1, keys)), [])
+        server.perform(('index', machine, 'reset'))
+        with self.assertRaisesRegex(tarsnapd.StoreError, 'made anew'):
+            server.run(tarsnapd.droppable(machine, 1, keys))
+
     def test_two_processes_on_one_index(self):
         other = Client(Embedded(self.path))
         self.addCleanup(other.close)
