@@ -5781,6 +5781,7 @@ def server_create(path, options=()):
         store = store_open(
             path, conf_read(path) if is_server(path) else options, True)
         store.prepare()
+        store_id_missing(store)
         store.put('store-id', os.urandom(16).hex().encode() + b'\n')
         store.close()
         if options.get('accounts'):
@@ -5814,6 +5815,14 @@ def store_open(path, conf, create=False, name='store'):
         os.makedirs(temporary, 0o700, exist_ok=True)
         os.makedirs(store, 0o700, exist_ok=True)
     return FileStore(store, temporary)
+
+
+def store_id_missing(store):
+    """ServerError if a store in use has lost its id: with another one it
+    would be another store to every key.
+    """
+    if store.size('store-id') is None and store.list('machine/'):
+        raise ServerError('%s: store-id is missing' % store.name)
 
 
 def identity_make():
@@ -6038,6 +6047,7 @@ class Server:
             raise ServerError('%s: %s' % (e.filename or path,
                                           e.strerror)) from None
         except NoObject:
+            store_id_missing(self.store)
             raise ServerError('%s: no store there; "tarsnapd.py init" makes '
                               'one' % self.store.name) from None
         except (StoreError, ValueError) as e:

@@ -8,8 +8,10 @@ speaks to a real `serve` process over TLS (`Wire`), to `session --stdio`
 next(), and `Client` is the same for all of them.
 """
 
+import contextlib
 import hashlib
 import hmac
+import io
 import os
 import queue
 import signal
@@ -28,6 +30,7 @@ PROGRAM = os.path.join(os.path.dirname(HERE), 'tarsnapd.py')
 sys.path.insert(0, os.path.dirname(HERE))
 
 import tarsnapd  # noqa: E402  (for embedded sessions only)
+import world     # noqa: E402
 
 R, W, D, N = 1, 2, 3, 4
 WRITE, DELETE_KIND, NUKE_KIND, ABORT_KIND = 1, 2, 3, 4
@@ -130,7 +133,7 @@ class Stdio(Wire):
 
     def __init__(self, path, *options):
         self.child = subprocess.Popen(
-            [sys.executable, PROGRAM, 'session', '--stdio', path]
+            [sys.executable, program(), 'session', '--stdio', path]
             + list(options), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.cert_hash = ZERO
         self.buf = b''
@@ -457,13 +460,20 @@ def get(client, names, mask=3):
             out.append(body[32:])
 
 
+def program():
+    """PROGRAM, compiled once: most commands take longer to compile than to
+    run.
+    """
+    return world.Programs.path('tarsnapd')
+
+
 class Serve:
     """A real `serve` process on a free port of the loopback."""
 
     def __init__(self, path, *options):
         self.path = path
         self.child = subprocess.Popen(
-            [sys.executable, PROGRAM, 'serve', path, '--listen',
+            [sys.executable, program(), 'serve', path, '--listen',
              '127.0.0.1:0', '--journal-level', 'trouble'] + list(options),
             stderr=subprocess.PIPE)
         line = self.child.stderr.readline().decode()
@@ -489,9 +499,17 @@ class Serve:
         return self.child.wait(60), said
 
 
+def here(*args):
+    """Run a command in this process; (status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = tarsnapd.main(list(args))
+    return status, out.getvalue(), err.getvalue()
+
+
 def run(*args, stdin=b''):
     """Run a command; (status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, PROGRAM] + list(args),
+    done = subprocess.run([sys.executable, program()] + list(args),
                           input=stdin, capture_output=True, timeout=60)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -499,7 +517,8 @@ def run(*args, stdin=b''):
 def server_directory(case):
     """A fresh server directory with user joe, password pw, for a test."""
     base = tempfile.TemporaryDirectory()
-    case.addCleanup(base.cleanup)
+    (case.addClassCleanup if isinstance(case, type)
+     else case.addCleanup)(base.cleanup)
     path = os.path.join(base.name, 'srv')
     tarsnapd.server_create(path)
     tarsnapd.certificate_renew(path)

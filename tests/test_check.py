@@ -5,7 +5,6 @@ that a check leaves nothing behind.
 """
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -21,19 +20,11 @@ import unittest
 from unittest import mock
 
 from rawclient import (
-    PROGRAM, Client, D, Embedded, Host, R, Serve, W, server_directory,
+    PROGRAM, Client, D, Embedded, Host, R, Serve, W, here, server_directory,
     tarsnapd)
 
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
 LINE = re.compile(r'\Atarsnapd (OK|WARNING|CRITICAL|UNKNOWN) - [^\n]+\n\Z')
-
-
-def here(*args):
-    """As run(), in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = tarsnapd.main(list(args))
-    return status, out.getvalue(), err.getvalue()
 
 
 class Case(unittest.TestCase):

@@ -51,6 +51,11 @@ class Files(unittest.TestCase):
             with open(path, 'wb') as file:
                 file.write(data)
         store.host.good('--fsck')
+        # An id is made once.
+        os.unlink(os.path.join(store.lab.store, 'store', 'store-id'))
+        with self.assertRaisesRegex(tarsnapd.ServerError,
+                                    'store-id is missing'):
+            tarsnapd.server_create(store.lab.store)
 
 
 class Bucket(unittest.TestCase):

@@ -42,12 +42,19 @@ def filled(path):
 
 class Files(unittest.TestCase):
 
-    def setUp(self):
+    @classmethod
+    def setUpClass(cls):
         patch = mock.patch.object(tarsnapd.os, 'fsync', lambda fd: None)
         patch.start()
-        self.addCleanup(patch.stop)
-        self.path = server_directory(self)
-        self.host = filled(self.path)
+        cls.addClassCleanup(patch.stop)
+        cls.whole = server_directory(cls)
+        cls.host = filled(cls.whole)
+
+    def setUp(self):
+        base = tempfile.TemporaryDirectory()
+        self.addCleanup(base.cleanup)
+        self.path = os.path.join(base.name, 'srv')
+        shutil.copytree(self.whole, self.path)
         self.random = random.Random(SEED)
 
     def place(self, key):

@@ -9,7 +9,7 @@ import lab
 import tarsnap
 from lab import LabTest, snapshot
 from rawclient import (
-    COMPLETE, Client, Embedded, Error, Host, R, W, block, put, run,
+    COMPLETE, Client, Embedded, Error, Host, R, W, block, here, put,
     server_directory, sha)
 
 MB = 10 ** 6
@@ -24,7 +24,7 @@ class Clients(LabTest):
         self.noise = random.Random(1)
 
     def command(self, *words):
-        status, out, err = run('machine', self.lab.store, *words)
+        status, out, err = here('machine', self.lab.store, *words)
         self.assertEqual((status, err), (0, ''))
         return out
 
@@ -116,8 +116,8 @@ class Account(unittest.TestCase):
 
     def test_all_machines_together(self):
         path = server_directory(self)
-        self.assertEqual(run('user', path, 'quota', 'joe', '100k')[0], 0)
-        self.assertIn('quota 100000\n', run('user', path, 'show', 'joe')[1])
+        self.assertEqual(here('user', path, 'quota', 'joe', '100k')[0], 0)
+        self.assertIn('quota 100000\n', here('user', path, 'show', 'joe')[1])
         sessions = [Client(Embedded(path)) for _ in range(2)]
         hosts = [Host(one, user='joe', password=b'pw') for one in sessions]
         for one, host in zip(sessions, hosts):
@@ -149,7 +149,7 @@ class Account(unittest.TestCase):
         host = Host(one)
         for session in (one, two):
             self.addCleanup(session.close)
-        run('machine', path, 'quota', '%016x' % host.machine, '50000')
+        here('machine', path, 'quota', '%016x' % host.machine, '50000')
         for session in (one, two):
             session.auth(host.machine, host.keys, R, W)
         tids = os.urandom(16), os.urandom(16)
@@ -171,7 +171,7 @@ class Account(unittest.TestCase):
                       ('user', path, 'quota', 'jim', '5'),
                       ('user', path, 'quota', 'joe', 'much'),
                       ('machine', path, 'read-only', '1')):
-            status, out, err = run(*words)
+            status, out, err = here(*words)
             self.assertEqual((status, out, err.count('\n')), (1, '', 1), err)
 
 
