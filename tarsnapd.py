@@ -26,6 +26,7 @@ loop), or in whatever order a test finds cruel.  The wishes are
 
     ('get', key, offset, length)  ('put', key, data)      the store
     ('list', prefix)  ('size', key)  ('made', key)  ('delete', key)
+    ('mend', key, data)                                   of repair alone
     ('spool', method, ...)                                open segments
     ('index', machine, method, ...)                       the index
     ('all', wishes)               several: values, StoreErrors in their place
@@ -47,6 +48,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
     scrub                 everything stored against its hashes
+    repair                what can be known again is put back
     server directory      keys, configuration, and what carries wishes out
     scrub, kept           how far it came, for a command and for serve
     journal               a line for each event, while it serves
@@ -597,6 +599,19 @@ class FileStore:
             raise StoreError('write', key, e.strerror) from None
         return created
 
+    def mend(self, key, data):
+        """Have `data` in the place of an object that is damaged, which is
+        there whole, one or the other, at any time.  Durable on return.
+
+        Only for what it was before, by its hash: nothing else is replaced.
+        """
+        path = self._path(key)
+        try:
+            self._put_bytes(data, path, os.rename)
+            fsync_dir(os.path.dirname(path))
+        except OSError as e:
+            raise StoreError('write', key, e.strerror) from None
+
     def delete(self, key):
         """Remove an object; it may be gone already."""
         try:
@@ -688,7 +703,7 @@ class FileStore:
             fsync_dir(above)
         self.durable.add(path)
 
-    def _put_bytes(self, data, path):
+    def _put_bytes(self, data, path, place=None):
         name = '%s+%d+%s-%d' % (os.uname().nodename, os.getpid(), self.tag,
                                 next(self.counter))
         temporary = os.path.join(self.temporary, name)
@@ -702,7 +717,7 @@ class FileStore:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            return self._link(temporary, path)
+            return (place or self._link)(temporary, path)
         finally:
             unlink_quietly(temporary)
 
@@ -1387,11 +1402,17 @@ class S3Store:
                 raise StoreError('write', key, e.strerror) from None
         return self._put(key, data, sha256(data))
 
-    def _put(self, key, body, digest):
+    def mend(self, key, data):
+        """As FileStore.mend."""
+        self._put(key, data, sha256(data), {})
+
+    def _put(self, key, body, digest, condition=None):
         nonce = os.urandom(16).hex()
+        if condition is None:
+            condition = {'If-None-Match': '*'}
         headers = {'Content-Type': 'application/octet-stream',
-                   'If-None-Match': '*', 'x-amz-meta-nonce': nonce,
-                   'x-amz-meta-sha256': digest.hex()}
+                   'x-amz-meta-nonce': nonce,
+                   'x-amz-meta-sha256': digest.hex(), **condition}
         if self.checksum:
             headers['x-amz-checksum-sha256'] = base64.b64encode(
                 digest).decode()
@@ -5204,8 +5225,8 @@ def clean_copy(copies, policy, key, size, done):
         yield from extract_put(segment)
 
 
-def extract_put(segment):
-    """Steps: the extract of a segment is in the store, durably."""
+def segment_extract(segment):
+    """Steps: the extract of a segment, encoded; Damaged if a list is."""
     lists = []
     for name, cls, offset, length, digest in ROW.iter_unpack(segment.table):
         if cls not in BLOCK_CLASSES:
@@ -5214,7 +5235,13 @@ def extract_put(segment):
                 raise Damaged('read segment', segment.key,
                               'a list is damaged')
             lists.append(data)
-    key, data = extract_key(segment.key), extract_encode(segment.table, lists)
+    return extract_encode(segment.table, lists)
+
+
+def extract_put(segment):
+    """Steps: the extract of a segment is in the store, durably."""
+    key, data = extract_key(segment.key), (
+        yield from segment_extract(segment))
     if not (yield ('put', key, data)) and (
             yield ('get', key, 0, None)) != data:
         raise Damaged('write extract', key, 'there is another one')
@@ -5355,8 +5382,11 @@ class Scrub:
         for machine in sorted({x.machine for x in self.damage.values()
                                if x.machine}):
             yield from self._log(machine)
-            for key in [x for x in self.damage
-                        if x.startswith('seg/%s/' % machine)]:
+            # A segment is looked at with its extract.
+            for key in sorted({'seg/' + x.partition('/')[2]
+                               for x in self.damage if x.startswith((
+                                   'seg/%s/' % machine,
+                                   'list/%s/' % machine))}):
                 yield from self._segment(key)
 
     def step(self):
@@ -5661,6 +5691,137 @@ def scrub_machines():
 
 
 ##############################################################################
+# Repair
+#
+# Puts back what can be known again to the byte, and proves it by the hash that
+# was stored elsewhere: a log entry from the index, which keeps what it has
+# seen; the magic, headers, table and footer of a segment from its entries and
+# the log; an extract from its segment.  Nothing is made up, and what is whole
+# is not touched.  All are steps.
+##############################################################################
+
+
+def mend(key, data, dry):
+    """Steps: object `key` is `data` again; whether it was not."""
+    try:
+        if (yield ('get', key, 0, None)) == data:
+            return False
+        verb = 'mend'
+    except NoObject:
+        verb = 'put'
+    except LOST:
+        verb = 'mend'
+    if not dry:
+        yield (verb, key, data)
+    return True
+
+
+def repair_log(machine, dry):
+    """Steps: keys of log entries that were put back from the index.
+
+    Only from one that lacks nothing, and as far as each entry is what the one
+    after it says.  One of another history stays; so does the end of a log in
+    a store that was put back from an older copy, where segments lack as well.
+    """
+    state, mended = (yield ('index', machine, 'state')), []
+    if (yield ('index', machine, 'lost')):
+        return mended
+    digest = state.log_hash
+    for k in range(state.k, 0, -1):
+        data = yield ('index', machine, 'log_entry', k)
+        if data is None or sha256(data) != digest:
+            break
+        key, entry = log_key(machine, k), log_decode(machine, k, data)
+        digest = entry.previous
+        try:
+            log_decode(machine, k, (yield ('get', key, 0, None)))
+        except NoObject:
+            for segment in entry.segments:
+                if not (yield from segment_known(segment[0])):
+                    return mended
+            yield from mend(key, data, dry)
+            mended.append(key)
+        except LOST:
+            yield from mend(key, data, dry)
+            mended.append(key)
+    return mended
+
+
+def segment_known(key):
+    """Steps: True if there is the segment or its extract."""
+    return (yield ('size', key)) is not None or (
+        extract_key(key) is None
+        or (yield ('size', extract_key(key))) is not None)
+
+
+def repair_segment(key, size, digest, dry):
+    """Steps: True if a segment of the log was put together again.
+
+    It needs the data of all entries, and the table or all headers.
+    """
+    try:
+        table = (yield from segment_load(key, size)).table
+    except Damaged:
+        table = b''
+    if sha256(table) != digest:
+        table = yield from segment_scan(key)
+    if sha256(table) != digest:
+        return False
+    out = [SEGMENT_MAGIC]
+    for name, cls, offset, length, wanted in ROW.iter_unpack(table):
+        try:
+            data = yield ('get', key, offset, length)
+        except LOST:
+            return False
+        if sha256(data) != wanted:
+            return False
+        out += (ENTRY.pack(ENTRY_MAGIC, cls, name, length,
+                           entry_crc(cls, name, data)), data)
+    start = sum(map(len, out))
+    out += (table, FOOTER.pack(start, len(table) // ROW.size, digest,
+                               FOOTER_MAGIC))
+    return (yield from mend(key, b''.join(out), dry))
+
+
+def repair(machine, keys, dry):
+    """Steps: keys of what was put back of a machine's log, and of `keys`,
+    its segments and extracts that scrub found damaged.
+    """
+    mended = yield from repair_log(machine, dry)
+    state = yield from catch_up(machine)
+    known = {}
+    for k in range(1, state.k + 1):
+        data = yield ('index', machine, 'log_entry', k)
+        if data:
+            for segment in log_decode(machine, k, data).segments:
+                known[segment[0]] = segment[1:3]
+    for key in keys:
+        if key in known and (
+                yield from repair_segment(key, *known[key], dry)):
+            mended.append(key)
+    for key in keys:
+        source = 'seg' + key[len('list'):]
+        if key.startswith('list/') and source in known:
+            data = yield from extract_made(source, *known[source])
+            if data and (yield from mend(key, data, dry)):
+                mended.append(key)
+    return mended
+
+
+def extract_made(key, size, digest):
+    """Steps: the extract of a segment of the log, or None if that is not
+    whole.
+    """
+    try:
+        segment = yield from segment_load(key, size)
+        if segment.table_hash != digest:
+            return None
+        return (yield from segment_extract(segment))
+    except LOST:
+        return None
+
+
+##############################################################################
 # Server directory
 #
 # tarsnapd.conf, the keys, store/, spool/, index/, tmp/; and perform(), which
@@ -5686,7 +5847,7 @@ INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
              'scrub.lock', 'clean.lock', 'canary.key', 'journal'}
-STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete')
+STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner'}
 
@@ -8013,6 +8174,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py check [SRV] [--server HOST:PORT] [--key FILE] [--read]
                    [--warn SECONDS] [--timeout SECONDS]
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
+       tarsnapd.py repair SRV [--dry-run]
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
        tarsnapd.py index-dump SRV MACHINE
        tarsnapd.py --version | --help
@@ -8483,6 +8645,42 @@ def iter_list(prefix):
     return (yield ('list', prefix))
 
 
+def command_repair(args):
+    """Put back what of it can be known again; status 2 if anything is left.
+    """
+    options, (path,) = take_options(args, {'--dry-run': False}, 1)
+    dry, status = '--dry-run' in options, 0
+    server = open_server(path)
+    if server.read_only:
+        raise ServerError('%s: the store is read-only' % path)
+    run = ScrubRun(server)
+    try:
+        damage = run.scrub.damage
+        for number in server.run(machine_numbers()):
+            mine = sorted(key for key in damage
+                          if key.split('/')[1:2] == ['%016x' % number])
+            try:
+                mended = server.run(repair(number, mine, dry))
+                server.indexes.close()          # what it doubted may be there
+                lost = server.run(catch_up(number)).lost
+            except StoreError as e:
+                mended, lost = [], str(e)
+            for key in mended:
+                print('%s %s' % ('can be mended' if dry else 'mended', key))
+            if lost and not dry:
+                status = 2
+                say('machine %016x is read-only: %s' % (number, lost))
+        if not dry:
+            server.run(run.scrub.begin())       # looks at it again
+            for one in sorted(damage.values()):
+                status = 2
+                say(scrub_line(one))
+    finally:
+        run.close()
+        server.close()
+    return status
+
+
 def command_index_dump(args):
     """The index of a machine as text."""
     _, (path, machine) = take_options(args, {}, 2)
@@ -8674,6 +8872,7 @@ COMMANDS = {
     'clean': command_clean,
     'scrub': command_scrub,
     'index-dump': command_index_dump,
+    'repair': command_repair,
     'stats': command_stats,
 }
 

@@ -5,10 +5,12 @@ import os
 import unittest
 from unittest import mock
 
+import lab
 import rot
 import s3peers
 import tarsnapd
 import world
+from rawclient import here
 from test_s3_store import environment
 
 
@@ -56,6 +58,81 @@ class Files(unittest.TestCase):
         with self.assertRaisesRegex(tarsnapd.ServerError,
                                     'store-id is missing'):
             tarsnapd.server_create(store.lab.store)
+
+
+class Repair(unittest.TestCase):
+
+    def test_what_is_known_elsewhere_comes_back(self):
+        """To the byte: log entries, and all of a segment but its data."""
+        self.mend(rot.Store(self, world.seed_choose('repair')), 25)
+
+    def mend(self, store, most):
+        kinds = {'seg': ('magic', 'header', 'table', 'footer'),
+                 'log': ('head', 'commit', 'segments', 'sum', 'cut', 'half',
+                         'empty', 'lost', 'doubled'),
+                 'list': ('magic', 'count', 'rows', 'sum', 'cut', 'empty')}
+        seen, whole = set(), dict(store.keys)
+        for case in store.cases():
+            kind = case.key.split('/')[0], case.part
+            if case.part not in kinds.get(kind[0], ()) or kind in seen or (
+                    case.key in store.dropped) or len(seen) == most or (
+                    kind[0] == 'list' and case.key.replace(
+                        'list/', 'seg/') in store.dropped):
+                continue
+            seen.add(kind)
+            store.harm(case._replace(index=True))
+            store.scrub()
+            harmed = store.objects()
+            with self.subTest(case), lab.no_fsync():
+                status, out, said = here('repair', store.lab.store,
+                                         '--dry-run')
+                self.assertEqual((status, out), (
+                    0, 'can be mended %s\n' % case.key), said)
+                self.assertEqual(store.objects(), harmed)
+                status, out, said = here('repair', store.lab.store)
+                self.assertEqual((status, out, said), (
+                    0, 'mended %s\n' % case.key, ''))
+                self.assertEqual(store.objects(), whole)
+                self.assertEqual(store.scrub(), {})
+        self.assertGreater(len(seen), min(most, 15) - 1)
+
+    def test_what_is_not_known_stays_as_it_is(self):
+        store, done = rot.Store(self, world.seed_choose('repair')), set()
+        for case in store.cases():
+            kind = case.key.split('/')[0], case.part[:5]
+            if kind in done or case.key in store.dropped or kind not in (
+                    ('seg', 'entry'), ('seg', 'half'), ('seg', 'lost'),
+                    ('machi', 'conte')):
+                continue
+            done.add(kind)
+            store.harm(case._replace(index=True))
+            store.scrub()
+            harmed = store.objects()
+            with self.subTest(case), lab.no_fsync():
+                status, out, said = here('repair', store.lab.store)
+                self.assertEqual((status, out), (2, ''))
+                self.assertIn(case.key, said)
+                self.assertEqual(store.objects(), harmed)
+        self.assertEqual(len(done), 3)
+
+    def test_the_end_of_the_log_of_an_older_copy_stays_away(self):
+        store = rot.Store(self, world.seed_choose('repair'))
+        logs = [key for key in store.keys if key.startswith('log/')]
+        store.restore()
+        entry = tarsnapd.log_decode(store.lab.key.machine, len(logs),
+                                    store.keys[logs[-1]])
+        for segment in entry.segments:
+            os.unlink(os.path.join(store.lab.store, 'store', segment[0]))
+        store.write(logs[-1], None)
+        for name in store.keys:
+            if name.startswith('list/') and name[5:] in {
+                    x[0][4:] for x in entry.segments}:
+                store.write(name, None)
+        with lab.no_fsync():
+            status, out, said = here('repair', store.lab.store)
+        if any(tarsnapd.extract_key(x[0]) for x in entry.segments):
+            self.assertEqual((status, out), (2, ''))
+            self.assertIn(logs[-1], said)
 
 
 class Bucket(unittest.TestCase):
