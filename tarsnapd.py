@@ -31,6 +31,7 @@ loop), or in whatever order a test finds cruel.  The wishes are
     ('index', machine, method, ...)                       the index
     ('all', wishes)               several: values, StoreErrors in their place
     ('now',)  ('random', n)  ('wait', seconds)            clock and chance
+    ('guess', method, ...)        who may try how many passwords yet
     ('answer', type, body[, request id])                  a frame to the client
 
 Map of this file, bottom up; no section uses a name from a later one:
@@ -108,6 +109,9 @@ LIMIT = {
     'seconds to drain': 60,         # a peer that reads nothing is let go
     'seconds to finish': 30,        # after SIGTERM
     'logins': 3,                    # wrong passwords on one connection
+    'challenges': 16,               # asked for on one
+    'requests unauthenticated': 64,     # of one
+    'frames at once': 256,          # then it is another connection's turn
     'seconds to freeze': 5,         # until a session hears of it
     'names withdrawn': 1 << 20,     # that were never put
 }
@@ -3549,6 +3553,49 @@ def account_get(address):
     return found
 
 
+def account_made_up(address, secret):
+    """What is taken for an account where there is none, always the same; its
+    password is known to nobody.
+    """
+    def part(what, length):
+        return hmac.digest(secret, what + address.lower().encode('utf-8'),
+                           'sha256').hex()[:length]
+
+    log_n, r, p = SCRYPT
+    return {'id': part(b'id\0', 16), 'address': address, 'created': 0,
+            'salt': part(b'salt\0', 64), 'logN': log_n, 'r': r, 'p': p,
+            'stored': part(b'stored\0', 64)}
+
+
+def versioned_seek(prefix, made_up):
+    """Steps: (True, newest version under `prefix`), or (False, `made_up`):
+    the same wishes and the same work, whatever is there.
+    """
+    keys = yield ('list', prefix)
+    key = keys[0] if keys else '%s%012d' % (prefix, VERSIONS - 1)
+    made = versioned_encode(key, made_up)
+    try:
+        data = yield ('get', key, 0, None)
+    except NoObject:
+        keys, data = [], made
+    return bool(keys), versioned_decode(key, data)
+
+
+def account_login(address, secret):
+    """Steps: (True, account) as account_get, or (False, a made up one).
+
+    Neither what it does nor how long that takes tells which.
+    """
+    made_up = account_made_up(address, secret)
+    claimed, claim = yield from versioned_seek(
+        address_prefix(address), {'account': made_up['id']})
+    there, account = yield from versioned_seek(
+        account_prefix(claim.get('account') or made_up['id']), made_up)
+    good = claimed and there and not account.get('closed') and (
+        account['address'].lower() == address.lower())
+    return good, account if good else made_up
+
+
 def account_verifier(password, salt):
     """What an account keeps of a password, as a dict of JSON values."""
     log_n, r, p = SCRYPT
@@ -4049,15 +4096,18 @@ class Session:
     up.
     """
 
-    def __init__(self, server, transport, machine=None, roles=None):
+    def __init__(self, server, transport, machine=None, roles=None,
+                 address=None):
         self.server = server            # Server
         self.transport = transport
         self.only_machine = machine     # number, or None for any
         self.only_roles = roles         # letters, or None for all
         self.statement = b''            # body of the first frame
         self.nonce = b''
-        self.register1 = None           # (body, user)
+        self.address = address          # of the client, None: unknown
+        self.register1 = None           # (body, user, known?, account)
         self.logins = 0                 # wrong passwords
+        self.challenges = 0
         self.machine = None             # Machine, since the first AUTH
         self.genesis = b''              # its H_0
         self.roles = ''                 # letters proven
@@ -4218,17 +4268,14 @@ class Session:
         except UnicodeDecodeError:
             raise Refused(E_BAD, 'user name is not UTF-8') from None
         reader.end()
-        self.register1 = (body, user)
-        found = yield from account_get(user)
-        if found:
-            account = found[1]
-            salt, cost = bytes.fromhex(account['salt']), (
-                account['logN'], account['r'], account['p'])
-        else:
-            # Whoever asks must not learn which users there are.
-            salt, cost = hmac.digest(self.server.secret, user.encode(),
-                                     'sha256'), SCRYPT
-        yield ('answer', CHALLENGE, salt + struct.pack('>BII', *cost))
+        self.challenges += 1
+        if self.challenges > LIMIT['challenges']:
+            raise Refused(E_BAD, 'too many challenges on one connection')
+        known, account = yield from account_login(user, self.server.secret)
+        self.register1 = (body, user, known, account)
+        yield ('answer', CHALLENGE, bytes.fromhex(account['salt'])
+               + struct.pack('>BII', account['logN'], account['r'],
+                             account['p']))
 
     def _register2(self, body):
         reader = Reader(body)
@@ -4237,10 +4284,12 @@ class Session:
         signed = body[:reader.pos]
         proof = reader.take(32)
         reader.end()
-        first, user = self.register1 or (b'', '')
+        challenge = self.register1 or (b'', '', False, account_made_up(
+            '', self.server.secret))
         self.register1 = None           # one try for each challenge
+        user = challenge[1]
         if not (user == '' and proof == ZERO32 and self._trusted()):
-            yield from self._login(user, first, signed, proof)
+            yield from self._login(*challenge, signed, proof)
         number = yield from machine_create(user, name, keys,
                                            self.server.delete_delay)
         yield ('answer', REGISTERED, U64.pack(number) + self.server.store_id)
@@ -4250,15 +4299,26 @@ class Session:
         return self.transport == TRANSPORT_DIR or (
             self.transport == TRANSPORT_STDIO and self.only_machine is None)
 
-    def _login(self, user, first, signed, proof):
-        found = (yield from account_get(user)) if first else None
-        stored = bytes.fromhex(found[1]['stored']) if found else ZERO32
-        good = login_check(stored, self.statement + first + signed, proof)
-        if found and good:
-            return
-        self.logins += 1
-        self.over = self.logins >= LIMIT['logins']
-        raise Refused(E_LOGIN, 'unknown user or wrong password')
+    def _login(self, first, user, known, account, signed, proof):
+        """Steps: Refused unless the proof is right, and there may be one.
+
+        Whoever is known or not, and right or wrong, the work is the same.
+        """
+        now = yield ('now',)
+        seconds = yield ('guess', 'charge', self.address, user, now)
+        if seconds:
+            raise Refused(E_BUSY, 'too many wrong passwords; try again in %d '
+                          'seconds' % seconds)
+        good = login_check(bytes.fromhex(account['stored']),
+                           self.statement + first + signed, proof)
+        if not (known and good):
+            self.logins += 1
+            self.over = self.logins >= LIMIT['logins']
+            raise Refused(E_LOGIN, 'unknown user or wrong password')
+        seconds = yield ('guess', 'forgive', self.address, user, now)
+        if seconds:
+            raise Refused(E_BUSY, 'too many machines were registered; try '
+                          'again in %d seconds' % seconds)
 
     def _check_frozen(self, machine, letters):
         """Refused if one of these roles was frozen.
@@ -5846,7 +5906,8 @@ INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
-             'scrub.lock', 'clean.lock', 'canary.key', 'journal'}
+             'scrub.lock', 'clean.lock', 'canary.key', 'journal', 'guesses',
+             'guesses-journal'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner'}
@@ -6175,6 +6236,169 @@ class Indexes:
             index.doubt = str(e)
 
 
+# What may be tried at once, and the seconds after which it is one more.
+GUESSES = {
+    'address': (10, 60),            # wrong passwords
+    'account': (100, 36),           # by addresses that are strange to it;
+    'pair': (3, 8 * 3600),          # above that, by each of these
+    'machines': (1000, 60),         # that an account registers
+}
+FRIEND = 90 * DAY       # seconds for which an address is not strange
+MOST_DEBTS = 200000     # rows that are kept
+
+
+def network(address):
+    """What counts as one address: of IPv6 all that one customer gets."""
+    import ipaddress
+    try:
+        found = ipaddress.ip_address(address.partition('%')[0])
+    except ValueError:
+        return address
+    found = getattr(found, 'ipv4_mapped', None) or found
+    return str(found) if found.version == 4 else str(
+        ipaddress.ip_network((int(found), 48), False))
+
+
+class Guesses:
+    """Who may try how many passwords yet: an SQLite file, for all processes
+    and for the time after a restart; disposable.
+
+    A row is a debt that time pays off: `until` is when all of it is.  An
+    attempt is charged for before it is judged, so that many at the same time
+    count as many; one that is refused costs nothing.
+
+    Nobody can lock out an owner: where strangers guess at an account from
+    many addresses, each address still has its few attempts, and one that has
+    logged in before has as many as ever.
+    """
+
+    def __init__(self, path, secret):
+        self.path = path
+        self.secret = secret
+        self.lock = threading.Lock()
+        self.db = None              # opened when first needed
+
+    def charge(self, address, user, now):
+        """Seconds to wait, or 0: then one attempt is charged for.
+
+        `address` is None where it is not known, as behind a front.
+        """
+        who = self._who(address, user)
+        limits = ['address', 'pair'] if address else ['account']
+        with self._transaction(now):
+            debts = {name: self._debt(who[name], name, now)
+                     for name in ('address', 'pair', 'account')}
+            attacked = self._wait(debts, 'account')
+            if address and (not attacked
+                            or self._until(who['friend']) > now):
+                limits = ['address']
+            seconds = max(self._wait(debts, name) for name in limits)
+            if not seconds:
+                for name, debt in debts.items():
+                    most, each = GUESSES[name]
+                    self._owe(who[name], now + min(debt + each, most * each))
+            return seconds
+
+    def forgive(self, address, user, now):
+        """An attempt was right: it costs nothing, and the address is no
+        stranger.  It registers a machine: seconds to wait, or 0.
+        """
+        who = self._who(address, user)
+        with self._transaction(now):
+            for name in ('address', 'pair', 'account'):
+                self._owe(who[name], now + self._debt(who[name], name, now)
+                          - GUESSES[name][1])
+            if address:
+                self._owe(who['friend'], now + FRIEND)
+            debts = {'machines': self._debt(who['machines'], 'machines',
+                                            now)}
+            seconds = self._wait(debts, 'machines')
+            if not seconds:
+                self._owe(who['machines'], now + debts['machines']
+                          + GUESSES['machines'][1])
+            return seconds
+
+    def _who(self, address, user):
+        """The keys of all rows; no address stands in the file."""
+        place = network(address or '').encode('utf-8', 'replace')
+        user = user.lower().encode('utf-8', 'replace')
+        return {name: hmac.digest(self.secret, b'\0'.join(
+            (name.encode(), place * (name in ('address', 'pair', 'friend')),
+             user * (name != 'address'))), 'sha256')[:16]
+            for name in ('friend', *GUESSES)}
+
+    @staticmethod
+    def _wait(debts, name):
+        """Seconds until one more attempt would not be too many."""
+        most, each = GUESSES[name]
+        return max(0, debts[name] + each - most * each)
+
+    def _debt(self, who, name, now):
+        """Seconds; the clock may have been set back."""
+        most, each = GUESSES[name]
+        return min(max(0, self._until(who) - now), most * each)
+
+    def _until(self, who):
+        found = self.db.execute('SELECT until FROM debts WHERE who = ?',
+                                (who,)).fetchone()
+        return found[0] if found else 0
+
+    def _owe(self, who, until):
+        self.db.execute('INSERT OR REPLACE INTO debts VALUES (?, ?)',
+                        (who, until))
+
+    @contextlib.contextmanager
+    def _transaction(self, now):
+        """Have the file open and nobody else in it; StoreError."""
+        import sqlite3
+        with self.lock:
+            try:
+                if self.db is None:
+                    self._open()
+                self.db.execute('BEGIN IMMEDIATE')
+                try:
+                    yield
+                    self._pay(now)
+                    self.db.execute('COMMIT')
+                except BaseException:
+                    rollback(self.db)
+                    raise
+            except (sqlite3.Error, OSError) as e:
+                if not isinstance(e, sqlite3.OperationalError):
+                    self._close()
+                    unlink_quietly(self.path)
+                raise StoreError('count', 'guesses', e) from e
+
+    def _pay(self, now):
+        """Forget what is paid, and the least of too much."""
+        run = self.db.execute
+        run('DELETE FROM debts WHERE until < ?', (now,))
+        many = run('SELECT count(*) FROM debts').fetchone()[0]
+        if many > MOST_DEBTS:
+            run('DELETE FROM debts WHERE who IN (SELECT who FROM debts '
+                'ORDER BY until LIMIT ?)', (many - MOST_DEBTS // 2,))
+
+    def _open(self):
+        import sqlite3
+        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None,
+                                  check_same_thread=False)
+        os.chmod(self.path, 0o600)
+        # A power cut may cost it; it is no loss.
+        self.db.execute('PRAGMA synchronous = OFF')
+        self.db.execute('CREATE TABLE IF NOT EXISTS debts (who BLOB PRIMARY '
+                        'KEY, until INTEGER) WITHOUT ROWID')
+        self.db.execute('CREATE INDEX IF NOT EXISTS paid ON debts (until)')
+
+    def _close(self):
+        if self.db:
+            self.db.close()
+            self.db = None
+
+    def close(self):
+        with self.lock:
+            self._close()
+
+
 class Server:
     """An open server directory."""
 
@@ -6244,6 +6468,7 @@ class Server:
             import tempfile
             index = self.temporary = tempfile.mkdtemp(prefix='tarsnapd-')
         self.indexes = Indexes(index, self.store)
+        self.guesses = Guesses(os.path.join(path, 'guesses'), self.secret)
 
     def certificate_load(self):
         """Vouch for the certificate that clients will see."""
@@ -6280,6 +6505,8 @@ class Server:
             return getattr(store, verb)(*wish[1:])
         if verb == 'index':
             return self.indexes.call(wish[1], wish[2], wish[3:])
+        if verb == 'guess':
+            return getattr(self.guesses, wish[1])(*wish[2:])
         if verb == 'spool':
             target = self.spools if wish[1] is None else wish[1]
             try:
@@ -6343,6 +6570,7 @@ class Server:
         if self.fan:
             self.fan.shutdown()
         self.indexes.close()
+        self.guesses.close()
         self.store.close()
         self.accounts.close()
         if self.temporary:
@@ -6997,6 +7225,7 @@ class Pipe:
 ##############################################################################
 
 LINGER = 2      # seconds a refused client has to read why
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Pool:
@@ -7076,7 +7305,7 @@ class Strangers:
 
     def take(self, address):
         """A row for one more from an address, None if there are too many."""
-        where = sha256(address.encode('utf-8', 'replace'))[:12]
+        where = sha256(network(address).encode('utf-8', 'replace'))[:12]
         with self.file_lock():
             rows = list(self.ROW.iter_unpack(self.table[:]))
             free = next((i for i, row in enumerate(rows) if not row[0]), None)
@@ -7115,7 +7344,8 @@ class Connection:
     __slots__ = ('sock', 'address', 'frames', 'session', 'steps', 'rid',
                  'flushing', 'paused', 'out', 'out_bytes', 'sending',
                  'secure', 'shaking', 'more', 'gone', 'ended', 'hanging',
-                 'deadline', 'moved', 'held', 'interest', 'track', 'row')
+                 'deadline', 'moved', 'held', 'interest', 'track', 'row',
+                 'requests')
 
     def __init__(self, sock, address, row, session, secure, now):
         self.sock = sock
@@ -7123,6 +7353,7 @@ class Connection:
         self.row = row              # among Strangers, or None
         self.track = Track(session.server.journal, session, address)
         self.frames = Frames()      # received and not yet taken
+        self.requests = 0           # taken
         self.session = session
         self.steps = None           # running generator
         self.rid = 0                # of the request it serves
@@ -7190,6 +7421,8 @@ class Loop:
         self.favoured = None            # may read although held is too much
         self.refused = 0                # connections, not yet in the journal
         self.refused_last = ''          # address of the last of them
+        self.accepting = True           # False for a moment without room
+        self.due = set()                # whose turn it is again
         self.stopping = 0               # 0, or when to stop at the latest
         self.room = memoryview(bytearray(256 * KIB))    # to receive into
 
@@ -7213,7 +7446,8 @@ class Loop:
         while True:
             if self.stopping and listening:
                 listening = False
-                self.selector.unregister(self.listener)
+                if self.accepting:
+                    self.selector.unregister(self.listener)
                 self.listener.close()
             if self.stopping and self.settled():
                 break
@@ -7234,7 +7468,8 @@ class Loop:
     def turn(self):
         """Wait for something to happen, and deal with it."""
         ready = [c for c in self.connections if c.more and self.may_read(c)]
-        timeout = 0 if ready else 1
+        due, self.due = self.due, set()
+        timeout = 0 if ready or due else 1
         if self.timers:
             timeout = min(timeout, max(0, self.timers[0][0]
                                        - time.monotonic()))
@@ -7251,6 +7486,8 @@ class Loop:
         for conn in ready:
             if conn.more:
                 self.guard(conn, self.on_event, self.read_event)
+        for conn in due:
+            self.guard(conn, self.advance)
         while self.timers and self.timers[0][0] <= self.now:
             _, _, conn, steps = heapq.heappop(self.timers)
             if conn.steps is steps:
@@ -7258,6 +7495,10 @@ class Loop:
         if self.now >= self.checked + 0.5:
             self.checked = self.now
             self.check_deadlines()
+            if not self.accepting and not self.stopping:
+                self.accepting = True
+                self.selector.register(self.listener, self.read_event,
+                                       self.accept)
             self.say_refused()
             if self.parent and os.getppid() != self.parent:
                 self.stop()             # it was killed: leave its port free
@@ -7280,9 +7521,15 @@ class Loop:
         for _ in range(16):
             try:
                 sock, address = self.listener.accept()
-            except OSError:
+            except OSError as e:
+                if e.errno in NO_ROOM and self.accepting:
+                    # Without this it would be asked again at once.
+                    self.accepting = False
+                    self.selector.unregister(self.listener)
                 return
             row = self.strangers.take(address[0])
+            if row is None and self.make_room(address[0]):
+                row = self.strangers.take(address[0])
             if row is None:
                 sock.close()
                 self.refused += 1
@@ -7302,9 +7549,29 @@ class Loop:
                 continue
             self.welcome(sock, address[0], row)
 
+    def make_room(self, address):
+        """Hang up on the stranger that has been here longest, if there are
+        too many: of this address, or else of all.  True if one was.
+
+        So whoever floods keeps nobody out who is quick to say who he is.
+        """
+        strangers = [c for c in self.connections
+                     if c.row is not None and c.steps is None]
+        same = [c for c in strangers
+                if network(c.address) == network(address)]
+        if same or len(strangers) >= LIMIT['unauthenticated']:
+            self.refused += 1
+            self.refused_last = address
+            self.guard(min(same or strangers, key=lambda c: c.deadline),
+                       self.hang_up)
+            return True
+        return False
+
     def welcome(self, sock, address, row):
         """Begin a session."""
-        session = Session(self.server, TRANSPORT_TLS)
+        # Behind a front nobody's address is known.
+        session = Session(self.server, TRANSPORT_TLS,
+                          address=address if self.context else None)
         conn = Connection(sock, address, row, session, bool(self.context),
                           self.now)
         self.connections.add(conn)
@@ -7386,13 +7653,17 @@ class Loop:
 
     def advance(self, conn):
         """Begin what can be begun, then watch for what is needed."""
-        session = conn.session
+        session, taken = conn.session, 0
         while conn.steps is None or conn.flushing:
             if conn.steps is None and (
                     session.batch_bytes >= LIMIT['batch']):
                 self.start(conn, session.idle(), 0, True)
+            elif taken == LIMIT['frames at once']:
+                self.due.add(conn)
+                break
             elif not self.take(conn):
                 break
+            taken += 1
         if conn.steps is None and (session.unsaid or session.batch and (
                 not conn.more or self.stopping)):
             # The client may be waiting for its window.
@@ -7429,6 +7700,12 @@ class Loop:
                 or session.batch_bytes >= LIMIT['batch in memory']):
             return False
         kind, rid, body = conn.frames.next()
+        conn.requests += 1
+        if conn.requests > LIMIT['requests unauthenticated'] and (
+                not session.machine):
+            session.over = True
+            conn.send(ERROR, rid, error_body(E_BAD, 'who are you?'))
+            return False
         if kind in UNANSWERED:
             error = session.accept(kind, body)
             conn.track.unanswered(body)
