@@ -102,6 +102,7 @@ def child(work):
     pid = os.fork()
     if not pid:
         status = 99
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faults.mute(False)
         try:
             status = work()
@@ -728,6 +729,14 @@ PARTS = {'dir': part_dir, 'tls': part_tls, 's3': part_s3}
 ##############################################################################
 
 
+def quiet():
+    """This process is not one of those that are hurt, and if it is ended it
+    ends what it has started.
+    """
+    faults.mute()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description='Kills, power cuts and failing calls, by count.')
@@ -744,7 +753,7 @@ def main():
     if 'FAULTS_STATE' not in os.environ:
         faults.preload([sys.executable, *sys.argv, '--seed', str(args.seed)])
     print('SEED=%d' % args.seed, flush=True)
-    faults.mute()
+    quiet()
     total = Report()
     with mock.patch.object(lab, 'no_fsync', contextlib.nullcontext), \
             mock.patch.object(tarsnap, 'WAITS', SHORT_WAITS), \

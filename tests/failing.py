@@ -42,6 +42,7 @@ import faults                                   # noqa: E402
 import lab                                      # noqa: E402
 import tarsnap                                  # noqa: E402
 import tarsnapd                                 # noqa: E402
+import world                                    # noqa: E402
 from crash import Broken, Report, server_main   # noqa: E402
 from faults import (                            # noqa: E402
     FAIL, FOREVER, HALF, LATE, NETWORK, READS, SHORT, WRITES)
@@ -85,8 +86,10 @@ class Op:
 
 
 OPS = (
-    Op('create', lambda b: ['-c', '-f', 'new', '--checkpoint-bytes',
-                            '1000000', '-C', b.tree, '.'], ('new', True)),
+    Op('create', lambda b: ['-c', '-f', 'new', '--exclude', 'extra', '-C',
+                            b.tree, '.'], ('new', True)),
+    Op('checkpoint', lambda b: ['-c', '-f', 'big', '--checkpoint-bytes',
+                                '1000000', '-C', b.tree, '.'], ('big', True)),
     Op('delete', lambda b: ['-d', '-f', 'a1'], ('a1', False)),
     Op('undelete', lambda b: ['--undelete', '-f', 'gone'], ('gone', True)),
     Op('restore', lambda b: ['-x', '-p', '-f', 'a2', '-C', b.fresh()],
@@ -129,8 +132,11 @@ class Bench(crash.Story):
             self.models[name] = lab.snapshot(self.tree)
             self.good('-c', '-f', name, '-C', self.tree, '.')
         self.good('-d', '-f', 'gone')
-        self.tree_change(True)
-        self.models['new'] = lab.snapshot(self.tree)
+        world.write(os.path.join(self.tree, 'extra'),
+                    dice.randbytes(1100000))
+        self.models['big'] = lab.snapshot(self.tree)
+        self.models['new'] = {name: what for name, what in
+                              self.models['big'].items() if name != b'extra'}
         self.mine.set()
 
     def user_add(self):
@@ -154,7 +160,7 @@ class Bench(crash.Story):
                                 symlinks=True)
         if self.live:
             for name in self.names():
-                if name.startswith('new'):
+                if name.startswith(('new', 'big')):
                     self.good('-d', '-f', name)
 
     def fresh(self):
@@ -241,9 +247,9 @@ class Bench(crash.Story):
 
     def again(self, op):
         """The command once more, with nothing in its way."""
-        if op.name == 'create' and 'new.part' in self.names():
-            # A checkpoint was made, and keeps the name.
-            self.good('-d', '-f', 'new.part')
+        if op.name == 'checkpoint' and 'big.part' in self.names():
+            # It was made, and keeps the name.
+            self.good('-d', '-f', 'big.part')
         client = self.begin(op)
         if self.wait(client) and not (
                 op.name == 'restore' and client.code == 0):
@@ -387,7 +393,7 @@ def part_server(dice, report, turns):
         bench.user_add()
         bench.save()
         turns.go(bench, calls_kinds(
-            bench, OPS[:4] + COMMANDS, lambda op: [bench.home]))
+            bench, OPS[:5] + COMMANDS, lambda op: [bench.home]))
 
 
 def part_verbs(dice, report, turns):
@@ -395,7 +401,7 @@ def part_verbs(dice, report, turns):
         bench.user_add()
         bench.save()
         found = {}
-        for op in OPS[:4] + COMMANDS:
+        for op in OPS[:5] + COMMANDS:
             for how in VERBS:
                 def attempt(n, op=op, how=how):
                     path = bench.world.path('verbs')
@@ -442,7 +448,7 @@ def verbs_fail(path, n, how):
 
 
 SERVED = tuple(op for op in OPS if op.name in (
-    'create', 'restore', 'list', 'stats', 'fsck'))
+    'create', 'checkpoint', 'restore', 'list', 'stats', 'fsck'))
 
 
 def part_net(dice, report, turns):
@@ -525,7 +531,7 @@ def main():
     if 'FAULTS_STATE' not in os.environ:
         faults.preload([sys.executable, *sys.argv, '--seed', str(args.seed)])
     print('SEED=%d' % args.seed, flush=True)
-    faults.mute()
+    crash.quiet()
     total = Report()
     with mock.patch.object(lab, 'no_fsync', contextlib.nullcontext), \
             mock.patch.object(tarsnap, 'WAITS', crash.SHORT_WAITS), \

@@ -271,7 +271,7 @@ class Wire:
     `plan(number, method, path)` says what becomes of each request, counted
     from 1: None to pass it on, or one of
 
-        '500' 'slow'    an answer of that kind, without asking the peer
+        '500' 'slow' '409'  an answer of that kind, without asking the peer
         'hang'          no answer, the connection stays open
         'reset'         the connection ends before the request is passed on
         'lost'          the peer does it, its answer is thrown away
@@ -343,7 +343,7 @@ class Wire:
             return False
         if what == 'reset':
             return False
-        if what in ('500', 'slow'):
+        if what in ('500', 'slow', '409'):
             sock.sendall(self.refusal(what))
             return True
         hidden = {'unconditional': b'If-None-Match:', 'whole': b'Range:'}
@@ -379,7 +379,9 @@ class Wire:
     @staticmethod
     def refusal(what):
         status, code = {'500': ('500 Internal Server Error', 'InternalError'),
-                        'slow': ('503 Slow Down', 'SlowDown')}[what]
+                        'slow': ('503 Slow Down', 'SlowDown'),
+                        '409': ('409 Conflict',
+                                'ConditionalRequestConflict')}[what]
         body = '<Error><Code>%s</Code><Message>not now</Message></Error>' % (
             code)
         return ('HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s' % (

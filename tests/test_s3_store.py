@@ -262,8 +262,9 @@ class Faults(Case):
         self.assertEqual(requests, 10)
         self.assertEqual(self.wire.connections, 1)      # it is kept
         for what, peer in (
-                ('500', 'moto'), ('slow', 'moto'), ('reset', 'moto'),
-                ('hang', 'moto'), ('lost', 'swift'), ('torn', 'swift')):
+                ('500', 'moto'), ('409', 'moto'), ('slow', 'moto'),
+                ('reset', 'moto'), ('hang', 'moto'), ('lost', 'swift'),
+                ('torn', 'swift')):
             for n in range(1, requests + 1):
                 with self.subTest(what, n=n):
                     store = self.store(peer, plan=lambda number, *_:
