@@ -94,7 +94,7 @@ class Full(unittest.TestCase):
         self.assertEqual(self.create('before').code, 0)
         before = self.model
         self.more(2 * MIB)
-        for left in (0, 70000, MIB):
+        for left in (0, MIB):
             with self.subTest(left=left):
                 disk.fill(left)
                 self.fails(self.create('full'), NO_SPACE)
@@ -129,7 +129,7 @@ class Full(unittest.TestCase):
         disk = FullDisk(self, MIB)
         cache = os.path.join(disk.path, 'cache')
         self.world.keygen()
-        lefts = (0, 4096, 20000, 60000)
+        lefts = (0, 4096, 30000)
         for number in range(len(lefts)):
             self.world.ok('-c', '-f', 'old-%d' % number, '-C', self.tree, '.',
                           cache=cache)
