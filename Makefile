@@ -32,6 +32,9 @@ FAULTS =
 # --engine atheris.
 FUZZ =
 
+# Arguments for tests/model.py, such as --seconds 600, --seed N or --off RULE.
+MODEL =
+
 # Arguments for the benchmarks, such as --runs 3, --json FILE or --help.
 BENCH =
 
@@ -59,6 +62,8 @@ help:
 	@echo '                       takes hours; FAULTS="--seconds 600" a share'
 	@echo 'make fuzz [FUZZ=...]   hostile bytes for everything that takes bytes'
 	@echo '                       apart, half an hour; FUZZ=--list names what'
+	@echo 'make model [MODEL=...] explore how two servers and their clients may'
+	@echo '                       meet, for a minute; nothing may be lost'
 	@echo 'make bench [BENCH=...] time it beside restic and borg: a small tree,'
 	@echo '                       a large one, one file of 1 GB; 5 rounds'
 	@echo 'make bench-quick       the small tree, one round'
@@ -87,6 +92,9 @@ faults: tools
 
 fuzz:
 	@$(FIND) && exec "$$py" tests/fuzz.py $(FUZZ)
+
+model:
+	@$(FIND) && exec "$$py" tests/model.py $(MODEL)
 
 bench: peers
 	@$(FIND) && exec "$$py" bench/compare.py --tree small --tree large \
@@ -137,6 +145,6 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test crash fuzz rot faults bench bench-quick \
+.PHONY: help demo test crash fuzz rot faults model bench bench-quick \
 	bench-growth bench-network bench-load bench-rebuild tools peers lint \
 	clean
