@@ -57,6 +57,7 @@ import gc
 import hashlib
 import hmac
 import itertools
+import operator
 import os
 import re
 import stat
@@ -12141,34 +12142,40 @@ def release(cache, records):
     any more, from earlier runs, go too but are not counted.  The names hold
     every existing parent of each of them.
     """
-    counts, dead, sums = {}, [], [0, 0]
+    left, dead, sums = {}, {}, [0, 0]       # dead: a set that keeps order
     garbage = [row[0] for row in cache.db.execute(
         'SELECT name FROM blocks WHERE count = 0')]
-    for stack, wanted in ((garbage, False), (list(records), True)):
+    for names, wanted in ((garbage, False), (records, True)):
+        stack = [(name, cache.find(name)) for name in names]
+        dead.update(dict.fromkeys(names))
         while stack:
-            name = stack.pop()
-            dead.append(name)
-            row = cache.find(name)
+            name, row = stack.pop()
             if row is None:
-                raise UserError('Directory is not consistent with archive: '
-                                'Run --fsck')
+                raise inconsistent()
             if wanted:
                 sums[0] += row[2] or 0
                 sums[1] += row[3]
-            stack += release_kids(cache, name, counts)
-    return dead, sums[0], sums[1]
+            if row[0] != 'c':
+                stack += release_kids(cache, name, left, dead)
+    return list(dead), sums[0], sums[1]
 
 
-def release_kids(cache, name, counts):
-    """Count one parent less for the kids of `name`; those left with none."""
+def release_kids(cache, name, left, dead):
+    """Count one parent less for the kids of `name`: (name, row) of those
+    with none, which are entered in `dead`.  `left` has the parents left of
+    those with some, which are few.
+    """
     out = []
     for kid in {kid.name for kid in cache.kids(name) or ()}:
-        if kid not in counts:
-            below = cache.find(kid)
-            counts[kid] = below[1] if below else 0
-        counts[kid] -= 1
-        if counts[kid] == 0:
-            out.append(kid)
+        row = None if kid in dead else cache.find(kid)
+        if row is None:
+            continue
+        count = left.pop(kid, row[1])
+        if count > 1:
+            left[kid] = count - 1
+        else:
+            dead[kid] = None
+            out.append((kid, row))
     return out
 
 
@@ -12179,13 +12186,12 @@ def release_check(cache, dead):
     count that is wrong, for whatever reason, must get past.  It passes over
     chunks, and takes 0.1 s for each million references.
     """
-    gone = set(dead)
-    rows = {(name,) for name in dead}       # as KID_NAME unpacks them
+    gone, first = set(dead), operator.itemgetter(0)
     for name, kids in cache.db.execute(
             'SELECT name, kids FROM blocks INDEXED BY parents '
             'WHERE kids IS NOT NULL'):
-        if name not in gone and not rows.isdisjoint(
-                KID_NAME.iter_unpack(kids)):
+        if name not in gone and not gone.isdisjoint(
+                map(first, KID_NAME.iter_unpack(kids))):
             raise inconsistent()
 
 
@@ -12291,9 +12297,9 @@ def delete_once(remote, cache, archive, record):
     whole = cache.total(record)
     totals = list(cache.totals)
     subtract(totals, whole)
-    all_dead = [cache.find(name) for name in dead]
-    totals[2] -= sum(row[2] or 0 for row in all_dead)
-    totals[3] -= sum(row[3] for row in all_dead)
+    for row in map(cache.find, dead):
+        totals[2] -= row[2] or 0
+        totals[3] -= row[3]
     archives = cache.archives()
     del archives[archive]
     totals[4:] = (*whole, plain, stored, len(archives))
