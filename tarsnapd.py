@@ -101,7 +101,7 @@ LIMIT = {
     'entry': MIB + 4 * KIB,         # of a segment, with its header
     'read gap': 64 * KIB,           # read over rather than read twice
     'out': MIB,                     # waiting to be sent; nothing more is made
-    'all connections': 64 * MIB,    # requests, batches and answers together
+    'all connections': 48 * MIB,    # requests, batches and answers together
     'transactions': 4,              # open, of one machine
     'unauthenticated': 64,          # connections
     'unauthenticated per address': 8,
