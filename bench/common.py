@@ -418,3 +418,14 @@ def parser(doc, runs):
                      help='work below this directory, not the usual '
                      'temporary one')
     return out
+
+
+def parse(out, **quick):
+    """The arguments of this process; with --quick, `quick` is what is usual:
+    small numbers, to see that a benchmark works.
+    """
+    out.add_argument('--quick', action='store_true',
+                     help='small numbers: it works, its figures say nothing')
+    if '--quick' in sys.argv[1:]:
+        out.set_defaults(runs=1, **quick)
+    return out.parse_args()

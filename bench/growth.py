@@ -1,19 +1,28 @@
 #!/usr/bin/env python3
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
-"""How time and memory grow with files, archives and stored blocks.
+"""How time and memory grow with files, archives, bytes and stored blocks.
 
 Ours only, in a directory.  Prints for each series the slope of a straight line
 through the points in logarithms: 1 is proportional, 0 does not grow; and for
 memory what each further unit costs.
 
 files      trees of tiny files, a thousand to a directory: a first backup, an
-           unchanged one
+           unchanged one, -t, the deletion of one of two
 archives   one tree of the least of those sizes and so many archives of it,
            each with another file changed: an unchanged backup,
-           --list-archives, the deletion of one
+           --list-archives, the deletion of one more of that kind
+gb         so many GB in files of 64 MB that bench/simulate.py does not read:
+           filling the store from one size to the next, with checkpoints as
+           often as `checkpoint-bytes 1GB` makes them; then, by the real
+           client and server, an unchanged backup, the deletion of an archive
+           in which one file differs, --print-stats, --fsck, and a rebuild of
+           the server's index
 blocks     a store filled with so many small blocks by the client of the
            tests: opening a session and a commit, by a server that knows the
            store, and a rebuild of what it knows
+
+On two processors it takes about a quarter of an hour, of which making
+1 000 000 files is a third; --gb 1,10,100,1000 takes an hour more and 6 GB.
 """
 
 import math
@@ -27,7 +36,11 @@ import trees
 
 sys.path.insert(0, os.path.join(common.HERE, 'tests'))
 
-SERIES = ('files', 'archives', 'blocks')
+SERIES = ('files', 'archives', 'gb', 'blocks')
+FOLDER = 1000               # tiny files in a directory, and large ones
+FILE = 64000000             # bytes of a file that is not read
+CHECKPOINT = 1770000        # 12 200 blocks as bench/simulate.py stores them
+RACY = 2.5      # seconds; what is younger is read again by the next run
 COMMIT_BLOCKS = 10000       # of each commit that fills a store
 KEYS = ('seconds', 'cpu', 'peak')
 
@@ -43,8 +56,8 @@ class Bench:
     def client(self, *words):
         return self.place.client('key', 'cache', *words)
 
-    def create(self, name):
-        return self.client('-c', '-f', name, '-C', self.tree, '.')
+    def create(self, name, *options):
+        return self.client('-c', '-f', name, *options, '-C', self.tree, '.')
 
     def measure(self, series, count, work, command):
         self.report.add(self.place.measure(command), series=series,
@@ -56,35 +69,98 @@ class Bench:
         self.place.key('key', self.place.path('store'))
 
     def files(self):
-        made = 0
+        tree = self.args.tiny or self.tree
+        made = FOLDER * len(os.listdir(tree)) if os.path.isdir(tree) else 0
         for count in self.args.files:
-            trees.apart(trees.tiny, self.tree, count - made, made)
-            made = count
-            common.warm(self.tree)
+            if made < count:
+                trees.apart(trees.tiny, tree, count - made, made)
+                made = count
+            folders = ['%05d' % number
+                       for number in range(-(-count // FOLDER))]
+            for folder in folders:
+                common.warm(os.path.join(tree, folder))
             self.fresh()
-            self.measure('files', count, 'first', self.create('a'))
-            for number in range(self.args.runs):
-                self.measure('files', count, 'unchanged',
-                             self.create('u%d' % number))
+            with open(self.place.path('folders'), 'w') as file:
+                file.write('\n'.join(folders))
+            time.sleep(RACY)
+
+            def create(name):
+                return self.client('-c', '-f', name, '-C', tree, '-T',
+                                   self.place.path('folders'))
+
+            self.measure('files', count, 'first', create('a'))
+            for _ in range(self.args.runs):
+                self.measure('files', count, 'unchanged', create('u'))
+                self.measure('files', count, 'list',
+                             self.client('-t', '-f', 'a'))
+                self.measure('files', count, 'delete',
+                             self.client('-d', '-f', 'u'))
 
     def archives(self):
         least = min(self.args.files)
         shutil.rmtree(self.tree, ignore_errors=True)
         trees.apart(trees.tiny, self.tree, least)
         self.fresh()
-        made = 0
+        made = changed = 0
         for count in self.args.archives:
             while made < count:
-                self.change(made)
+                self.change(changed)
                 self.place.quiet(self.create('a%d' % made))
-                made += 1
+                made, changed = made + 1, changed + 1
             for _ in range(self.args.runs):
+                self.change(changed)
+                changed += 1
+                self.place.quiet(self.create('changed'))
+                time.sleep(RACY)
+                self.place.quiet(self.create('settled'))
                 self.measure('archives', count, 'unchanged',
                              self.create('extra'))
                 self.measure('archives', count, 'list-archives',
                              self.client('--list-archives'))
+                self.place.quiet(self.client('-d', '-f', 'extra',
+                                             '-f', 'settled'))
                 self.measure('archives', count, 'delete',
-                             self.client('-d', '-f', 'extra'))
+                             self.client('-d', '-f', 'changed'))
+
+    def gb(self):
+        """Sizes; what was there is stored once, and the rest filled up."""
+        shutil.rmtree(self.tree, ignore_errors=True)
+        self.fresh()
+        made, simulate = 0, os.path.join(os.path.dirname(
+            os.path.abspath(__file__)), 'simulate.py')
+        for count in self.args.gb:
+            while made * FILE < count * 1e9:
+                self.sparse(made)
+                made += 1
+            time.sleep(RACY)
+            fill = self.create('a%g' % count, '--checkpoint-bytes',
+                               str(self.args.checkpoint))
+            fill[1:2] = [simulate, self.place.path('lib')]
+            self.measure('gb', count, 'fill', fill)
+            for _ in range(self.args.runs):
+                self.measure('gb', count, 'unchanged', self.create('u'))
+                self.place.quiet(self.client('-d', '-f', 'u'))
+                small = os.path.join(self.tree, 'small')
+                with open(small, 'ab') as file:
+                    file.write(b'changed\n')
+                self.place.quiet(self.create('changed'))
+                os.unlink(small)
+                self.measure('gb', count, 'delete',
+                             self.client('-d', '-f', 'changed'))
+                self.measure('gb', count, 'stats',
+                             self.client('--print-stats'))
+            self.measure('gb', count, 'rebuild', self.place.script(
+                'tarsnapd', 'rebuild', self.place.path('store')))
+            self.measure('gb', count, 'fsck', self.client('--fsck'))
+            self.place.quiet(self.create('known'))      # fsck forgets that
+            self.place.quiet(self.client('-d', '-f', 'known'))
+
+    def sparse(self, number):
+        """One more file of nothing but a hole."""
+        folder = os.path.join(self.tree, '%05d' % (number // FOLDER))
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, 'f%07d' % number), 'wb') as file:
+            file.truncate(FILE)
 
     def change(self, number):
         """Change one file of the tree."""
@@ -206,13 +282,21 @@ def options():
     parser = common.parser(__doc__, 3)
     for name, usual in (('files', [10000, 100000, 1000000]),
                         ('archives', [1, 10, 100]),
-                        ('blocks', [10000, 100000, 500000])):
+                        ('gb', [1, 10, 100]),
+                        ('blocks', [10000, 100000])):
         parser.add_argument(
             '--' + name, type=common.numbers, default=usual, metavar='N,N',
             help='rising numbers of them (%s)' % ','.join(map(str, usual)))
+    parser.add_argument('--checkpoint', type=int, default=CHECKPOINT,
+                        metavar='BYTES', help='that the simulated client '
+                        'sends between two checkpoints, 0: none (%d, as many '
+                        'blocks as are in 1 GB)' % CHECKPOINT)
+    parser.add_argument('--tiny', metavar='DIR',
+                        help='the tiny files are here, or are made and kept')
     parser.add_argument('--series', type=common.words, default=list(SERIES),
                         metavar='A,B', help=', '.join(SERIES))
-    args = parser.parse_args()
+    args = common.parse(parser, files=[10, 30], archives=[1, 2], gb=[1, 2],
+                        blocks=[20, 40])
     unknown = set(args.series) - set(SERIES)
     if unknown:
         parser.error('unknown in --series: ' + min(unknown))

@@ -13,8 +13,10 @@ Phases, each so many seconds long: `put`, every busy session sends an archive
 of blocks, commits, and begins again; `get`, every one asks for one of its
 blocks at a time; `both`, half does the one and half the other.  Latency is
 that of a COMMIT until it is durable, and of a GET until the block is there.
+MB a second of the server's own processor time say what it would do if the
+clients ran elsewhere.
 Idle sessions must still answer at the end.  All of it for each number of
-workers.
+workers: some two minutes.
 """
 
 import multiprocessing
@@ -93,9 +95,9 @@ class Busy:
             start = time.monotonic()
             while time.monotonic() - start < self.args.seconds:
                 work(phase)
-            out.put((phase, self.moved / (time.monotonic() - start),
+            out.put((self.moved / (time.monotonic() - start),
                      self.took.get((phase, 'COMMIT'), []),
-                     self.took.get((phase, 'GET'), [])))
+                     self.took.get((phase, 'GET'), []), self.moved))
             barrier.wait()
         self.client.close()
 
@@ -188,17 +190,26 @@ class Bench:
             process.join()
         self.place.stop()
 
+    def clients_cpu(self):
+        """CPU seconds of all the processes of the clients so far."""
+        return sum(common.processor(process.pid)
+                   for process in self.processes)
+
     def phase(self, name, barrier):
         """One phase: the sum of all sessions."""
         barrier.wait(600)
-        cpu = common.processor(self.child.pid)
+        cpu, ours = common.processor(self.child.pid), self.clients_cpu()
         sampler = common.Sampler(self.child.pid)
         results = [self.wait(lambda seconds: self.out.get(timeout=seconds))
                    for _ in range(self.args.active)]
-        run = {'bytes_per_second': sum(each[1] for each in results),
+        run = {'bytes_per_second': sum(each[0] for each in results),
                'server_cpu': common.processor(self.child.pid) - cpu,
-               'server_peak': sampler.end()[self.child.pid]}
-        for what, column in (('commit', 2), ('get', 3)):
+               'server_peak': sampler.end()[self.child.pid],
+               'clients_cpu': self.clients_cpu() - ours}
+        # What the server would do if it had processors to itself.
+        run['bytes_per_server_cpu_second'] = sum(
+            each[3] for each in results) / max(run['server_cpu'], .01)
+        for what, column in (('commit', 1), ('get', 2)):
             took = [value for each in results for value in each[column]]
             run.update(percentiles(what, took))
         self.report.add(run, workers=self.workers, phase=name)
@@ -217,7 +228,8 @@ def percentiles(what, took):
 
 
 def show(report):
-    rows = [('workers', 'phase', 'MB/s', 'server CPU s', 'server MB')
+    rows = [('workers', 'phase', 'MB/s', 'a server CPU s',
+             'server CPU s', 'clients CPU s', 'server MB')
             + tuple('%s %s ms' % (what, share) for what in ('COMMIT', 'GET')
                     for share in ('50 %', '95 %', '99 %', 'most'))]
     for figure in report.figures:
@@ -227,7 +239,9 @@ def show(report):
         rows.append(
             (str(figure['workers']), figure['phase'],
              value('bytes_per_second', 1e-6, '%.0f'),
+             value('bytes_per_server_cpu_second', 1e-6, '%.0f MB'),
              value('server_cpu', 1, '%.1f'),
+             value('clients_cpu', 1, '%.1f'),
              common.megabytes(figure['server_peak']))
             + tuple(value('%s_%s' % (what, share), 1e3, '%.1f')
                     for what in ('commit', 'get')
@@ -247,7 +261,8 @@ def options():
             default=usual, metavar='N', help='%s (%d)' % (text, usual))
     parser.add_argument('--workers', type=common.numbers, default=[1, 2],
                         metavar='N,N', help='numbers of workers (1,2)')
-    return parser.parse_args()
+    return common.parse(parser, idle=3, active=2, seconds=.3, workers=[1],
+                        block=1000, blocks=3)
 
 
 def main():

@@ -12,8 +12,9 @@ the one before from the other side (Lamport's clock).  What is merely in
 flight at the same time is one.
 
 Works: first, unchanged, list (-t), restore, lists (--list-archives, with few
-and with many archives), delete.  The files are random bytes, so that what is
-restored is what passes the link.
+and with many archives), stats (--print-stats of all), delete.  The files are
+random bytes, so that what is restored is what passes the link.  It takes two
+minutes.
 """
 
 import collections
@@ -27,6 +28,8 @@ import time
 
 import common
 import trees
+
+sys.path.insert(0, os.path.join(common.HERE, 'tests'))
 
 IN_FLIGHT = 4 << 20     # bytes each way; what Linux buffers by default
 PIECE = 1 << 16         # bytes taken at once
@@ -178,6 +181,12 @@ class Proxy:
 ##############################################################################
 
 
+def many_make(store, key, count):
+    """So many archives, in a process of its own (see trees.apart)."""
+    import many
+    many.Many(store, key).make(count)
+
+
 class Bench:
 
     def __init__(self, place, report, args):
@@ -243,30 +252,26 @@ class Bench:
         self.place.quiet(self.client('-d', '-f', 'b'))
 
     def lists(self):
-        """--list-archives with one archive and with many."""
+        """--list-archives with one archive and with many; then what else
+        their number might slow down.
+        """
         for archives in (1, self.args.archives):
             self.archives_make(archives - 1)
             for _ in range(self.args.runs):
                 self.measure('lists', '--list-archives', archives=archives)
+        self.place.quiet(self.place.client('key', 'cache', '--fsck'))
+        for _ in range(self.args.runs):
+            for work, *words in (
+                    ('list', '-t', '-f', 'a'),
+                    ('stats', '--print-stats', '-f', '*'),
+                    ('unchanged', '-c', '-f', 'c', '-C', self.tree, '.'),
+                    ('delete', '-d', '-f', 'c')):
+                self.measure(work, *words, archives=archives)
 
     def archives_make(self, count):
-        """So many small archives, not over the slow link."""
-        base = self.place.client('key', 'cache')[2:]
-        code = ('import os, sys, tarsnap\n'
-                'base, count, at = sys.argv[1:-2], *sys.argv[-2:]\n'
-                'for i in range(int(count)):\n'
-                '    pid = os.fork()\n'
-                '    if not pid:\n'
-                '        tarsnap.main(["tarsnap", *base, "-c", "-f", "%s-%d"'
-                ' % (at, i), __file__])\n'
-                '        os._exit(0)\n'
-                '    status = os.waitpid(pid, 0)[1]\n'
-                '    if status:\n'
-                '        sys.exit("archive %d: %d" % (i, status))\n')
-        path = self.place.path('lib', 'archives.py')
-        with open(path, 'w') as file:
-            file.write(code)
-        self.place.quiet([sys.executable, path, *base, str(count), 'many'])
+        """So many archives of nothing, not over the slow link."""
+        trees.apart(many_make, self.place.path('server'),
+                    self.place.path('key'), count)
 
     def show(self):
         rows = [('work', 'archives', 'seconds (least-most)', 'MB/s',
@@ -297,7 +302,8 @@ def options():
             ('archives', int, 1000, 'N', 'archives that are listed')):
         parser.add_argument('--' + name, type=kind, default=usual,
                             metavar=unit, help='%s (%s)' % (text, usual))
-    return parser.parse_args()
+    return common.parse(parser, rtt=4, size=40000, archives=3, loss=0.01,
+                        rate=50000000)
 
 
 def main():

@@ -106,26 +106,27 @@ class Benchmarks(unittest.TestCase):
 
     def test_growth(self):
         document, _ = self.run_bench(
-            'growth', '--files', '10,30', '--archives', '1,2', '--blocks',
-            '20,40')
-        works = {'files': ['first', 'unchanged'],
+            'growth', '--quick')
+        works = {'files': ['first', 'unchanged', 'list', 'delete'],
                  'archives': ['unchanged', 'list-archives', 'delete'],
+                 'gb': ['fill', 'unchanged', 'delete', 'stats', 'rebuild',
+                        'fsck'],
                  'blocks': ['session', 'commit', 'rebuild']}
         self.assertEqual(
             [(slope['series'], slope['work'])
              for slope in document['slopes']],
             [(series, work) for series in works for work in works[series]])
-        self.assertEqual(len(document['figures']), 16)
+        self.assertEqual(len(document['figures']), 32)
 
     def test_network(self):
         document, _ = self.run_bench(
-            'network', '--rtt', '4', '--size', '40000', '--archives', '3',
-            '--loss', '0.01', '--rate', '50000000')
+            'network', '--quick')
         figures = {(figure['work'], figure['archives']): figure['runs'][0]
                    for figure in document['figures']}
         self.assertEqual(set(figures), {
             ('first', 1), ('unchanged', 1), ('delete', 2), ('list', 1),
-            ('restore', 1), ('lists', 1), ('lists', 3)})
+            ('restore', 1), ('lists', 1), ('lists', 3), ('list', 3),
+            ('stats', 3), ('unchanged', 3), ('delete', 3)})
         for work, run in figures.items():
             with self.subTest(work):
                 # Connection, TLS, statement and proof, at least.
@@ -148,16 +149,16 @@ class Benchmarks(unittest.TestCase):
 
     def test_load(self):
         document, _ = self.run_bench(
-            'load', '--idle', '3', '--active', '2', '--seconds', '.3',
-            '--workers', '1', '--block', '1000', '--blocks', '3')
+            'load', '--quick')
         figures = {figure['phase']: figure for figure in document['figures']}
         self.assertEqual(set(figures), {'idle', 'put', 'get', 'both'})
         for phase, keys in (('put', ['commit']), ('get', ['get']),
                             ('both', ['commit', 'get'])):
             with self.subTest(phase):
-                for key in keys:
-                    self.assertGreater(
-                        figures[phase][key + '_p50']['median'], 0)
+                for key in [one + '_p50' for one in keys] + [
+                        'bytes_per_second', 'bytes_per_server_cpu_second',
+                        'server_peak']:
+                    self.assertGreater(figures[phase][key]['median'], 0)
 
 
 class Counting(unittest.TestCase):
