@@ -5316,6 +5316,7 @@ class Transaction(Sink):
         # A block that is put again counts as it did before.
         again = self.cache.find(name) if name in self.rotten else None
         own.stored = again[3] if again else own.stored or len(sealed)
+        own.linked = own.linked or bool(again)      # a stored block names it
         own.plain, own.sums = plain, totals or (plain, own.stored)
         self.own.set(name, own)
         self.delta(name, cls, plain, own.stored, *own.sums, kids)
@@ -5832,6 +5833,19 @@ def blocks_look(channel, names):
                 wrong[name] = str(error)
         channel.forget(rid)
     return wrong
+
+
+def damage_where(remote, damage):
+    """{name: why} of damaged blocks, with the object that the server names;
+    of what it finds whole it says nothing: that was bad when it came.
+    """
+    try:
+        where = blocks_look(remote.connect(), list(damage))
+    except RemoteError:
+        return damage
+    return {name: why + ' (the server: %s)' % where[name]
+            if where.get(name, '') not in why else why
+            for name, why in damage.items()}
 
 
 def refs_learn(opener, names, name, cls, block):
@@ -11569,11 +11583,14 @@ def verify_records(remote, live, opt, output):
         live = history_live(remote, opt)
     lost = [archive for archive in sorted(set(chosen) - set(found))
             if live.get(archive) == chosen[archive]]
+    why = damage_where(remote, {
+        chosen[archive][0]: 'archive record %s: the archive whose hash is %s '
+        'is lost' % (chosen[archive][0].hex()[:16], archive.hex())
+        for archive in lost})
     for archive in lost:
-        damage_print(output, opt, titles.get(archive, b''), None,
-                     chosen[archive][0], 'archive record %s: the archive '
-                     'whose hash is %s is lost'
-                     % (chosen[archive][0].hex()[:16], archive.hex()))
+        record = chosen[archive][0]
+        damage_print(output, opt, titles.get(archive, b''), None, record,
+                     why[record])
     return sorted(found.values(), key=lambda record: (
         record.created, record.title)), len(lost)
 
@@ -11597,6 +11614,7 @@ def damage_report(verifier, remote, records, opt, output):
     kept = [record for record in records
             if live.get(record.archive, (b'',))[0] == record.name]
     named = set()
+    verifier.damaged = damage_where(remote, verifier.damaged)
     for record in kept:
         last = None
         for path, block in verifier.lost(record.kids, record.level):
@@ -13200,14 +13218,7 @@ class Fsck:
     def tell(self, doomed):
         """Which archives are not whole, and what is damaged, on stderr."""
         some = dict(list(self.damage.items())[:20])
-        try:
-            where = blocks_look(self.remote.connect(), list(some))
-        except (Refused, RemoteError):
-            where = {}
-        for name, why in some.items():
-            # The server names the object; what it finds whole was bad before.
-            if where.get(name) and where[name] not in why:
-                why += ' (the server: %s)' % where[name]
+        for why in damage_where(self.remote, some).values():
             warn(why)
         for archive, record in doomed:
             warn('Archive %s is damaged' % self.title(archive, record))

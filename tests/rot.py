@@ -376,6 +376,9 @@ class Store:
                 if paths == set(self.models[name]) - {b''}:
                     continue        # its record or its only page
                 self.said(case, paths, result.out)
+        if lost and case.key.startswith('seg/') and case.harm == 'flip':
+            self.test.assertIn(case.key, result.out + result.err,
+                               (case, result))
         shutil.rmtree(self.host.cache)
         os.mkdir(self.host.cache, 0o700)
         result = self.host.run('--fsck', '--read-data')

@@ -3,7 +3,6 @@
 
 import os
 import unittest
-from unittest import mock
 
 import lab
 import rot
