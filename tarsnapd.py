@@ -1573,7 +1573,7 @@ def segment_key(machine, tid, number, table_hash):
     tries, do not use one key for two contents.
     """
     return 'seg/%016x/%s/%06d-%s' % (machine, tid.hex(), number,
-                                     table_hash[:8].hex())
+                                     table_hash[:16].hex())
 
 
 def segment_number(key):

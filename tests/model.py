@@ -60,10 +60,9 @@ WORDS = {number: word for word, number in KINDS.items()}
 DAY = tarsnapd.DAY
 START = 10 ** 9                 # seconds, when the clock of a world begins
 
-# A schedule is over when all have done their work; those that do not end
-# after so many steps without faults are stuck.
-STEPS = 1200
-MOST_STEPS = 20000
+STEPS = 1200            # after these nothing goes wrong any more, so that all
+#                         can do their work
+MOST_STEPS = 20000      # a schedule that is not over by then is stuck
 
 
 class Violation(Exception):
@@ -820,7 +819,7 @@ class World:
         chance = self.dice.choice
         self.faults = chance((0, 0.01, 0.04))       # of a store verb
         self.cuts = chance((0, 0.01, 0.03))         # of an answer
-        self.stalls = self.cuts / 10                # and it works on
+        self.stalls = self.cuts / 10    # the same, in the middle of a request
         self.deaths = chance((0, 0, 0.005, 0.02))   # of a client's steps
         self.crashes = chance((0, 0, 0.001, 0.004))     # of servers
         self.thrown = chance((0, 0, 0, 0.005))      # of their indexes
@@ -1188,6 +1187,11 @@ class Actor:
         """Steps: what a process that died left undecided."""
         return
         yield
+
+    def linger(self, most):
+        """Steps: do nothing for a while."""
+        for _ in range(self.dice.randrange(most)):
+            yield ('wait', 1)
 
     def hang_up(self):
         if self.link:
@@ -1735,8 +1739,7 @@ class Undeleter(Pruner):
 
     def work(self):
         for _ in range(6):
-            for _ in range(self.dice.randrange(30)):
-                yield ('wait', 1)
+            yield from self.linger(30)
             yield from self.catch_up()
             gone = yield from self.gone()
             if gone:
@@ -1791,8 +1794,7 @@ class Nuker(Actor):
     most = 1
 
     def work(self):
-        for _ in range(self.dice.randrange(60)):
-            yield ('wait', 1)
+        yield from self.linger(60)
         yield from self.catch_up()
         attempt = self.cache.sign('nuke', self.dice.randbytes(16))
         link = yield from self.connect()
@@ -1805,8 +1807,7 @@ class Eager(Actor):
     most = 1
 
     def work(self):
-        for _ in range(self.dice.randrange(40)):
-            yield ('wait', 1)
+        yield from self.linger(40)
         yield from self.catch_up()
         link = yield from self.connect()
         first = self.cache.sign('abort', self.dice.randbytes(16))
@@ -1822,8 +1823,7 @@ class Thief(Actor):
     most = 3
 
     def work(self):
-        for _ in range(self.dice.randrange(60)):
-            yield ('wait', 1)
+        yield from self.linger(60)
         yield from self.catch_up()
         cache, dice, tid = self.cache, self.dice, self.dice.randbytes(16)
         archive, row = name_of(self.name.encode()), None
@@ -1869,7 +1869,7 @@ def clone(world, number):
 
 
 def cleaner(world, number):
-    """Steps: a client task that has rounds of cleaning done on servers."""
+    """Steps: have rounds of cleaning done on servers, now and then."""
     dice = world.dice
     for _ in range(dice.randrange(1, 4)):
         for _ in range(dice.randrange(60)):
@@ -2110,7 +2110,7 @@ RULES = [
     Rule('extract', 'copies', 'wpkkk', 22, (
         tarsnapd, 'clean_copy', 'if extract_key(key):', 'if False:')),
     Rule('content in the key', 'copies', 'wwc', 233, (
-        tarsnapd, 'segment_key', 'table_hash[:8].hex()', "''")),
+        tarsnapd, 'segment_key', 'table_hash[:16].hex()', "''")),
     Rule('reader looks again', 'reading', 'wrkk', 74, (
         SESSION, '_read', 'yield from self._read_again(names[i], places[i])',
         "Refused(E_NOBLOCK, 'not there')")),

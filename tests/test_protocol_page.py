@@ -191,7 +191,7 @@ class FromThePage(Page):
         key = fields.bytes(fields.number(16)).decode()
         segment = self.block('segment')
         self.assertTrue(re.fullmatch('seg/%s/[0-9a-f]{32}/000001-%s' % (
-            self.key[1].hex(), segment[-48:-40].hex()), key))
+            self.key[1].hex(), segment[-48:-32].hex()), key))
         self.assertEqual(fields.number(64), len(segment))
         self.assertEqual(fields.bytes(32), segment[-48:-16])
         self.assertEqual((fields.number(32), fields.bytes(1)), (1, b'\0'))
