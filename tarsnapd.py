@@ -3702,8 +3702,12 @@ def account_list():
     """Steps: the open accounts, by address."""
     accounts = []
     for ident in (yield from account_ids()):
-        _, account = yield from account_load(ident)
-        found = yield from account_get(account['address'])
+        try:
+            _, account = yield from account_load(ident)
+            found = yield from account_get(account['address'])
+        except Damaged as e:            # it alone is not listed
+            yield ('log', str(e))
+            continue
         if found and found[1]['id'] == ident:
             accounts.append(account)
     return sorted(accounts, key=lambda account: account['address'])
@@ -3737,7 +3741,10 @@ def owner_machines():
     keys = yield ('list', 'owner/')
     owners = {}
     for number in sorted({int(key.split('/')[1], 16) for key in keys}):
-        owners[number] = yield from owner_get(number)
+        try:
+            owners[number] = yield from owner_get(number)
+        except Damaged as e:            # the others have theirs
+            yield ('log', str(e))
     return owners
 
 
@@ -8627,18 +8634,29 @@ def command_machine(args):
 def machine_owners(server):
     """{machine number: address of the account it belongs to}."""
     owners = server.run(owner_machines())
-    addresses = {ident: server.run(account_load(ident))[1]['address']
-                 for ident in set(owners.values())}
+    addresses = {}
+    for ident in set(owners.values()):
+        found = named(server, account_load(ident))
+        addresses[ident] = found[1]['address'] if found else '?'
     return {number: addresses[ident] for number, ident in owners.items()}
+
+
+def named(server, steps):
+    """What `steps` return; None if an object is damaged, which is said."""
+    try:
+        return server.run(steps)
+    except Damaged as e:
+        say(str(e))
+        return None
 
 
 def machine_list(server):
     """Number, address of the account and name of each, a line each."""
     owners = machine_owners(server)
     for number in server.run(machine_numbers()):
-        machine = server.run(machine_load(number))
+        machine = named(server, machine_load(number))
         print('%016x %s %s' % (number, owners.get(number, '-'),
-                               printable(machine.name)))
+                               printable(machine.name) if machine else '?'))
 
 
 def machine_show(server, text):

@@ -3,6 +3,7 @@
 
 import os
 import unittest
+from unittest import mock
 
 import lab
 import rot
@@ -57,6 +58,36 @@ class Files(unittest.TestCase):
         with self.assertRaisesRegex(tarsnapd.ServerError,
                                     'store-id is missing'):
             tarsnapd.server_create(store.lab.store)
+
+
+class Lists(unittest.TestCase):
+
+    def test_one_damaged_object_hides_no_other(self):
+        store = rot.Store(self, world.seed_choose('rot'))
+        number = '%016x' % store.lab.key.machine
+        key = [x for x in store.keys if x.startswith('machine/')][0]
+        with lab.no_fsync(), mock.patch.object(tarsnapd, 'SCRYPT',
+                                               (4, 8, 1)):
+            server = tarsnapd.Server(store.lab.store)
+            other = server.run(tarsnapd.machine_create('joe', 'other',
+                                                       bytes(128)))
+            server.run(tarsnapd.account_create('jim', b'pw'))
+            joe = server.run(tarsnapd.account_need('joe'))[1]['id']
+            server.close()
+        store.write(key, store.keys[key][:-5])
+        status, out, said = here('machine', store.lab.store, 'list')
+        self.assertEqual(status, 0)
+        self.assertEqual(sorted(out.splitlines()), sorted([
+            '%s - ?' % number, '%016x joe other' % other]))
+        self.assertIn(key, said)
+        account = [x for x in store.objects() if x.startswith(
+            'account/%s/' % joe)][0]
+        store.write(account, b'{}')
+        status, out, said = here('user', store.lab.store, 'list')
+        self.assertEqual((status, out), (0, 'jim\n'))
+        self.assertIn(account, said)
+        self.assertIn('%016x ? other' % other, here(
+            'machine', store.lab.store, 'list')[1])
 
 
 class Repair(unittest.TestCase):
