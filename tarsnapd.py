@@ -7352,7 +7352,7 @@ class Connection:
                  'flushing', 'paused', 'out', 'out_bytes', 'sending',
                  'secure', 'shaking', 'more', 'gone', 'ended', 'hanging',
                  'deadline', 'moved', 'held', 'interest', 'track', 'row',
-                 'requests')
+                 'requests', 'number')
 
     def __init__(self, sock, address, row, session, secure, now):
         self.sock = sock
@@ -7361,6 +7361,7 @@ class Connection:
         self.track = Track(session.server.journal, session, address)
         self.frames = Frames()      # received and not yet taken
         self.requests = 0           # taken
+        self.number = 0             # later ones have higher ones
         self.session = session
         self.steps = None           # running generator
         self.rid = 0                # of the request it serves
@@ -7557,22 +7558,25 @@ class Loop:
             self.welcome(sock, address[0], row)
 
     def make_room(self, address):
-        """Hang up on the stranger that has been here longest, if there are
-        too many: of this address, or else of all.  True if one was.
+        """Hang up on the stranger that has been here longest: of this address
+        if it has too many, or else of all.  False if there is none.
 
-        So whoever floods keeps nobody out who is quick to say who he is.
+        So whoever floods keeps nobody out who is quick to say who he is.  One
+        that is at work on a challenge goes last, as that takes its time.
         """
-        strangers = [c for c in self.connections
-                     if c.row is not None and c.steps is None]
+        strangers = [c for c in self.connections if c.row is not None]
         same = [c for c in strangers
                 if network(c.address) == network(address)]
-        if same or len(strangers) >= LIMIT['unauthenticated']:
+        if len(same) >= LIMIT['unauthenticated per address']:
+            strangers = same
+        idle = [c for c in strangers if c.steps is None]
+        if idle:
             self.refused += 1
             self.refused_last = address
-            self.guard(min(same or strangers, key=lambda c: c.deadline),
-                       self.hang_up)
-            return True
-        return False
+            self.guard(min(idle, key=lambda c: (
+                c.session.register1 is not None, not c.shaking,
+                c.number)), self.hang_up)
+        return bool(idle)
 
     def welcome(self, sock, address, row):
         """Begin a session."""
@@ -7582,6 +7586,7 @@ class Loop:
         conn = Connection(sock, address, row, session, bool(self.context),
                           self.now)
         self.connections.add(conn)
+        conn.number = next(self.numbers)
         conn.interest = self.read_event
         self.selector.register(sock, conn.interest, conn)
         if not conn.shaking:
