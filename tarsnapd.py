@@ -30,6 +30,7 @@ loop), or in whatever order a test finds cruel.  The wishes are
     ('spool', method, ...)                                open segments
     ('index', machine, method, ...)                       the index
     ('all', wishes)               several: values, StoreErrors in their place
+    ('room',)                     how many bytes of blocks to read at once
     ('now',)  ('random', n)  ('wait', seconds)            clock and chance
     ('guess', method, ...)        who may try how many passwords yet
     ('answer', type, body[, request id])                  a frame to the client
@@ -97,16 +98,19 @@ LIMIT = {
     'read at once': MIB,            # then it is another connection's turn
     'rows at once': 100000,         # of segments, that the index applies
     'rows with room': 20000,        # for so many it takes more memory
-    'read': 4 * MIB,                # one range read for GET
+    'read': 4 * MIB,                # one range read for GET,
+    'read in a crowd': 256 * KIB,   # and where many hold much
     'entry': MIB + 4 * KIB,         # of a segment, with its header
     'read gap': 64 * KIB,           # read over rather than read twice
     'out': MIB,                     # waiting to be sent; nothing more is made
+    'out in a crowd': 64 * KIB,
     'all connections': 48 * MIB,    # requests, batches and answers together
     'transactions': 4,              # open, of one machine
     'unauthenticated': 64,          # connections
     'unauthenticated per address': 8,
     'seconds to authenticate': 10,
     'seconds to drain': 60,         # a peer that reads nothing is let go
+    'seconds to drain in a crowd': 2,
     'seconds to finish': 30,        # after SIGTERM
     'logins': 3,                    # wrong passwords on one connection
     'challenges': 16,               # asked for on one
@@ -4064,17 +4068,17 @@ def range_plan(places):
     return plan
 
 
-def read_groups(places):
-    """Cut `places` into runs of at most LIMIT['read'] bytes: (from, to)."""
-    start = size = 0
-    for i, place in enumerate(places):
-        length = place[2] if place else 0
-        if size + length > LIMIT['read'] and i > start:
-            yield start, i
-            start, size = i, 0
-        size += length
-    if start < len(places):
-        yield start, len(places)
+def read_end(places, start, most):
+    """How far one may go from `start` to read at most `most` bytes, but one
+    block in any case.
+    """
+    end, size = start, 0
+    while end < len(places):
+        size += places[end][2] if places[end] else 0
+        if size > most and end > start:
+            break
+        end += 1
+    return end
 
 
 def block_rotten(name, place):
@@ -4126,6 +4130,7 @@ class Session:
         self.batch = []                 # entries not yet in the spool
         self.batch_bytes = 0
         self.writing = 0                # bytes of the batch being written
+        self.reading = 0                # bytes of blocks being read
         self.arrived = 0                # puts and the like since BEGIN
         self.quotas = []                # Quotas that hold for tx
         self.arrived_bytes = 0          # of blocks, since these were measured
@@ -4179,6 +4184,8 @@ class Session:
         except (StoreError, OSError) as e:
             yield ('log', str(e))
             yield ('answer', ERROR, error_body(E_INTERNAL, str(e)))
+        finally:
+            self.reading = 0
 
     def idle(self):
         """Steps: the client waits; write what is in the batch."""
@@ -4560,18 +4567,22 @@ class Session:
         if None in places and mask == 5:
             kept = yield self._ask('find', names, 'kept')
             places = [a or b for a, b in zip(places, kept)]
-        for start, end in read_groups(places):
+        start = 0
+        while start < len(names):
+            self.reading = yield ('room',)
+            end = read_end(places, start, self.reading)
             blocks = yield from self._read(names[start:end],
                                            places[start:end], lost)
             for name, block in zip(names[start:end], blocks):
                 yield self._block_answer(name, block, mask)
+            start, blocks, self.reading = end, None, 0
 
     def _read(self, names, places, lost):
         """Steps: for each name (class, block), or the error in its place."""
         out = [Refused(E_NOBLOCK, self._no_block(lost))] * len(names)
         for key, start, end, members in range_plan(places):
             try:
-                data = yield ('get', key, start, end - start)
+                data = memoryview((yield ('get', key, start, end - start)))
             except StoreError:
                 data = None
             for i in members:
@@ -6548,6 +6559,8 @@ class Server:
             return int(time.time())
         if wish[0] == 'random':
             return os.urandom(wish[1])
+        if wish[0] == 'room':
+            return LIMIT['read']
         assert wish[0] == 'log', wish
         if self.complain:
             self.complain(wish[1])
@@ -7756,9 +7769,16 @@ class Loop:
                 conn.track.answered(wish[1], wish[2])
                 conn.send(wish[1], wish[3] if len(wish) > 3 else conn.rid,
                           wish[2])
-                if conn.out_bytes > LIMIT['out']:
+                if conn.out_bytes > LIMIT['out in a crowd'
+                                          if self.crowded() else 'out']:
                     conn.paused = True
                     return
+            elif wish[0] == 'room':
+                value = LIMIT['read in a crowd' if self.crowded()
+                              else 'read']
+                # At once: many may ask in one turn.
+                conn.held += value
+                self.held += value
             elif wish[0] == 'wait':
                 heapq.heappush(self.timers, (
                     self.now + wish[1], next(self.numbers), conn, steps))
@@ -7770,6 +7790,12 @@ class Loop:
             else:
                 self.pool.submit(conn, wish)
                 return
+
+    def crowded(self):
+        """True if much is held; then nobody is to hold more than a little,
+        and who does not take what he asked for is let go.
+        """
+        return self.held > LIMIT['all connections'] // 2
 
     def part(self, conn):
         """Once all is said to a client we want no more of, hang up.
@@ -7832,7 +7858,8 @@ class Loop:
         held = 0
         if conn in self.connections:
             held = (len(conn.frames.buf) + conn.session.batch_bytes
-                    + conn.session.writing + conn.out_bytes)
+                    + conn.session.writing + conn.session.reading
+                    + conn.out_bytes)
         before = self.held
         self.held += held - conn.held
         conn.held = held
@@ -7860,8 +7887,9 @@ class Loop:
         """Let go of clients that are late, and of what others want."""
         for conn in list(self.connections):
             late = conn.hanging or not conn.session.machine
-            stuck = conn.out_bytes and (
-                self.now > conn.moved + LIMIT['seconds to drain'])
+            stuck = conn.out_bytes and self.now > conn.moved + LIMIT[
+                'seconds to drain in a crowd' if self.crowded()
+                else 'seconds to drain']
             if not conn.gone and (late and self.now > conn.deadline or stuck):
                 self.hang_up(conn)
             if not conn.out_bytes:

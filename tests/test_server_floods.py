@@ -10,7 +10,7 @@ import unittest
 
 from rawclient import (
     D, DELETE_KIND, R, W, Client, Closed, Embedded, Error, Host, Serve,
-    names_body, part, server_directory, tarsnapd)
+    block, get, names_body, part, put, server_directory, tarsnapd)
 
 MIB = 1 << 20
 SMALL = b'c' + b'\1c\1' + bytes(32) + part(1, bytes(28))
@@ -127,6 +127,24 @@ class Floods(unittest.TestCase):
         n, _, _, blocks, size, _ = struct.unpack(
             '>Q32sQQQI', client.call('STAT')[1])
         self.assertEqual((n, blocks, size), (2, 0, 0))
+
+    def test_many_that_never_read(self):
+        """60 clients ask for 10 MB each and take none of it: they hold
+        little, and are let go; who reads is served.
+        """
+        client = self.authed()
+        tid = os.urandom(16)
+        self.host.begin(client, tid)
+        names = [put(client, block('c', 'n%d' % number, 250000))
+                 for number in range(40)]
+        self.host.commit(client, tid, puts=names)
+        deaf = [self.authed() for _ in range(60)]
+        for other in deaf:
+            other.send('GET', b'\3' + names_body(names))
+        self.assertEqual(client.call('STAT')[0], 'STATUS')
+        self.assertEqual([len(one) for one in get(client, names)],
+                         [250040] * 40)
+        self.assertLess(self.memory('VmHWM'), 150 * MIB)
 
     def test_errors_nobody_reads(self):
         """A PUT without transaction has an answer, of which not too many
