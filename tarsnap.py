@@ -4066,6 +4066,7 @@ DATABASE_CACHE = 4 * MIB    # of each database in memory
 CANDIDATES = 4              # memo pages kept for one first member
 PROFILE_RUNS = 20           # runs after which a profile not used is dropped
 CATCH_UP = 256              # commits of others that are applied together
+LEARN = 50000               # references that are entered together; 8 MB
 LOCK_POLL = 0.2             # s between two looks at a lock that is held
 SMALL_EXTENT = struct.Struct('>32sIII')     # chunk, its length, offset, length
 USE = struct.Struct('>32sI')                # chunk, live bytes
@@ -5799,8 +5800,11 @@ def read_missing(remote, cache):
             return
         classes = dict(rows)
         body = b'\x01' + names_join(list(classes))
-        learned = []
+        learned, count = [], 0
         for kind, answer in remote.ask(GET, body):
+            if count > LEARN:
+                cache.learn(learned)
+                learned, count = [], 0
             if kind != BLOCK:
                 continue
             name, block = answer[:32], answer[32:]
@@ -5808,6 +5812,7 @@ def read_missing(remote, cache):
                 raise CorruptError('The server sent a block nobody asked for')
             learned.append(refs_learn(opener, names, name,
                                       classes[name].encode(), block))
+            count += len(learned[-1][2])
         cache.learn(learned)
 
 
@@ -13117,8 +13122,11 @@ class Fsck:
     def learn(self, cls, names):
         """Read and enter the index blocks or records `names`."""
         kids = (Kid(cls.encode(), name, INDEX_GUESS) for name in names)
-        learned, smalls = [], []
+        learned, smalls, count = [], [], 0
         for slot, _ in self.fetcher.ahead((kid, False, None) for kid in kids):
+            if count > LEARN:
+                self.enter(learned, smalls)
+                learned, smalls, count = [], [], 0
             block = self.take(slot)
             if block is None:
                 continue
@@ -13129,13 +13137,14 @@ class Fsck:
             elif block.rows and block.kind == PAGE:
                 smalls += page_smalls(block)
             learned.append((slot.kid.name, plain, block.kids))
-        self.cache.learn(learned)
-        self.small_enter(smalls)
+            count += len(block.kids)
+        self.enter(learned, smalls)
 
-    def small_enter(self, smalls):
-        """Where the content of each small file is; without it all small
-        files would be sent again.
+    def enter(self, learned, smalls):
+        """What blocks refer to, and where the content of each small file is;
+        without that all small files would be sent again.
         """
+        self.cache.learn(learned)
         self.cache.db.execute('BEGIN IMMEDIATE')
         self.cache.db.executemany(
             'INSERT OR IGNORE INTO small VALUES(?, ?)', smalls)

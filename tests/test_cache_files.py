@@ -599,6 +599,8 @@ class CaughtUp(LabTest):
         super().setUp()
         with open(self.lab.path('key'), 'wb') as file:
             file.write(tarsnap.key_text(tarsnap.key_encode(self.lab.key)))
+        for number in range(40):
+            self.write('f%d' % number, b'%d' % number)
         self.host.create('first')
         many.Many(self.lab.store, self.lab.path('key')).make(self.COMMITS)
         self.remote = tarsnap.Remote(self.lab.key, (R,))
@@ -648,6 +650,21 @@ class CaughtUp(LabTest):
         with self.assertRaises(tarsnap.CorruptError):
             cache.catch_up(self.changes(cache, 100))
         self.assertEqual(cache.n, 1 + self.COMMITS)
+
+    def test_references_entered_in_pieces(self):
+        found = []
+        for most in (0, 10 ** 6):
+            with mock.patch.object(tarsnap, 'LEARN', most), mock.patch.object(
+                    tarsnap.Cache, 'learn', autospec=True,
+                    side_effect=tarsnap.Cache.learn) as learn:
+                self.host.good('--fsck')
+            with self.host.database() as db:
+                found.append((db.execute('SELECT * FROM blocks').fetchall(),
+                              db.execute('SELECT * FROM small').fetchall(),
+                              learn.call_count))
+        self.assertEqual(found[0][:2], found[1][:2])
+        self.assertGreater(len(found[0][1]), 30)
+        self.assertGreater(found[0][2], found[1][2])
 
 
 if __name__ == '__main__':
