@@ -478,7 +478,8 @@ def error_body(code, text):
 ##############################################################################
 # Store
 #
-# Five verbs over immutable objects: get, put if absent, delete, list, size.
+# Five verbs over immutable objects: get, put if absent, delete, list, size;
+# and mend, by which repair alone puts a damaged one back as it was.
 # S3Store below has the same five, and the same for who opens a store:
 # writable(), prepare(), close(), and the attributes `name` and `threads`.
 # Everything durable goes through the name `os` of this module, with os.write
@@ -8991,6 +8992,9 @@ def command_repair(args):
                 mended = server.run(repair(number, mine, dry))
                 server.indexes.close()          # what it doubted may be there
                 lost = server.run(catch_up(number)).lost
+                if lost and not dry:            # or what it lacked
+                    rebuild(server, number)
+                    lost = server.run(catch_up(number)).lost
             except StoreError as e:
                 mended, lost = [], str(e)
             for key in mended:

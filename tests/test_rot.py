@@ -145,6 +145,32 @@ class Repair(unittest.TestCase):
                 self.assertEqual(store.objects(), harmed)
         self.assertEqual(len(done), 3)
 
+    def test_an_index_gets_what_it_lacked(self):
+        """A segment is lost, the index is made without it, and an operator
+        puts the segment back.
+        """
+        store = rot.Store(self, world.seed_choose('repair'))
+        key = [x for x in store.keys if x.startswith('seg/')
+               and x not in store.dropped][0]
+        for name in (key, 'list/' + key[4:]):
+            if name in store.keys:
+                store.write(name, None)
+        where = os.path.join(store.lab.store, 'index')
+        for name in os.listdir(where):
+            os.unlink(os.path.join(where, name))
+        result = store.host.run('-d', '-f', 'one', cache=True)
+        self.assertEqual(result.status, 1)
+        self.assertIn(key, result.err)
+        with lab.no_fsync():
+            self.assertEqual(here('repair', store.lab.store)[0], 2)
+            for name in (key, 'list/' + key[4:]):
+                if name in store.keys:
+                    path = os.path.join(store.lab.store, 'store', name)
+                    with open(path, 'wb') as file:
+                        file.write(store.keys[name])
+            self.assertEqual(here('repair', store.lab.store), (0, '', ''))
+        store.host.good('-d', '-f', 'one')
+
     def test_the_end_of_the_log_of_an_older_copy_stays_away(self):
         store = rot.Store(self, world.seed_choose('repair'))
         logs = [key for key in store.keys if key.startswith('log/')]
