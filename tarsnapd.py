@@ -5799,12 +5799,12 @@ def repair_log(machine, dry):
     """Steps: keys of log entries that were put back from the index.
 
     Only from one that lacks nothing, and as far as each entry is what the one
-    after it says.  One of another history stays; so does the end of a log in
-    a store that was put back from an older copy, where segments lack as well.
+    after it says.  One of another history stays; and in a store that was put
+    back from an older copy, where segments lack as well, no entry is added.
     """
-    state, mended = (yield ('index', machine, 'state')), []
+    state, todo, older = (yield ('index', machine, 'state')), [], False
     if (yield ('index', machine, 'lost')):
-        return mended
+        return []
     digest = state.log_hash
     for k in range(state.k, 0, -1):
         data = yield ('index', machine, 'log_entry', k)
@@ -5815,22 +5815,30 @@ def repair_log(machine, dry):
         try:
             log_decode(machine, k, (yield ('get', key, 0, None)))
         except NoObject:
+            todo.append((key, data, True))
             for segment in entry.segments:
-                if not (yield from segment_known(segment[0])):
-                    return mended
-            yield from mend(key, data, dry)
-            mended.append(key)
+                if not (yield from segment_known(machine, segment[0])):
+                    older = True
         except LOST:
+            todo.append((key, data, False))
+    mended = []
+    for key, data, missing in todo:
+        if not (missing and older):
             yield from mend(key, data, dry)
             mended.append(key)
     return mended
 
 
-def segment_known(key):
-    """Steps: True if there is the segment or its extract."""
-    return (yield ('size', key)) is not None or (
-        extract_key(key) is None
-        or (yield ('size', extract_key(key))) is not None)
+def segment_known(machine, key):
+    """Steps: True if there is the segment or its extract, or it is one of the
+    cleaner's that the log has dropped.
+    """
+    extract = extract_key(key)
+    if (yield ('size', key)) is not None:
+        return True
+    if extract:
+        return (yield ('size', extract)) is not None
+    return bool(dict((yield ('index', machine, 'segments_of', key))).get(key))
 
 
 def repair_segment(key, size, digest, dry):
@@ -8992,8 +9000,8 @@ def command_repair(args):
                 mended = server.run(repair(number, mine, dry))
                 server.indexes.close()          # what it doubted may be there
                 lost = server.run(catch_up(number)).lost
-                if lost and not dry:            # or what it lacked
-                    rebuild(server, number)
+                if not dry and server.perform(('index', number, 'lost')):
+                    rebuild(server, number)     # or what it lacked
                     lost = server.run(catch_up(number)).lost
             except StoreError as e:
                 mended, lost = [], str(e)
