@@ -162,13 +162,13 @@ SERVER_COMMANDS = ('clean', 'scrub')
 
 # Where a process dies with a name to it: the calls, as Faults.set() wants
 # them, by who makes them and what for.  They are met before or after their
-# effect, or with half of it.
+# effect, or with half of it.  A + is in the names of what is in tmp/.
 CACHE_STEPS = ('o directory-journal', 'w directory-journal',
                'f directory-journal', 'w /directory', 'f /directory',
                'u directory-journal', 's cseq', 'r cseq')
 COMMIT_STEPS = ('o spool/', 'w spool/', 'f spool/', 'l store/seg/',
-                'f store/seg/', 'u spool/', 'o tmp/', 'w tmp/', 'f tmp/',
-                'l store/log/', 'f store/log/', 'u tmp/', 'w index/',
+                'f store/seg/', 'u spool/', 'o +', 'w +', 'f +',
+                'l store/log/', 'f store/log/', 'u +', 'w index/',
                 'f index/')
 STEPS = {
     'client': {
@@ -303,18 +303,21 @@ class Story:
             str(word) for word in words]
 
     def start(self, *words, cache=True):
-        self.report['runs'] += 1
         self.past.append(' '.join(map(str, words)))
-        said = self.world.path('said')
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(said)
         if words[0] in SERVER_COMMANDS:
             # It works on the server's directory, whoever serves that.
             self.mine.watch(self.home)
-            self.client = Client(words, said, server_main)
-        else:
-            self.mine.watch(*self.ours)
-            self.client = Client(self.argv(words, cache), said)
+            return self.launch(words, server_main)
+        self.mine.watch(*self.ours)
+        return self.launch(self.argv(words, cache))
+
+    def launch(self, argv, main=None, patch=contextlib.nullcontext):
+        """A Client, with the same arguments."""
+        self.report['runs'] += 1
+        said = self.world.path('said')
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(said)
+        self.client = Client(argv, said, main, patch)
         return self.client
 
     def wait(self, client, victim=None, moment=0):

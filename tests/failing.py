@@ -63,6 +63,7 @@ SOCKETS = (
     ('sent, yet reset', LATE, errno.ECONNRESET, NETWORK),
     ('short', SHORT, 0, NETWORK),
 )
+TOO_MUCH = 50                   # that goes wrong: something else does
 VERBS = ('before', 'after', 'from then on')
 WIRE = ('500', 'slow', '409', 'reset', 'lost', 'torn', 'hang')
 
@@ -172,15 +173,10 @@ class Bench(crash.Story):
 
     def begin(self, op, patch=contextlib.nullcontext):
         """Start a command whose process `patch` has changed."""
-        said = self.world.path('said')
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(said)
-        self.report['runs'] += 1
         words = op.words(self)
-        self.client = crash.Client(
-            words if op in COMMANDS else self.argv(words, op.cache), said,
-            server_main if op in COMMANDS else None, patch)
-        return self.client
+        if op in COMMANDS:
+            return self.launch(words, server_main, patch)
+        return self.launch(self.argv(words, op.cache), None, patch)
 
     # One case.
 
@@ -254,8 +250,7 @@ class Bench(crash.Story):
             # It was made, and keeps the name.
             self.good('-d', '-f', 'big.part')
         client = self.begin(op)
-        if self.wait(client) and not (
-                op.name == 'restore' and client.code == 0):
+        if self.wait(client):
             raise Broken('corrupt', 'once more: exit status %d: %s' % (
                 client.code, client.texts()[1]))
         if op.name == 'restore':
@@ -289,8 +284,9 @@ class Bench(crash.Story):
 
     def died(self):
         """A server never dies of an error."""
-        raise Broken('corrupt', 'the server ended: %r' % (
-            self.server.running.text(),))
+        said = self.server.running.text()
+        self.restart()
+        raise Broken('corrupt', 'the server ended: %r' % said)
 
 
 ##############################################################################
@@ -341,6 +337,8 @@ class Turns:
         except (Broken, AssertionError) as e:
             kind = getattr(e, 'kind', 'corrupt')
             self.report[kind] += 1
+            if self.report[kind] > TOO_MUCH:
+                raise
             print('%s: call %d: %s\n%s' % (kind, n, e, '\n'.join(
                 '    ' + line for line in bench.past)), flush=True)
             return True

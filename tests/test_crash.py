@@ -182,10 +182,10 @@ class Watched(unittest.TestCase):
 
     def test_calls_that_are_named(self):
         text = 'put("a", b"12", True); put("b", b"34", True)\n'
-        for only, there in (('w b', {'a': b'12', 'b': b''}),
-                            ('ow b', {'a': b'12'}),
-                            ('f /', {'a': b'12'}),
-                            ('l /', {'a': b'12', 'b': b'34'})):
+        for only, there in (('w top/b', {'a': b'12', 'b': b''}),
+                            ('ow top/b', {'a': b'12'}),
+                            ('f top/', {'a': b'12'}),
+                            ('l top/', {'a': b'12', 'b': b'34'})):
             with self.subTest(only=only):
                 for name in os.listdir(self.top):
                     os.unlink(os.path.join(self.top, name))
