@@ -1739,6 +1739,11 @@ class Cutter:
 CONNECT_SECONDS = 30
 SILENCE = 600               # seconds; a server at work says BUSY every 5
 READ_SIZE = 256 * KIB
+QUEUED_MOST = 32 * MIB      # bytes that came and are waited for by nobody yet;
+#                             then no more is read
+QUEUED_SECONDS = 0.02       # until that is looked at again
+FRAME_COST = 200            # bytes a frame takes besides its body
+ANSWER_MOST = 256 * MIB     # bytes of one answer that is kept whole
 UNHURRIED = 512 * KIB       # bytes that may wait until something is asked; to
                             # wake the thread for each block costs 0.7 s in
                             # a run of 2 GB
@@ -2033,6 +2038,7 @@ class Channel:
         self.unhurried = 0                      # bytes of them, not waited for
         self.hurried = False                    # the thread is to take them
         self.answers = {}                       # request id -> deque
+        self.queued = 0                         # bytes in these
         self.statement = None                   # body of the first frame
         self.unread = set()                     # ids no longer listened to
         self.received = 0                       # count in the last RECEIVED
@@ -2096,7 +2102,9 @@ class Channel:
                 self.round_trips += 1
             while not queue:
                 self.wait()
-            return queue.popleft()
+            kind, body = queue.popleft()
+            self.queued -= FRAME_COST + len(body)
+            return kind, body
 
     def wait(self):
         """Until something came, with `changed` held; raises ChannelLost."""
@@ -2142,7 +2150,8 @@ class Channel:
 
     def forget(self, rid):
         with self.changed:
-            self.answers.pop(rid, None)
+            for _, body in self.answers.pop(rid, ()):
+                self.queued -= FRAME_COST + len(body)
 
     def wait_statement(self):
         """The server's first frame."""
@@ -2248,6 +2257,8 @@ class Channel:
                         up.spend(sent)
                         wait_up = up.wait()
                 wait_down = down.wait() if down else 0
+                if self.queued > QUEUED_MOST:   # as long as it takes
+                    wait_down = max(wait_down, QUEUED_SECONDS)
                 self.watch(selector, not wait_down,
                            bool(sending) and not wait_up)
                 if wait_down or not link.pending():
@@ -2334,6 +2345,7 @@ class Channel:
                 self.received = Reader(body, 'RECEIVED').u64()
             elif rid in self.answers:
                 self.answers[rid].append((kind, body))
+                self.queued += FRAME_COST + len(body)
             elif kind == STATEMENT and self.statement is None:
                 self.statement = body
             elif kind == ERROR and self.failed is None \
@@ -2525,6 +2537,16 @@ class Remote:
             if e.code != E_ROLE or role not in self.spare:
                 raise
 
+    def whole(self, frames):
+        """All of an answer; RemoteError if it has no end."""
+        answers, size = [], 0
+        for kind, body in frames:
+            size += FRAME_COST + len(body)
+            if size > ANSWER_MOST:
+                raise RemoteError('The answer of %s has no end' % self.server)
+            answers.append((kind, body))
+        return answers
+
     def saw(self, n, head):
         """Commit `n` stands: no server of ours is older from now on."""
         if n > self.head[0]:
@@ -2535,7 +2557,7 @@ class Remote:
         for _ in WAITS:
             channel = self.connect()
             try:
-                return list(channel.stream(channel.post(kind, *body)))
+                return self.whole(channel.stream(channel.post(kind, *body)))
             except ChannelLost as e:
                 lost = e
         raise RemoteError('Too many network failures: %s' % lost)
@@ -3840,6 +3862,8 @@ def history_once(remote, base, lists):
         elif kind == REMOVED:
             change.removed += [row[0] for row in
                                rows_unpack(body, NAME_ROW, 'REMOVED')]
+        if lists and kind in (ADDED, REMOVED):
+            change_endless(change)
     if change:
         yield change_check(change, lists)
 
@@ -3871,6 +3895,15 @@ def history_at(remote, n):
             return None
         except ChannelLost:
             continue
+
+
+def change_endless(change):
+    """CorruptError once more names came than the commit counts."""
+    commit = change.commit
+    removed = 0 if commit.kind == KIND_NUKE else commit.deleted[0]
+    if len(change.added) > commit.puts[0] or len(change.removed) > removed:
+        raise CorruptError('commit %d: the server lists more names than were '
+                           'put or deleted' % commit.n)
 
 
 def change_check(change, lists):

@@ -650,7 +650,7 @@ def client_reads(channel, key, frames):
     channel.answers = {1: collections.deque()}
     channel.statement = channel.failed = None
     channel.unread, channel.received = set(), 0
-    channel.waiting = channel.round_trips = 0
+    channel.waiting = channel.round_trips = channel.queued = 0
     channel.link = mock.Mock(cert_hash=bytes(32), transport=1)
     channel.wait_statement = lambda: channel.statement or b''
     buf = bytearray(b''.join(tarsnap.FRAME.pack(len(body), kind, 1) + body

@@ -369,7 +369,9 @@ class Tap:
         self.log.append((kind, body))
         answers = list(self.local.receive(kind, rid, body))
         if self.lie:
-            answers = list(self.lie(kind, rid, body, answers))
+            answers = self.lie(kind, rid, body, answers)
+            if isinstance(answers, (list, tuple)):
+                answers = list(answers)
         return answers
 
     def idle(self):

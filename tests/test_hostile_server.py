@@ -6,9 +6,13 @@ does, the client either ends with a status other than 0 and one line that says
 what is wrong, or what it stores and restores is right.
 """
 
+import contextlib
+import itertools
 import os
 import shutil
 import struct
+import time
+import tracemalloc
 import unittest
 from unittest import mock
 
@@ -893,6 +897,164 @@ class Writing(Liar):
                 self.assertIn(result.status, (0, 1, 2), result)
                 self.host.good('--recover')
                 self.host.run('-d', '-f', 'type')
+
+
+class Endless(Liar):
+    """Answers without end take neither memory nor time without end."""
+
+    def setUp(self):
+        super().setUp()
+        self.host.create('one')
+
+    def test_lists_longer_than_the_commit_says(self):
+        """Refused with the first name too many."""
+        told = []
+
+        def forever(rid, kind, row):
+            while True:
+                told.append(kind)
+                yield (kind, rid, join([row] * 4096))
+
+        def added(kind, rid, body, answers):
+            if kind != tarsnap.CHANGES:
+                return answers
+            return itertools.chain(
+                answers[:1], forever(rid, tarsnap.ADDED, bytes(37)))
+
+        def removed(kind, rid, body, answers):
+            if kind != tarsnap.CHANGES:
+                return answers
+            return itertools.chain(
+                answers[:1], forever(rid, tarsnap.REMOVED, bytes(32)))
+
+        for lie in (added, removed):
+            with self.endless(lie):
+                result = self.lab.host(lie.__name__).run('--fsck')
+            self.assertEqual(result.status, 1, result)
+            self.assertIn('lists more names than', result.err)
+
+    @contextlib.contextmanager
+    def endless(self, lie, most=300):
+        """A liar whose answers are cut where a client must have left."""
+        def cut(kind, rid, body, answers):
+            return itertools.islice(lie(kind, rid, body, answers), most)
+
+        with lab.tapped(cut):
+            yield
+
+    def test_a_list_of_archives_without_end(self):
+        def lie(kind, rid, body, answers):
+            return itertools.repeat((tarsnap.ARCHIVES, rid, join(
+                [bytes(89)] * 4096))) if kind == tarsnap.LIST else answers
+
+        with mock.patch.object(tarsnap, 'ANSWER_MOST', 10 << 20), \
+                self.endless(lie):
+            result = self.host.run('--list-archives', cache=False)
+        self.assertEqual(result.status, 1, result)
+        self.assertIn('has no end', result.err)
+
+
+class Torrent:
+    """A link whose server sends `frame` without end, or nothing if None."""
+
+    transport, cert_hash = tarsnap.TRANSPORT_STDIO, bytes(32)
+
+    def __init__(self, frame):
+        self.frame = frame
+        self.given = 0
+        self.r, self.w = os.pipe()
+        if frame:                       # there is always something to read
+            os.write(self.w, b'.')
+
+    def open(self):
+        pass
+
+    def fileno(self):
+        return self.r
+
+    def write_fileno(self):
+        return self.w
+
+    def write(self, view):
+        return len(view)
+
+    def pending(self):
+        return 0
+
+    def read(self, size):
+        self.given += len(self.frame or b'')
+        return self.frame
+
+    def close(self):
+        os.close(self.r)
+        os.close(self.w)
+
+
+class Flood(unittest.TestCase):
+    """What a server sends faster than it is taken waits on its side."""
+
+    def channel(self, frame):
+        link = Torrent(frame)
+        with mock.patch.object(tarsnap, 'link_make', lambda *_: link):
+            channel = tarsnap.Channel('there')
+        self.addCleanup(channel.close)
+        return channel, link
+
+    def frame(self, rid, size):
+        return tarsnap.FRAME.pack(size, tarsnap.BLOCK, rid) + bytes(size)
+
+    def test_answers_that_are_not_taken_yet(self):
+        for size in (0, 100000):
+            channel, link = self.channel(self.frame(1, size) * 10)
+            rid = channel.post(tarsnap.STAT)
+            before = -1
+            while link.given != before:
+                before = link.given
+                time.sleep(0.3)
+            self.assertGreater(channel.queued, tarsnap.QUEUED_MOST)
+            self.assertLess(channel.queued, tarsnap.QUEUED_MOST + (4 << 20))
+            # As soon as they are, there is more.
+            for _ in range(10):
+                channel.next(rid)
+            channel.forget(rid)
+            self.assertEqual(channel.queued, 0)
+
+    def test_frames_nobody_asked_for(self):
+        channel, link = self.channel(self.frame(99, 100000) * 10)
+        end = time.monotonic() + 20
+        while link.given < 300 << 20 and time.monotonic() < end:
+            time.sleep(0.05)
+        self.assertGreaterEqual(link.given, 300 << 20)
+        self.assertEqual(channel.queued, 0)
+
+    def test_a_gigabyte_announced(self):
+        channel, _ = self.channel(tarsnap.FRAME.pack(
+            1 << 30, tarsnap.BLOCK, 1) + bytes(1000))
+        with self.assertRaises(tarsnap.ChannelLost) as caught:
+            channel.wait_statement()
+        self.assertIn('longer than any', str(caught.exception))
+
+    def test_no_answer(self):
+        """It says nothing at all: given up after a while."""
+        channel, _ = self.channel(None)
+        with mock.patch.object(tarsnap, 'SILENCE', 0.2):
+            rid = channel.post(tarsnap.STAT)
+            with self.assertRaises(tarsnap.ChannelLost) as caught:
+                channel.next(rid)
+        self.assertIn('No answer from there', str(caught.exception))
+
+    def test_a_bomb_in_a_block(self):
+        """Packed zeros inflate to what the block says and no further."""
+        packed = tarsnap.deflate(bytes(1 << 28), 9)
+        for length in (100, tarsnap.CEILING['part'], 1 << 28):
+            plain = tarsnap.PLAIN_HEAD.pack(
+                tarsnap.DEFLATE, length, len(packed)) + packed
+            tracemalloc.start()
+            with self.assertRaises(tarsnap.CorruptError):
+                tarsnap.unframe_plain(plain, tarsnap.CEILING['part'], 'x')
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            self.assertLess(peak, 2 << 20)
 
 
 class Identity(Liar):
