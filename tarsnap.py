@@ -3901,9 +3901,11 @@ def change_endless(change):
     """CorruptError once more names came than the commit counts."""
     commit = change.commit
     removed = 0 if commit.kind == KIND_NUKE else commit.deleted[0]
-    if len(change.added) > commit.puts[0] or len(change.removed) > removed:
-        raise CorruptError('commit %d: the server lists more names than were '
-                           'put or deleted' % commit.n)
+    for many, most, what in ((change.added, commit.puts[0], 'put'),
+                             (change.removed, removed, 'deleted')):
+        if len(many) > most:
+            raise CorruptError('commit %d: the server left out or changed '
+                               'names that were %s' % (commit.n, what))
 
 
 def change_check(change, lists):

@@ -4286,6 +4286,12 @@ class Session:
         self.challenges += 1
         if self.challenges > LIMIT['challenges']:
             raise Refused(E_BAD, 'too many challenges on one connection')
+        # Any number of them would tell small differences in time.
+        if not self._trusted() and not self.server.read_only:
+            seconds = yield ('guess', 'ask', self.address, (yield ('now',)))
+            if seconds:
+                raise Refused(E_BUSY, 'too many challenges; try again in %d '
+                              'seconds' % seconds)
         known, account = yield from account_login(user, self.server.secret)
         self.register1 = (body, user, known, account)
         yield ('answer', CHALLENGE, bytes.fromhex(account['salt'])
@@ -6269,6 +6275,7 @@ GUESSES = {
     'account': (100, 36),           # by addresses that are strange to it;
     'pair': (3, 8 * 3600),          # above that, by each of these
     'machines': (1000, 60),         # that an account registers
+    'challenges': (200, 10),        # asked for by an address
 }
 FRIEND = 90 * DAY       # seconds for which an address is not strange
 MOST_DEBTS = 200000     # rows that are kept
@@ -6326,6 +6333,17 @@ class Guesses:
                     self._owe(who[name], now + min(debt + each, most * each))
             return seconds
 
+    def ask(self, address, now):
+        """Seconds to wait until a challenge may be asked for, or 0."""
+        who = self._who(address, '')['challenges']
+        with self._transaction(now):
+            debts = {'challenges': self._debt(who, 'challenges', now)}
+            seconds = self._wait(debts, 'challenges') if address else 0
+            if not seconds:
+                self._owe(who, now + debts['challenges']
+                          + GUESSES['challenges'][1])
+            return seconds
+
     def forgive(self, address, user, now):
         """An attempt was right: it costs nothing, and the address is no
         stranger.  It registers a machine: seconds to wait, or 0.
@@ -6350,8 +6368,9 @@ class Guesses:
         place = network(address or '').encode('utf-8', 'replace')
         user = user.lower().encode('utf-8', 'replace')
         return {name: hmac.digest(self.secret, b'\0'.join(
-            (name.encode(), place * (name in ('address', 'pair', 'friend')),
-             user * (name != 'address'))), 'sha256')[:16]
+            (name.encode(), place * (name not in ('account', 'machines')),
+             user * (name not in ('address', 'challenges')))),
+            'sha256')[:16]
             for name in ('friend', *GUESSES)}
 
     @staticmethod

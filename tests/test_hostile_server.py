@@ -931,7 +931,7 @@ class Endless(Liar):
             with self.endless(lie):
                 result = self.lab.host(lie.__name__).run('--fsck')
             self.assertEqual(result.status, 1, result)
-            self.assertIn('lists more names than', result.err)
+            self.assertIn('left out or changed names', result.err)
 
     @contextlib.contextmanager
     def endless(self, lie, most=300):

@@ -89,6 +89,16 @@ class Guesses(unittest.TestCase):
         self.guesses.forgive('192.0.2.1', 'mallory', NOW)
         self.assertEqual(self.tries('192.0.2.1'), 1)
 
+    def test_challenges_of_an_address(self):
+        done = 0
+        while not self.guesses.ask('192.0.2.1', NOW):
+            done += 1
+        self.assertEqual(done, 200)
+        self.assertEqual(self.guesses.ask('192.0.2.1', NOW + 10), 0)
+        self.assertEqual(self.guesses.ask('192.0.2.2', NOW), 0)
+        self.assertEqual(self.guesses.ask(None, NOW), 0)
+        self.assertEqual(self.tries('192.0.2.1'), 10)
+
     def test_machines_of_an_account(self):
         done = 0
         while not self.guesses.forgive('192.0.2.1', 'joe', NOW):
