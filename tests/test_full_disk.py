@@ -8,6 +8,7 @@ server is on it, the client's cache directory, and what is restored.
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import unittest
 
@@ -105,7 +106,7 @@ class Full(unittest.TestCase):
         for command in (('-d', '-f', 'before'), ('--nuke',)):
             done = world.tarsnap(*command, give=b'No Tomorrow\n')
             self.fails(done, NO_SPACE)
-        done = world.run(['python3', world.program('tarsnapd'), 'user',
+        done = world.run([sys.executable, world.program('tarsnapd'), 'user',
                           world.server.path, 'quota', USER, '1G'])
         self.fails(done, NO_SPACE)
         self.assertIsNone(world.server.running.process.poll())
@@ -120,7 +121,7 @@ class Full(unittest.TestCase):
         disk = FullDisk(self, MIB)
         path = os.path.join(disk.path, 'server')
         disk.fill()
-        argv = ['python3', self.world.program('tarsnapd'), 'init', path]
+        argv = [sys.executable, self.world.program('tarsnapd'), 'init', path]
         self.fails(self.world.run(argv), NO_SPACE)
         disk.free()
         self.assertEqual(self.world.run(argv).code, 0)
