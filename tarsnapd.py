@@ -5562,8 +5562,14 @@ class Scrub:
                 if ident and not (yield ('list', account_prefix(ident))):
                     self._say(key, '', 'names account %s, which is missing'
                               % ident)
-        for key in (yield ('list', 'keys/')):
+        places = yield ('list', 'keys/')
+        for key in places:
             yield from self._keys(key, owners)
+        for number, keys in owners.items():
+            # It is made before the machine.
+            key = 'keys/' + sha256(bytes.fromhex(keys)).hex()
+            if key not in places:
+                self._say(key, '', 'is missing, of machine %s' % number)
         yield from self._store()
 
     def _versioned(self, key):

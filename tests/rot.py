@@ -273,11 +273,12 @@ class Store:
         self.harm(case)
         found = self.scrub()
         self.named(case, found)
-        shutil.rmtree(os.path.join(self.lab.store, 'index'), not case.index)
-        shutil.copytree(
-            os.path.join(self.lab.path('whole'), 'index'),
-            os.path.join(self.lab.store, 'index')) if case.index else os.mkdir(
-                os.path.join(self.lab.store, 'index'))
+        where = os.path.join(self.lab.store, 'index')
+        shutil.rmtree(where)
+        if case.index:
+            shutil.copytree(self.lab.path('whole', 'index'), where)
+        else:
+            os.mkdir(where)
         cost = {name: self.extract(case, name) for name in self.models}
         self.verify(case, cost)
         return sum(map(len, cost.values()))
