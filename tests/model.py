@@ -946,6 +946,8 @@ class World:
                 task.value = self.clock
             elif verb == 'random':
                 task.value = self.dice.randbytes(wish[1])
+            elif verb == 'room':
+                task.value = 300        # bytes
             elif verb == 'log':
                 self.note('%s logs: %s', task.server.name, wish[1])
             elif verb == 'answer':
@@ -1699,7 +1701,9 @@ class Counts:
         return [(name,) for name in self.below if not self.counts[name]]
 
     def find(self, name):
-        return (name, self.counts[name], 0, 0) if name in self.below else None
+        if name not in self.below:
+            return None
+        return 'i' if self.below[name] else 'c', self.counts[name], 0, 0
 
     def kids(self, name):
         return [self.Kid(kid) for kid in self.below[name]]
@@ -2051,7 +2055,7 @@ RULES = [
         '                found = yield from self.decided(attempt)',
         'found = False'), stalls=0.1, deaths=0.05, cuts=0.01, switch=0.5,
         faults=0, crashes=0, thrown=0),
-    Rule('borrowed', 'closure', 'wpp', 36, (
+    Rule('borrowed', 'closure', 'wpp', 77, (
         Writer, 'meets', 'return bool(self.borrowed & gone)',
         'return False')),
     Rule('own after a checkpoint', 'closure', 'wwpp', 418, (
@@ -2062,8 +2066,8 @@ RULES = [
         'dead = before.deletes if before else self.dead(record)')),
     Rule('closed downward', 'closure', 'wwpp', 21, (
         Counts, 'parents', 'return self.below', 'return self.reached()'), (
-        tarsnap, 'release', '((garbage, False), (list(records), True))',
-        '((list(records), True),)')),
+        tarsnap, 'release', '((garbage, False), (records, True))',
+        '((records, True),)')),
     Rule('count of puts', 'closure', 'wwkkk', 197, (
         tarsnapd, 'check_puts',
         'if change.commit.puts != (count, digest.digest()):',
@@ -2087,7 +2091,7 @@ RULES = [
         SESSION, '_segments_ready',
         'if len((yield from droppable(number, k, adopted))) < len(adopted):',
         'if False:')),
-    Rule('losing cleaner recomputes', 'copies', 'wwppkkk', 85, (
+    Rule('losing cleaner recomputes', 'copies', 'wwppkkk', 147, (
         tarsnapd, 'clean_commit',
         'if (yield from log_put(entry)):\n            break',
         'while not (yield from log_put(entry)):\n'
@@ -2126,10 +2130,10 @@ RULES = [
         tarsnapd, 'kept_since',
         'now + 1 - delete_delay(found.delays if found else [], now)',
         'now + 1')),
-    Rule('revive what is kept', 'undelete', 'wppuukkkk', 705, (
-        tarsnapd, 'check_revived',
-        'if index.kept(names) != change.revived:', 'if False:'), delay=0,
-        switch=0.5, freeze=0.2, deaths=0, faults=0, crashes=0, cuts=0,
+    Rule('revive what is kept', 'undelete', 'wppuukk', 22, (
+        tarsnapd.Index, 'find', "'AND s.dropped = 0'", "''"), (
+        tarsnapd.Index, 'stranded', 'WHERE ? = (SELECT k FROM meta)',
+        'WHERE ? < 0'), delay=0, deaths=0, faults=0, crashes=0, cuts=0,
         stalls=0, thrown=0),
 ]
 
@@ -2175,7 +2179,8 @@ def explore_all(args):
         found = out.get()
         if isinstance(found, tuple):
             bad += 1
-            print('seed %d: %s' % found, flush=True)
+            if bad <= 20:
+                print('seed %d: %s' % found, flush=True)
         else:
             stats += found
             left -= 1
