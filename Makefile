@@ -71,6 +71,7 @@ help:
 	@echo 'make bench-network     the main job over a slow link'
 	@echo 'make bench-load        one server under many sessions'
 	@echo 'make bench-rebuild     the index of a million blocks made anew'
+	@echo 'make bench-login       whether time tells which users there are'
 	@echo 'make lint              check sources and manual pages'
 	@echo 'make clean             remove what these make'
 	@echo 'PYTHON=... chooses the interpreter, VENV=... where one is made.'
@@ -103,7 +104,7 @@ bench: peers
 bench-quick: peers
 	@$(FIND) && exec "$$py" bench/compare.py --runs 1 $(BENCH)
 
-bench-growth bench-network bench-load bench-rebuild:
+bench-growth bench-network bench-load bench-rebuild bench-login:
 	@$(FIND) && exec "$$py" bench/$(@:bench-%=%).py $(BENCH)
 
 # As root on Debian what is missing is installed; elsewhere the tests and the
@@ -146,5 +147,5 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help demo test crash fuzz rot faults model bench bench-quick \
-	bench-growth bench-network bench-load bench-rebuild tools peers lint \
-	clean
+	bench-growth bench-network bench-load bench-rebuild bench-login tools \
+	peers lint clean
