@@ -13,6 +13,7 @@ them until its standard input ends; its first line of output is the endpoint,
 access key and secret key.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -276,6 +277,7 @@ class Wire:
         'reset'         the connection ends before the request is passed on
         'lost'          the peer does it, its answer is thrown away
         'torn'          half of the answer's body, then the end
+        'empty'         200 and an XML document that is no list
         'flip'          a bit of the answer's body is another one
         'unconditional' the peer never sees If-None-Match
         'whole'         the peer never sees Range
@@ -293,6 +295,7 @@ class Wire:
         self.seen = []              # (method, path, what was done)
         self.connections = 0
         self.lock = threading.Lock()
+        self.putting = None         # a Lock: puts are passed on one by one
         self.listener = socket.create_server(('127.0.0.1', 0))
         self.port = self.listener.getsockname()[1]
         self.hung = []
@@ -346,11 +349,17 @@ class Wire:
         if what in ('500', 'slow', '409'):
             sock.sendall(self.refusal(what))
             return True
+        if what == 'empty':
+            sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n'
+                         b'<Error/>')
+            return True
         hidden = {'unconditional': b'If-None-Match:', 'whole': b'Range:'}
         if what in hidden:      # signed, so only for one that does not look
             head = head.replace(hidden[what], b'X-' + hidden[what])
-        peer.sendall(head + body)
-        head, body = self.message(server, method == b'HEAD')
+        turn = self.putting if method == b'PUT' else None
+        with turn or contextlib.nullcontext():
+            peer.sendall(head + body)
+            head, body = self.message(server, method == b'HEAD')
         if what == 'lost':
             return False
         if what == 'torn':

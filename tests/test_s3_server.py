@@ -1,12 +1,14 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """A server whose store is a bucket, from init to its loss and back."""
 
+import copy
 import os
 import random
 import re
 import shutil
 import signal
 import tempfile
+import threading
 import unittest
 from unittest import mock
 
@@ -90,6 +92,52 @@ class Life(unittest.TestCase):
                  for path in (first, second)
                  for number in tarsnapd_machines(w, first)}
         self.assertEqual(len(dumps), 1)
+
+    def test_two_servers_and_two_hosts_at_once_while_it_is_cleaned(self):
+        # Of two puts of an object at the same moment Swift lets both win, so
+        # the wire passes them on one by one, as Amazon's S3 does.
+        wire = Wire(self, PEERS['swift'])
+        wire.putting = threading.Lock()
+        w = self.world('swift', 'tls', wire.port)
+        w.keygen()
+        first, second = w.server, w.path('second')
+        os.mkdir(second)
+        for name in ('identity.key', 'tarsnapd.conf'):
+            shutil.copy(os.path.join(first.path, name), second)
+        w.tarsnapd('init', second)
+        other = copy.copy(first)
+        other.path, other.port = second, 0
+        other.start()
+        self.addCleanup(other.kill, signal.SIGTERM)
+        ports = [first.port, other.port]
+        for number in range(2):
+            tree_small(w.path('tree%d' % number), number)
+        for turn in range(3):
+            running = [w.start(
+                '-c', '-f', '%d-%d' % (turn, n), '--server',
+                '127.0.0.1:%d' % ports[(n + turn) % 2], '-C', w.root,
+                'tree%d' % n, cache=w.path('cache%d' % n)) for n in range(2)]
+            w.tarsnapd('clean', (first.path, second)[turn % 2])
+            for one in running:
+                done = one.wait()
+                self.assertEqual(done.code, 0, done)
+            if turn:
+                w.ok('-d', '-f', '%d-0' % (turn - 1), '--server',
+                     '127.0.0.1:%d' % ports[0], cache=w.path('cache1'))
+        names = ['0-1', '1-1', '2-0', '2-1']
+        for port in ports:
+            found = w.ok('--list-archives', '--server',
+                         '127.0.0.1:%d' % port, cache=None).out.split()
+            self.assertEqual(sorted(found), names)
+        for name in ('0-1', '2-0'):
+            out = w.extract(name, '--server', '127.0.0.1:%d' % ports[1],
+                            cache=None)
+            tree = 'tree' + name[-1]
+            tree_equal(self, w.path(tree), os.path.join(out, tree))
+        machine, = tarsnapd_machines(w, first.path)
+        self.assertEqual(*[w.tarsnapd('index-dump', path,
+                                      '%016x' % machine).out
+                           for path in (first.path, second)])
 
     def test_a_client_that_serves_itself(self):
         w = self.world('swift', 'dir')
@@ -272,6 +320,20 @@ class Words(unittest.TestCase):
             found = set(re.findall(r'^\.It Ic (\S+) No =', file.read(), re.M))
         self.assertEqual(found, tarsnapd.CONF_OPTIONS)
         self.assertLessEqual(set(tarsnapd.INIT_OPTIONS), found)
+
+    def test_a_server_that_replaces_objects(self):
+        with s3peers.OpenMoto() as peer, environment(peer.environment()):
+            tarsnapd.Bucket('backup', {}).request('create', '', 'PUT')
+            wire = Wire(self, peer, lambda *_: 'unconditional')
+            with environment(peer.environment(wire.port)):
+                self.fails('init', self.path, '--store', 's3://backup/x',
+                           says='this S3 server replaces objects despite '
+                           '"If-None-Match: *"; a store there could lose data')
+            # A good one that turned bad is refused when it is opened.
+            self.assertEqual(run('init', self.path, '--store',
+                                 's3://backup/y')[0], 0)
+            with environment(peer.environment(wire.port)):
+                self.fails('serve', self.path, says='If-None-Match')
 
     def test_init_again_with_something_else(self):
         first = place()

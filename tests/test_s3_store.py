@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import os
+import socket
 import ssl
 import tempfile
 import threading
@@ -120,6 +121,19 @@ class Signatures(Case):
                 self.assertIn('Credential=AKIAIOSFODNN7EXAMPLE/20130524/'
                               'us-east-1/s3/aws4_request', made)
 
+    def test_a_session_token_is_signed(self):
+        bucket = tarsnapd.Bucket('b', {
+            's3-access-key': 'A', 's3-secret-key': 'S',
+            's3-session-token': 'T', 's3-endpoint': 'http://h:9'})
+        headers, target = bucket._signed('read', 'GET', 'a key', (), {
+            'Range': 'bytes=0-1'}, b'', tarsnapd.DIGEST_OF_NONE)
+        self.assertEqual((target, headers['Host'],
+                          headers['X-Amz-Security-Token']),
+                         ('/b/a%20key', 'h:9', 'T'))
+        self.assertIn('SignedHeaders=host;range;x-amz-content-sha256;'
+                      'x-amz-date;x-amz-security-token,',
+                      headers['Authorization'])
+
     def test_path_is_encoded_once(self):
         self.assertEqual(tarsnapd.percent('a/./b//c +&=%~*(\u00e9', '/'),
                          'a/./b//c%20%2B%26%3D%25~%2A%28%C3%A9')
@@ -177,6 +191,37 @@ class Verbs(Case):
                 self.assertEqual(store.list('k/1'), keys[10:20])
                 self.assertEqual(store.list('none/'), [])
                 self.assertEqual(store.get(odd), odd.encode())
+
+    def test_one_of_many_at_once_wins_in_a_server_directory(self):
+        # On Swift that takes more than If-None-Match; processes and threads.
+        with tempfile.TemporaryDirectory() as base:
+            for peer in STRICT:
+                store = self.store(peer)
+                store.turns = os.path.join(base, 'turn')
+                children = []
+                for one in range(2):
+                    pid = os.fork()
+                    if pid == 0:
+                        os._exit(self.wins(store))
+                    children.append(pid)
+                won = self.wins(store) + sum(
+                    os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                    for pid in children)
+                self.assertEqual(won, 12, peer)
+
+    @staticmethod
+    def wins(store):
+        """How often one of two threads made one of twelve objects."""
+        won = []
+        for n in range(12):
+            threads = [threading.Thread(target=lambda i=i: won.append(
+                store.put('k%d' % n, b'%d %d' % (i, os.getpid()))))
+                for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return sum(won)
 
     def test_a_prefix_is_a_place_of_its_own(self):
         store, other = self.store(), self.store()
@@ -296,6 +341,24 @@ class Faults(Case):
             self.fails(tarsnapd.StoreError, lambda: store.get('k'), '500')
         self.assertEqual(self.wire.count, 10 + 20 // 5)
 
+    def test_delays_grow_and_are_drawn(self):
+        self.limits(first_delay=0.1, first_delay_if_slow=1.0)
+        slow = mock.Mock(slow=lambda: True)
+        for answer, most in ((None, [0.1, 0.2, 0.4, 0.8, 1.6]),
+                             (slow, [1, 2, 4, 8, 16, 20, 20])):
+            for tries, limit in enumerate(most, 1):
+                drawn = [tarsnapd.Bucket._delay(answer, tries)
+                         for _ in range(200)]
+                self.assertTrue(all(0 <= x <= limit for x in drawn))
+                self.assertGreater(max(drawn) - min(drawn), limit / 2)
+
+    def test_an_answer_that_is_no_list_is_no_empty_one(self):
+        store = self.store(plan=lambda number, method, path: (
+            'empty' if 'list-type' in path else None))
+        store.put('k', b'')
+        self.fails(tarsnapd.StoreError, lambda: store.list(''),
+                   'not a list')
+
     def test_an_object_that_changed_on_the_way_is_not_believed(self):
         store = self.store(plan=lambda number, method, path: (
             'flip' if method == 'GET' else None))
@@ -413,6 +476,29 @@ class Where(Case):
                 self.assertEqual(
                     tarsnapd.Bucket('b', conf).split_endpoint(), wanted)
 
+    def test_the_bucket_in_the_host_name(self):
+        # Signed with that name, which moto looks at to find the bucket.
+        real = socket.getaddrinfo
+
+        def here(host, *args, **options):
+            self.assertEqual(host, 'backup.s3.amazonaws.com')
+            return real('127.0.0.1', *args, **options)
+
+        store = self.store('moto', **{
+            's3-endpoint': 'http://s3.amazonaws.com:%d' % PEERS['moto'].port,
+            's3-addressing': 'virtual'})
+        self.enter(mock.patch.object(socket, 'getaddrinfo', here))
+        store.prepare()
+        self.assertTrue(store.put('a key', b'content'))
+        self.assertFalse(store.put('a key', b'other'))
+        self.assertEqual(store.get('a key'), b'content')
+        self.assertEqual(store.list(''), ['a key', 'probe'])
+        store.bucket.close()
+        socket.getaddrinfo = real
+        by_path = tarsnapd.S3Store(store.name, {})
+        self.assertEqual(by_path.get('a key'), b'content')
+        by_path.close()
+
     def test_a_bucket_with_a_dot_is_addressed_by_path(self):
         with environment({}):
             self.assertEqual(tarsnapd.Bucket('b.c', {}).split_endpoint()[1],
@@ -449,7 +535,10 @@ class Who(Case):
             'AWS_CONFIG_FILE':
                 '[profile two]\naws_access_key_id = ta\nregion = two-region\n'
                 'aws_secret_access_key = ts\ns3 =\n  max_queue_size = 5\n'
-                'endpoint_url = https://two.example\n'}
+                'endpoint_url = https://two.example\n[profile three]\n'
+                'region = three-region\nservices = mine\n[services mine]\n'
+                'sqs =\n  endpoint_url = https://no.example\n'
+                's3 =\n  endpoint_url = https://three.example\n'}
         names = {}
         for variable, text in texts.items():
             names[variable] = os.path.join(folder.name, variable)
@@ -472,6 +561,9 @@ class Who(Case):
             bucket = tarsnapd.Bucket('bucket', {})
             self.assertEqual(bucket.region, 'two-region')
             self.assertEqual(bucket.split_endpoint()[1], 'two.example')
+        with environment(dict(self.files(), AWS_PROFILE='three')):
+            bucket = tarsnapd.Bucket('bucket', {})
+            self.assertEqual(bucket.split_endpoint()[1], 'three.example')
 
     def test_refused(self):
         off = {'AWS_EC2_METADATA_DISABLED': 'true'}
@@ -492,43 +584,117 @@ class Who(Case):
         self.assertTrue(found.access and found.secret and found.token)
         self.assertGreater(found.expires, time.time())
 
-    def test_container_and_renewal(self):
-        asked = []
-
-        class Container(http.server.BaseHTTPRequestHandler):
+    def service(self, answer):
+        """A loopback HTTP server: answer(method, path, headers) is the body
+        as str or JSON, or a status.  Its URL.
+        """
+        class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                asked.append((self.path, self.headers['Authorization']))
-                peer = PEERS['moto']
-                soon = time.time() + (60 if len(asked) == 1 else 7200)
-                body = json.dumps({
-                    'AccessKeyId': peer.access,
-                    'SecretAccessKey': peer.secret,
-                    'Expiration': time.strftime('%Y-%m-%dT%H:%M:%SZ',
-                                                time.gmtime(soon))}).encode()
-                self.send_response(200)
+                found = answer(self.command, self.path, self.headers)
+                status = found if isinstance(found, int) else 200
+                body = (found if isinstance(found, str)
+                        else json.dumps(found)).encode()
+                self.send_response(status)
                 self.send_header('Content-Length', str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
+            do_PUT = do_GET
+
             def log_message(self, *_):
                 pass
 
-        with http.server.HTTPServer(('127.0.0.1', 0), Container) as server:
-            thread = threading.Thread(target=server.serve_forever,
-                                      daemon=True)
-            thread.start()
-            store = self.store()
-            for name in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'):
-                del os.environ[name]
-            os.environ['AWS_CONTAINER_CREDENTIALS_FULL_URI'] = (
-                'http://127.0.0.1:%d/role' % server.server_port)
-            os.environ['AWS_CONTAINER_AUTHORIZATION_TOKEN'] = 'token'
-            store.put('a', b'')
-            self.assertEqual(asked, [('/role', 'token')])
-            store.put('b', b'')
-            store.put('c', b'')
-            server.shutdown()
+        server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return 'http://127.0.0.1:%d' % server.server_port
+
+    @staticmethod
+    def keys(seconds):
+        """What an endpoint answers: moto's keys, good for so long."""
+        peer = PEERS['moto']
+        return {'AccessKeyId': peer.access, 'SecretAccessKey': peer.secret,
+                'Expiration': time.strftime(
+                    '%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() + seconds))}
+
+    def without_keys(self):
+        store = self.store()
+        for name in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'):
+            del os.environ[name]
+        return store
+
+    def test_container_and_renewal(self):
+        asked = []
+
+        def answer(method, path, headers):
+            asked.append((method, path, headers['Authorization']))
+            return self.keys(60 if len(asked) == 1 else 7200)
+
+        store = self.without_keys()
+        os.environ.update(
+            AWS_CONTAINER_CREDENTIALS_FULL_URI=self.service(answer) + '/role',
+            AWS_CONTAINER_AUTHORIZATION_TOKEN='token')
+        store.put('a', b'')
+        self.assertEqual(asked, [('GET', '/role', 'token')])
+        store.put('b', b'')
+        store.put('c', b'')
         self.assertEqual(len(asked), 2)     # the first were about to expire
+
+    def test_container_by_relative_uri_and_a_token_in_a_file(self):
+        asked = []
+
+        def answer(method, path, headers):
+            asked.append((method, path, headers['Authorization']))
+            return self.keys(7200)
+
+        self.enter(mock.patch.object(tarsnapd, 'CONTAINER',
+                                     self.service(answer)))
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b'from a file\n')
+            file.flush()
+            store = self.without_keys()
+            os.environ.update(
+                AWS_CONTAINER_CREDENTIALS_RELATIVE_URI='/v2/role',
+                AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=file.name)
+            store.put('a', b'')
+        self.assertEqual(asked, [('GET', '/v2/role', 'from a file')])
+
+    def test_an_instance_that_insists_on_version_2(self):
+        asked, life = [], [60]
+
+        def answer(method, path, headers):
+            asked.append((method, path))
+            if (method, path) == ('PUT', '/latest/api/token'):
+                good = headers['X-aws-ec2-metadata-token-ttl-seconds']
+                return 'TOKEN' if good == '21600' else 400
+            if headers['X-aws-ec2-metadata-token'] != 'TOKEN':
+                return 401
+            if path == '/latest/meta-data/iam/security-credentials/':
+                return 'the-role\n'
+            if path.endswith('/the-role') and life[0]:
+                return self.keys(life[0])
+            return 500
+
+        store = self.without_keys()
+        os.environ.pop('AWS_EC2_METADATA_DISABLED')
+        os.environ['AWS_EC2_METADATA_SERVICE_ENDPOINT'] = (
+            self.service(answer) + '/')
+        # Proxies are for others.
+        os.environ.update(http_proxy='http://127.0.0.1:1',
+                          HTTP_PROXY='http://127.0.0.1:1')
+        store.put('a', b'')
+        self.assertEqual(len(asked), 3)
+        life[0] = 0                     # the service fails for a while
+        store.put('b', b'')             # what we have still does
+        self.assertGreater(len(asked), 3)
+        life[0] = 7200
+        store.put('c', b'')
+        before = len(asked)
+        store.put('d', b'')
+        self.assertEqual(len(asked), before)
+        os.environ['AWS_EC2_METADATA_DISABLED'] = 'true'
+        self.fails(tarsnapd.ServerError, self.find, 'no S3 credentials')
 
 
 if __name__ == '__main__':
