@@ -1049,8 +1049,10 @@ class Answer:
 
     def later(self):
         """True if the same request may succeed later."""
+        # The answer to HEAD has no body that could name the conflict.
         return (self.status in LATER_STATUS or self.slow()
-                or self.code in LATER_CODES)
+                or self.code in LATER_CODES
+                or self.status == 409 and not self.code)
 
     def slow(self):
         """True if we are to make fewer requests."""
