@@ -11,12 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import unittest
 
 import world
 from rawclient import tarsnapd
 from s3peers import free_ports
+from test_server_lifecycle import until
 
 CONTRIB = os.path.join(world.ROOT, 'contrib')
 UNITS = ('tarsnapd.service', 'tarsnapd.socket', 'tarsnapd-check.service',
@@ -35,13 +35,6 @@ def need(case, program, package):
     if not found:
         case.skipTest('no %s (Debian: %s)' % (program, package))
     return found
-
-
-def until(what, seconds=30):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def listens(port):
