@@ -162,11 +162,14 @@ class Upgrade(unittest.TestCase):
         w.keygen()
         world.tree_noise(w.path('tree'), 1, 12)
         store = w.path('server')
-        running = w.start('-c', '-f', 'one', '--maxbw-rate-up', '8000000',
+        running = w.start('-c', '-f', 'one', '--maxbw-rate-up', '5000000',
                           '--noisy-warnings', '-C', w.root, 'tree')
         before = 0
         for _ in range(3):
-            until(lambda: held(store) > before + world.MIB)
+            until(lambda: held(store) > before + world.MIB
+                  or running.process.poll() is not None)
+            if before and running.process.poll() is not None:
+                break               # on a machine that is busy elsewhere
             manager.stop()
             # Nobody serves, and whoever comes now waits.
             waiting = socket.create_connection(('127.0.0.1', manager.port))
