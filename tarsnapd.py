@@ -29,6 +29,8 @@ loop), or in whatever order a test finds cruel.  The wishes are
     ('mend', key, data)                                   of repair alone
     ('spool', method, ...)                                open segments
     ('index', machine, method, ...)                       the index
+    ('view', method, ...)                                 of the ledger
+    ('sent', machine, bytes)      went to a client
     ('all', wishes)               several: values, StoreErrors in their place
     ('room',)                     how many bytes of blocks to read at once
     ('now',)  ('random', n)  ('wait', seconds)            clock and chance
@@ -47,6 +49,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     index                 SQLite, caught up from the log
     history               the rules a commit must pass
     accounts, machines    who may register, and who did
+    ledger                what was used and paid, and what is left
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
     scrub                 everything stored against its hashes
@@ -117,6 +120,7 @@ LIMIT = {
     'requests unauthenticated': 64,     # of one
     'frames at once': 256,          # then it is another connection's turn
     'seconds to freeze': 5,         # until a session hears of it
+    'seconds paid': 60,             # until a session asks for money again
     'names withdrawn': 1 << 20,     # that were never put
 }
 
@@ -3958,6 +3962,1034 @@ def login_check(stored, transcript, proof):
 
 
 ##############################################################################
+# Ledger
+#
+# What accounts have used, paid and have left, in attodollars (10^-18 US$),
+# in the store of accounts: tarsnapd(8), "THE LEDGER".  No object changes, and
+# a name is a function of what it is about, never of when it was written: who
+# comes second, on whatever host, finds it there and takes it.
+#
+#     usage/DAY/SHARD       what machines used on a day, and where in their
+#                           logs it ended: made from the day before and logs
+#     traffic/DAY/STREAM/K  what a process sent, a piece for each ten minutes
+#     pay/ACCOUNT/...       adjust/ACCOUNT/...  money that came or went
+#     closed/MONTH/SHARD    balances at the end of a month
+#     standing/ACCOUNT/...  versioned: ok, warned, negative or deletable
+#
+# A shard of usage is the first digit of a machine's number, of closings that
+# of the account's id.  A machine changes hands; it never changes its shard,
+# so that nobody can be charged for it twice.  The view (SQLite) is a function
+# of these objects and may be thrown away.
+##############################################################################
+
+SHARDS = '0123456789abcdef'
+ATTO = 10 ** 18                 # attodollars in a dollar
+BILL_LATER = 600                # seconds after its end until a day is billed:
+#                                 clocks of servers may differ so much
+BILL_MOST = 31                  # days at once, unless told to
+TRAFFIC_SECONDS = 600           # what a killed process can lose
+WARN_DAYS = 7
+DELETE_DAYS = 7                 # from the first day below zero
+ASK_AT_ONCE = 512               # objects
+
+Prices = collections.namedtuple(
+    'Prices', 'storage up down')        # attodollars, a byte(-month)
+# A machine's day.  `k` is the last log entry that is charged with it and
+# `bytes` are live after that; stored are byte-days, up and down bytes.
+Used = collections.namedtuple('Used', 'account k bytes stored up down')
+Money = collections.namedtuple('Money', 'account kind amount time text')
+# A view: what all was for, and days of storage left or None.
+Balance = collections.namedtuple('Balance', 'money held')
+
+# Entries by where they are, and the sign of their amount.
+PAID = {'payment': 1, 'refund': -1, 'chargeback': -1}
+ADJUSTED = {'credit': 1, 'adjustment': 0}
+
+
+def day_text(day):
+    """2026-11-22; `day` counts days since 1970, in UTC."""
+    return time.strftime('%Y-%m-%d', time.gmtime(day * DAY))
+
+
+def day_parse(text):
+    """The number of a day; ServerError if it is none."""
+    import calendar
+    try:
+        return calendar.timegm(time.strptime(text, '%Y-%m-%d')) // DAY
+    except ValueError:
+        raise ServerError('%s is not a day like 2026-11-22'
+                          % printable(text)) from None
+
+
+def month_days(day):
+    """(first day of the month of `day`, first day of the next)."""
+    import calendar
+    date = time.gmtime(day * DAY)
+    first = day - date.tm_mday + 1
+    return first, first + calendar.monthrange(date.tm_year, date.tm_mon)[1]
+
+
+def price_of_day(storage, day):
+    """Attodollars for a byte on `day`, from those for a byte and month.
+
+    Rounded down here, and nowhere else.
+    """
+    first, after = month_days(day)
+    return storage // (after - first)
+
+
+def money_parse(text, digits=18):
+    """A decimal number with up to `digits` digits after the point, times
+    10^digits; ServerError if it is none.
+    """
+    whole, _, part = text.partition('.')
+    if not (whole + part).isascii() or not (whole + part).isdigit() or (
+            not whole or len(part) > digits or len(whole) > 12):
+        raise ServerError('%s is not an amount' % printable(text))
+    return int(whole + part.ljust(digits, '0'))
+
+
+def money_text(amount):
+    """Attodollars as dollars, all 18 digits."""
+    sign = '-' if amount < 0 else ''
+    return '%s%d.%018d' % ((sign,) + divmod(abs(amount), ATTO))
+
+
+def prices_conf(conf):
+    """The Prices of a configuration, None if nobody pays."""
+    names = ('storage-price', 'upload-price', 'download-price')
+    if not any(name in conf for name in names):
+        return None
+    # Picodollars: six more digits make attodollars.
+    return Prices(*(money_parse(conf.get(name, '0'), 6) for name in names))
+
+
+def once(key, data):
+    """Steps: put `data`, if there is no such object; what is there then.
+
+    A put that failed may have succeeded: it is tried once more.
+    """
+    try:
+        created = yield ('put', key, data)
+    except StoreError:
+        created = yield ('put', key, data)
+    return data if created else (yield ('get', key, 0, None))
+
+
+def get_many(keys):
+    """Steps: the objects `keys`, many at once: data, or a NoObject."""
+    out = []
+    for i in range(0, len(keys), ASK_AT_ONCE):
+        out += yield ('all', [('get', key, 0, None)
+                              for key in keys[i:i + ASK_AT_ONCE]])
+    for data in out:
+        if isinstance(data, StoreError) and not isinstance(data, NoObject):
+            raise data
+    return out
+
+
+def lines_encode(key, lines):
+    """The object `key` of lines of words; the last one is a sum over all."""
+    text = ''.join(' '.join(map(str, line)) + '\n' for line in lines).encode()
+    return text + b'sum %s\n' % sha256(key.encode() + b'\n' + text
+                                       ).hex().encode()
+
+
+def lines_decode(key, data):
+    """The lines in object `key`, lists of words; Damaged if altered."""
+    try:
+        lines = [line.split(' ') for line in data.decode('ascii').split('\n')]
+    except UnicodeDecodeError:
+        lines = []
+    if len(lines) < 2 or lines_encode(key, lines[:-2]) != data:
+        raise Damaged('read', key, 'checksum does not match')
+    return lines[:-2]
+
+
+# Usage of a day.
+
+
+class Usage:
+    """usage/DAY/SHARD."""
+
+    __slots__ = ('day', 'shard', 'prices', 'streams', 'rows')
+
+    def __init__(self, day, shard, prices):
+        self.day = day
+        self.shard = shard
+        self.prices = prices    # Prices, storage for a byte on this day
+        self.streams = {}       # (day, stream) -> pieces that are charged
+        self.rows = {}          # machine, 16 digits -> Used
+
+    def key(self):
+        return usage_key(self.day, self.shard)
+
+    def amounts(self, machine):
+        """Attodollars for (storage, up, down) of a machine."""
+        row = self.rows[machine]
+        return tuple(price * quantity for price, quantity in zip(
+            self.prices, (row.stored, row.up, row.down)))
+
+    def encode(self):
+        lines = [('tarsnap-usage', 1), ('prices',) + tuple(self.prices)]
+        lines += [('traffic', day_text(day), stream, count)
+                  for (day, stream), count in sorted(self.streams.items())]
+        lines += [(machine,) + tuple(row) + (sum(self.amounts(machine)),)
+                  for machine, row in sorted(self.rows.items())]
+        return lines_encode(self.key(), lines)
+
+
+def usage_key(day, shard):
+    return 'usage/%s/%s' % (day_text(day), shard)
+
+
+def usage_decode(day, shard, data):
+    """The Usage in object usage_key(day, shard); Damaged if it is none."""
+    key = usage_key(day, shard)
+    lines = lines_decode(key, data)
+    try:
+        if lines[0] != ['tarsnap-usage', '1'] or lines[1][0] != 'prices':
+            raise ValueError('of another kind')
+        usage = Usage(day, shard, Prices(*map(int, lines[1][1:])))
+        for line in lines[2:]:
+            if line[0] == 'traffic':
+                usage.streams[day_parse(line[1]), line[2]] = int(line[3])
+                continue
+            usage.rows[line[0]] = Used(line[1], *map(int, line[2:-1]))
+            if sum(usage.amounts(line[0])) != int(line[-1]):
+                raise ValueError('amount is not price times quantity')
+    except (ValueError, TypeError, IndexError, ServerError) as e:
+        raise Damaged('read', key, e) from None
+    return usage
+
+
+def usage_get(day, shard):
+    """Steps: the Usage of a day, or None."""
+    try:
+        return usage_decode(day, shard, (
+            yield ('get', usage_key(day, shard), 0, None)))
+    except NoObject:
+        return None
+
+
+def log_since(places, end, most):
+    """Steps: {machine: [(k, time, live bytes, uploaded bytes)]} of what the
+    logs have after `places`, {machine: k}, before time `end`; of machines in
+    `most` up to entry k of that.
+
+    What cannot be read ends it, and is said; once mended it is charged with
+    the day that is next then.
+    """
+    found = {machine: [] for machine in places}
+    places = dict(places)
+    while places:
+        wanted = {machine: k + 1 for machine, k in places.items()
+                  if k + 1 <= most.get(machine, k + 1)}
+        datas = yield from get_many([log_key(int(machine, 16), k)
+                                     for machine, k in wanted.items()])
+        places = {}
+        for (machine, k), data in zip(wanted.items(), datas):
+            if isinstance(data, NoObject):
+                continue
+            try:
+                entry = log_decode(int(machine, 16), k, data)
+            except Damaged as e:
+                yield ('log', 'bill: %s' % e)
+                continue
+            if entry.time < end or machine in most:
+                found[machine].append((k, entry.time, entry.bytes,
+                                       entry_uploaded(entry)))
+                places[machine] = k
+    return found
+
+
+def entry_uploaded(entry):
+    """Bytes of the segments that a client committed with a log entry."""
+    if not entry.commit or commit_decode(entry.commit).kind != KIND_WRITE:
+        return 0
+    return sum(segment[1] for segment in entry.segments)
+
+
+def stored_days(entries, held, start):
+    """Byte-days of the day that begins at time `start`, rounded down, where
+    `held` bytes are live then; `entries` as of log_since.
+    """
+    total, at = 0, start
+    for _, when, after, _ in entries:
+        when = min(max(when, at), start + DAY)
+        total += held * (when - at)
+        held, at = after, when
+    return (total + held * (start + DAY - at)) // DAY
+
+
+def owner_versions():
+    """Steps: {machine, 16 digits: [(time from which, account id)]}, newest
+    first.
+    """
+    keys = yield ('list', 'owner/')
+    found = {}
+    for key, data in zip(keys, (yield from get_many(keys))):
+        if isinstance(data, NoObject):
+            raise data
+        value = versioned_decode(key, data)
+        found.setdefault(key.split('/')[1], []).append(
+            (value.get('time', 0), value['account']))
+    return found
+
+
+def owner_at(versions, end):
+    """Whose a machine is before time `end`, '-' if nobody's."""
+    for when, account in versions:
+        if when < end:
+            return account
+    return '-'
+
+
+class Billing:
+    """What is the same for all shards of a day, read once."""
+
+    __slots__ = ('start', 'machines', 'owners', 'traffic')
+
+    def __init__(self, start, machines, owners):
+        self.start = start          # first day that is billed
+        self.machines = machines    # {shard: [machine, 16 digits]}
+        self.owners = owners        # as of owner_versions
+        self.traffic = {}           # day -> as of traffic_load
+
+    def sent(self, day):
+        """Steps: what was sent on a day."""
+        if day not in self.traffic:
+            self.traffic = {known: x for known, x in self.traffic.items()
+                            if known >= day - 1}
+            self.traffic[day] = yield from traffic_load(day)
+        return self.traffic[day]
+
+
+def billing_load(start):
+    """Steps: a new Billing."""
+    machines = {shard: [] for shard in SHARDS}
+    for number in (yield from machine_numbers()):
+        machines[('%016x' % number)[0]].append('%016x' % number)
+    return Billing(start, machines, (yield from owner_versions()))
+
+
+def usage_make(billing, day, shard, prices, before, limit=None):
+    """Steps: the Usage of a shard on `day`, not written.
+
+    `before` is that of the day before, None on the first day; what happened
+    before that is nobody's charge.  `limit` is a Usage whose places in logs
+    and traffic are not passed.
+    """
+    usage = Usage(day, shard, prices)
+    start, end = day * DAY, (day + 1) * DAY
+    down = yield from usage_sent(billing, usage, before, limit)
+    old = before.rows if before else {}
+    places = {machine: old[machine].k if machine in old else 0
+              for machine in billing.machines[shard]}
+    most = {machine: limit.rows[machine].k if machine in limit.rows else k
+            for machine, k in places.items()} if limit else {}
+    logs = yield from log_since(places, end, most)
+    for machine, entries in logs.items():
+        row = old.get(machine)
+        k, held = (row.k, row.bytes) if row else (0, 0)
+        stored = stored_days(entries, held, start)
+        if entries:
+            k, _, held, _ = entries[-1]
+        if k or machine in down:
+            usage.rows[machine] = Used(
+                owner_at(billing.owners.get(machine, ()), end), k, held,
+                stored, sum(up for _, when, _, up in entries
+                            if before or when >= start),
+                down.get(machine, 0))
+    return usage
+
+
+def usage_sent(billing, usage, before, limit):
+    """Steps: {machine: bytes sent to it} that are charged with `usage`, which
+    learns which pieces these are: those of its day, and what came late for
+    the day before.
+    """
+    down = collections.Counter()
+    for day in (usage.day - 1, usage.day) if before else (usage.day,):
+        for stream, pieces in (yield from billing.sent(day)).items():
+            done = before.streams.get((day, stream), 0) if before else 0
+            count = len(pieces)
+            if limit:
+                count = min(count, limit.streams.get((day, stream), 0))
+            if count:
+                usage.streams[day, stream] = count
+            for piece in pieces[done:count]:
+                down.update(piece)
+    return {machine: size for machine, size in down.items()
+            if machine[0] == usage.shard}
+
+
+# Traffic: what sessions send.
+
+
+class Traffic:
+    """What this process sent and has not written down; any thread."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.stream = None          # what names this process's pieces
+        self.sent = {}              # machine number -> bytes
+        self.day = None             # of the pieces that are being written
+        self.pieces = 0             # written on that day
+        self.unclear = None         # (key, object) that may be there or not
+        self.last = time.monotonic()    # when it was last written
+
+    def add(self, machine, size):
+        """So many bytes of blocks go to a machine."""
+        with self.lock:
+            self.sent[machine] = self.sent.get(machine, 0) + size
+
+    def due(self):
+        """True if it is time to write; then not again for a while."""
+        if time.monotonic() < self.last + TRAFFIC_SECONDS:
+            return False
+        self.last = time.monotonic()
+        return bool(self.sent or self.unclear)
+
+    def take(self, day):
+        """(key, object) of the next piece, None if nothing was sent."""
+        with self.lock:
+            if self.unclear or not self.sent:
+                return self.unclear
+            sent, self.sent = self.sent, {}
+            if day != self.day:
+                self.day, self.pieces = day, 0
+            # Not before a worker has its own process.
+            self.stream = self.stream or os.urandom(8).hex()
+            key = 'traffic/%s/%s/%06d' % (day_text(day), self.stream,
+                                          self.pieces)
+            self.pieces += 1
+            self.unclear = key, lines_encode(key, [
+                ('%016x' % machine, size)
+                for machine, size in sorted(sent.items())])
+            return self.unclear
+
+    def written(self):
+        """What take() said is durable."""
+        with self.lock:
+            self.unclear = None
+
+
+def traffic_flush(traffic):
+    """Steps: write down what was sent.
+
+    After an error the next call repeats the very same piece first.
+    """
+    while True:
+        piece = traffic.take((yield ('now',)) // DAY)
+        if piece is None:
+            return
+        yield from once(*piece)
+        traffic.written()
+
+
+def traffic_load(day):
+    """Steps: {stream: [{machine, 16 digits: bytes}]} of a day, in order, as
+    far as none is missing.
+    """
+    keys = yield ('list', 'traffic/%s/' % day_text(day))
+    found = {}
+    for key, data in zip(keys, (yield from get_many(keys))):
+        _, _, stream, number = key.split('/')
+        pieces = found.setdefault(stream, [])
+        if int(number) == len(pieces) and not isinstance(data, NoObject):
+            pieces.append({machine: int(size) for machine, size
+                           in lines_decode(key, data)})
+    return found
+
+
+# Money that comes and goes.
+
+
+def money_name_check(name):
+    """ServerError unless it can be a part of an object's key."""
+    if not 0 < len(name) <= 200 or not all(
+            c.isascii() and (c.isalnum() or c in '-_.') for c in name) or (
+            name.strip('.') == ''):
+        raise ServerError('a name has 1 to 200 letters, digits, - _ or .')
+
+
+def money_put(account, place, kind, amount, text):
+    """Steps: True if the entry is new; durable on return.
+
+    `place` is its key after pay/ or adjust/ACCOUNT/, a function of what it
+    is about.  ServerError if another amount has been entered under it.
+    """
+    signs = {**PAID, **ADJUSTED}
+    assert kind in signs and amount * (signs[kind] or 1) * (
+        1 if signs[kind] else amount) > 0, (kind, amount)
+    money_name_check(place)
+    key = '%s/%s/%s' % ('pay' if kind in PAID else 'adjust', account, place)
+    value = {'kind': kind, 'amount': amount, 'text': text,
+             'time': (yield ('now',))}
+    data = versioned_encode(key, value)
+    try:
+        created = yield ('put', key, data)
+    except StoreError:
+        created = yield ('put', key, data)
+    if not created:
+        there = yield ('get', key, 0, None)
+        found = money_decode(key, there)
+        if (found.kind, found.amount) != (kind, amount):
+            raise ServerError('%s is there already: %s %s' % (
+                key, found.kind, money_text(found.amount)))
+        return there == data
+    return True
+
+
+def money_decode(key, data):
+    """The Money in an object of pay/ or adjust/; Damaged if it is none."""
+    value = versioned_decode(key, data)
+    try:
+        return Money(key.split('/')[1], value['kind'], value['amount'],
+                     value['time'], value['text'])
+    except KeyError as e:
+        raise Damaged('read', key, 'has no %s' % e) from None
+
+
+def ledger_pay(account, provider, session, amount, kind='payment', text=''):
+    """Steps: enter what a provider says of a payment; True if it is new.
+
+    `session` is the provider's own name of what happened: twice the same is
+    entered once.  `amount` is in attodollars, negative for a refund or a
+    chargeback.  Durable on return, and access is back.
+    """
+    assert kind in PAID, kind
+    new = yield from money_put(account, '%s-%s' % (provider, session), kind,
+                               amount, text)
+    return new
+
+
+def ledger_adjust(account, key, kind, amount, reason):
+    """Steps: enter a credit or an adjustment; True if it is new."""
+    assert kind in ADJUSTED, kind
+    return (yield from money_put(account, key, kind, amount, reason))
+
+
+# Closings: what is before them need not be read again.
+
+
+def month_text(day):
+    return day_text(day)[:7]
+
+
+def closed_key(first, shard):
+    return 'closed/%s/%s' % (month_text(first), shard)
+
+
+def money_digest(key):
+    """What a closing says of an entry that it includes."""
+    return sha256(key.encode())[:8].hex()
+
+
+def closed_get(first, shard):
+    """Steps: {account: (balance, set of digests)} at the end of the month
+    that begins with day `first`, or None.
+    """
+    key = closed_key(first, shard)
+    try:
+        lines = lines_decode(key, (yield ('get', key, 0, None)))
+    except NoObject:
+        return None
+    return {line[0]: (int(line[1]), set(line[2:])) for line in lines}
+
+
+def month_close(start, first, after):
+    """Steps: write the closings of a month, all of whose days, `first` to
+    `after` - 1, have been billed; so have the months before.
+
+    Entries count that were made before the month's end.  `start` is the first
+    day that was billed at all.
+    """
+    used = collections.Counter()
+    for day in range(max(first, start), after):
+        for shard in SHARDS:
+            usage = yield from usage_get(day, shard)
+            for machine, row in usage.rows.items():
+                used[row.account] += sum(usage.amounts(machine))
+    keys = (yield ('list', 'pay/')) + (yield ('list', 'adjust/'))
+    for shard in SHARDS:
+        closed = {}
+        if first > start:
+            closed = yield from closed_get(month_days(first - 1)[0], shard)
+        sums = {account: (balance, set(digests))
+                for account, (balance, digests) in closed.items()}
+        for account in used:
+            if account[0] == shard:
+                balance, digests = sums.get(account, (0, set()))
+                sums[account] = balance - used[account], digests
+        yield from month_add(sums, after, [
+            key for key in keys if key.split('/')[1][0] == shard])
+        yield from once(closed_key(first, shard), lines_encode(
+            closed_key(first, shard),
+            [(account, balance, *sorted(digests))
+             for account, (balance, digests) in sorted(sums.items())]))
+
+
+def month_add(sums, after, keys):
+    """Steps: add to closing balances `sums` what entries `keys` from before
+    day `after` are not in them.
+    """
+    new = [key for key in keys if money_digest(key) not in sums.get(
+        key.split('/')[1], (0, ()))[1]]
+    for key, data in zip(new, (yield from get_many(new))):
+        if isinstance(data, NoObject):
+            raise data
+        money = money_decode(key, data)
+        if money.time < after * DAY:
+            balance, digests = sums.get(money.account, (0, set()))
+            sums[money.account] = (balance + money.amount,
+                                   digests | {money_digest(key)})
+
+
+# The view.
+
+VIEW_VERSION = 1
+VIEW_SCHEMA = '''
+CREATE TABLE shards (shard TEXT PRIMARY KEY, day INTEGER, size INTEGER);
+CREATE TABLE sums (account TEXT PRIMARY KEY, amount TEXT);
+CREATE TABLE held (shard TEXT, account TEXT, bytes INTEGER,
+ PRIMARY KEY (shard, account));
+CREATE TABLE entries (key TEXT PRIMARY KEY, account TEXT, kind TEXT,
+ amount TEXT, time INTEGER, text TEXT);
+CREATE INDEX entries_account ON entries (account);
+CREATE TABLE included (account TEXT, digest TEXT,
+ PRIMARY KEY (account, digest))'''
+
+
+class View:
+    """Balances, in SQLite: a function of the ledger.  Any thread, one at a
+    time; several processes.
+
+    `sums` are closing balances and what was used since, `included` the
+    entries that are in these already.  Amounts are text, as SQLite's numbers
+    end at nine dollars.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.lock = threading.Lock()
+        self.db = None
+
+    def call(self, method, args):
+        """Call a method; StoreError if it fails.  A damaged file is thrown
+        away, and made anew by the next use.
+        """
+        import sqlite3
+        with self.lock:
+            try:
+                if self.db is None:
+                    self._open(sqlite3)
+                run = self.db.execute
+                run('BEGIN IMMEDIATE')
+                try:
+                    result = getattr(self, method)(run, *args)
+                    run('COMMIT')
+                    return result
+                finally:
+                    rollback(self.db)
+            except sqlite3.Error as e:
+                if not isinstance(e, sqlite3.OperationalError):
+                    self.remove()
+                raise StoreError('view', self.path, e) from e
+
+    def _open(self, sqlite3):
+        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None,
+                                  check_same_thread=False)
+        run = self.db.execute
+        run('PRAGMA journal_mode = WAL').fetchall()
+        run('PRAGMA synchronous = NORMAL')
+        run('BEGIN IMMEDIATE')
+        version = run('PRAGMA user_version').fetchone()[0]
+        if version == 0:
+            for statement in VIEW_SCHEMA.split(';'):
+                run(statement)
+            run('PRAGMA user_version = %d' % VIEW_VERSION)
+        run('COMMIT')
+        if version not in (0, VIEW_VERSION):
+            raise sqlite3.DatabaseError('view of another version')
+        os.chmod(self.path, 0o600)
+
+    def close(self):
+        if self.db:
+            self.db.close()
+            self.db = None
+
+    def remove(self):
+        self.close()
+        for suffix in ('', '-wal', '-shm'):
+            unlink_quietly(self.path + suffix)
+
+    # What steps may wish; `run` is of an open transaction.
+
+    @staticmethod
+    def places(run):
+        """{shard: (last day that is in it, size of its object)}."""
+        return {shard: (day, size) for shard, day, size in run(
+            'SELECT shard, day, size FROM shards')}
+
+    @staticmethod
+    def load(run, day, closed):
+        """Begin anew after day `day`, with closing balances then."""
+        for table in ('shards', 'sums', 'held', 'entries', 'included'):
+            run('DELETE FROM %s' % table)
+        for shard in SHARDS:
+            run('INSERT INTO shards VALUES (?, ?, 0)', (shard, day))
+        for account, (balance, digests) in closed.items():
+            run('INSERT INTO sums VALUES (?, ?)', (account, str(balance)))
+            for digest in digests:
+                run('INSERT INTO included VALUES (?, ?)', (account, digest))
+
+    @staticmethod
+    def apply(run, usage, size, charge=True):
+        """Add the Usage of a shard's next day, or only what is held then."""
+        last = run('SELECT day FROM shards WHERE shard = ?', (usage.shard,)
+                   ).fetchone()
+        if last != (usage.day - charge,):
+            return                      # another process was faster
+        run('UPDATE shards SET day = ?, size = ? WHERE shard = ?',
+            (usage.day, size, usage.shard))
+        run('DELETE FROM held WHERE shard = ?', (usage.shard,))
+        held, used = collections.Counter(), collections.Counter()
+        for machine, row in usage.rows.items():
+            if row.account != '-':
+                held[row.account] += row.bytes
+                used[row.account] += sum(usage.amounts(machine))
+        for account, size in held.items():
+            run('INSERT INTO held VALUES (?, ?, ?)',
+                (usage.shard, account, size))
+        for account, amount in used.items() if charge else ():
+            before = run('SELECT amount FROM sums WHERE account = ?',
+                         (account,)).fetchone() or (0,)
+            run('REPLACE INTO sums VALUES (?, ?)',
+                (account, str(int(before[0]) - amount)))
+
+    @staticmethod
+    def entries_lack(run, account, keys):
+        """Those of `keys`, all entries of an account (None: of all), that
+        are not in the view; what is in it and not among them goes.
+        """
+        where, args = ('WHERE account = ?', (account,)) if account else (
+            '', ())
+        known = {key for key, in run('SELECT key FROM entries ' + where,
+                                     args)}
+        for key in known.difference(keys):
+            run('DELETE FROM entries WHERE key = ?', (key,))
+        included = set(run('SELECT account, digest FROM included ' + where,
+                           args))
+        return [key for key in keys if key not in known and (
+            key.split('/')[1], money_digest(key)) not in included]
+
+    @staticmethod
+    def entries_add(run, entries):
+        """Add [(key, Money)]."""
+        for key, money in entries:
+            run('REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)', (
+                key, money.account, money.kind, str(money.amount),
+                money.time, money.text))
+
+    @staticmethod
+    def balance(run, account):
+        """The Balance of an account."""
+        return View._balance(run, account)
+
+    @staticmethod
+    def _balance(run, account):
+        money = sum(int(amount) for amount, in run(
+            'SELECT amount FROM sums WHERE account = ? UNION ALL '
+            'SELECT amount FROM entries WHERE account = ?',
+            (account, account)))
+        held = run('SELECT sum(bytes) FROM held WHERE account = ?',
+                   (account,)).fetchone()[0]
+        return Balance(money, held or 0)
+
+    @staticmethod
+    def balances(run):
+        """{account: Balance} of all that ever used or paid something."""
+        return {account: View._balance(run, account)
+                for account, in run('SELECT account FROM sums UNION '
+                                    'SELECT account FROM entries').fetchall()
+                if account != '-'}
+
+
+def start_get():
+    """Steps: the first day that is billed, None if nothing was yet."""
+    key = 'ledger/start'
+    try:
+        return day_parse(lines_decode(key, (
+            yield ('get', key, 0, None)))[0][1])
+    except NoObject:
+        return None
+
+
+def start_make(day):
+    """Steps: have billing begin with `day`, unless it has; the day."""
+    key = 'ledger/start'
+    yield from once(key, lines_encode(key, [('day', day_text(day))]))
+    return (yield from start_get())
+
+
+def view_good(start, places):
+    """Steps: False if the view is not one of this ledger."""
+    if start is None or not places:
+        return start is None and not places
+    sizes = yield ('all', [('size', usage_key(day, shard))
+                           for shard, (day, size) in places.items() if size])
+    return sizes == [size for _, size in places.values() if size]
+
+
+def view_load(start):
+    """Steps: begin the view anew, with the last closings that are whole."""
+    if start is None:
+        yield ('view', 'load', None, {})
+        return
+    count = collections.Counter(
+        key.split('/')[1] for key in (yield ('list', 'closed/')))
+    whole = [month for month, n in count.items() if n == len(SHARDS)]
+    if not whole:
+        yield ('view', 'load', start - 1, {})
+        return
+    first, after = month_days(day_parse(max(whole) + '-01'))
+    closed = {}
+    for shard in SHARDS:
+        closed.update((yield from closed_get(first, shard)))
+    yield ('view', 'load', after - 1, closed)
+    for shard in SHARDS:
+        key = usage_key(after - 1, shard)
+        data = yield ('get', key, 0, None)
+        yield ('view', 'apply', usage_decode(after - 1, shard, data),
+               len(data), False)
+
+
+def ledger_catch_up(account=None):
+    """Steps: bring the view to the end of the ledger: all that was used, and
+    the money of one account or of all.
+    """
+    start = yield from start_get()
+    places = yield ('view', 'places')
+    if not (yield from view_good(start, places)):
+        yield from view_load(start)
+    more = start is not None
+    while more:
+        more, places = False, (yield ('view', 'places'))
+        datas = yield ('all', [
+            ('get', usage_key(places[shard][0] + 1, shard), 0, None)
+            for shard in SHARDS])
+        for shard, data in zip(SHARDS, datas):
+            if isinstance(data, NoObject):
+                continue
+            if isinstance(data, StoreError):
+                raise data
+            yield ('view', 'apply', usage_decode(
+                places[shard][0] + 1, shard, data), len(data))
+            more = True
+    below = account + '/' if account else ''
+    keys = (yield ('list', 'pay/' + below)) + (
+        yield ('list', 'adjust/' + below))
+    lack = yield ('view', 'entries_lack', account, keys)
+    for i in range(0, len(lack), ASK_AT_ONCE):
+        some = lack[i:i + ASK_AT_ONCE]
+        yield ('view', 'entries_add', [
+            (key, money_decode(key, data)) for key, data
+            in zip(some, (yield from get_many(some)))
+            if not isinstance(data, NoObject)])
+
+
+# Billing, the standing of accounts.
+
+
+def bill(prices, dry=False, late=False):
+    """Steps: charge every day that is over and was not charged, and close
+    months; [(day, machines, byte-days, up, down, attodollars)].
+
+    Any number of these may run at once, be killed and be late.  With `dry`
+    nothing is written.  ServerError for more than 31 days, unless `late`.
+    """
+    now = yield ('now',)
+    start = yield from start_get()
+    if start is None:
+        if not dry:
+            yield from start_make(now // DAY)
+        return []
+    yield from ledger_catch_up()
+    places = yield ('view', 'places')
+    first = min(day for day, _ in places.values()) + 1
+    last = (now - BILL_LATER) // DAY - 1
+    if last - first >= BILL_MOST and not late:
+        raise ServerError('%d days from %s on are to be billed; if the clock '
+                          'is right, say --late'
+                          % (last - first + 1, day_text(first)))
+    lines = []
+    if last >= first:
+        lines = yield from bill_days(prices, start, first, last, dry)
+    if not dry:
+        yield from months_close(start, max(last, first - 1))
+        yield from ledger_catch_up()
+    return lines
+
+
+def bill_days(prices, start, first, last, dry):
+    """Steps: bill() from day `first` to `last`."""
+    billing, before, lines = (yield from billing_load(start)), {}, []
+    if first > start:
+        for shard in SHARDS:
+            before[shard] = yield from usage_get(first - 1, shard)
+    for day in range(first, last + 1):
+        total = [0] * 5
+        for shard in SHARDS:
+            usage = yield from usage_make(
+                billing, day, shard, prices._replace(
+                    storage=price_of_day(prices.storage, day)),
+                before.get(shard))
+            if not dry:
+                usage = usage_decode(day, shard, (
+                    yield from once(usage.key(), usage.encode())))
+            before[shard] = usage
+            for machine, row in usage.rows.items():
+                total = [a + b for a, b in zip(total, (
+                    1, row.stored, row.up, row.down,
+                    sum(usage.amounts(machine))))]
+        lines.append((day, *total))
+    return lines
+
+
+def months_close(start, last):
+    """Steps: close all months that are over with day `last` and are not."""
+    there = set((yield ('list', 'closed/')))
+    first, after = month_days(start)
+    while after <= last + 1:
+        if not there.issuperset(closed_key(first, x) for x in SHARDS):
+            yield from month_close(start, first, after)
+        first, after = month_days(after)
+
+
+def bill_check(day):
+    """Steps: what of a day's usage is not what logs and traffic say, lines.
+
+    ServerError if the day was not billed.
+    """
+    start = yield from start_get()
+    if start is None or day < start:
+        raise ServerError('%s was not billed' % day_text(day))
+    billing, wrong = (yield from billing_load(start)), []
+    for shard in SHARDS:
+        try:
+            there = yield from usage_get(day, shard)
+            before = None
+            if day > start:
+                before = yield from usage_get(day - 1, shard)
+        except Damaged as e:
+            wrong.append(str(e))
+            continue
+        if there is None:
+            raise ServerError('%s was not billed' % day_text(day))
+        made = yield from usage_make(billing, day, shard, there.prices,
+                                     before, there)
+        for machine in sorted(made.rows.keys() | there.rows.keys()):
+            good, bad = made.rows.get(machine), there.rows.get(machine)
+            if good != bad:
+                wrong.append('%s machine %s: %s, should be %s' % (
+                    there.key(), machine, used_text(bad), used_text(good)))
+        if made.streams != there.streams:
+            wrong.append('%s: traffic that was charged is missing'
+                         % there.key())
+    return wrong
+
+
+def used_text(row):
+    """A machine's day in words."""
+    return 'nothing' if row is None else ' '.join(
+        '%s %s' % pair for pair in zip(Used._fields, row))
+
+
+def days_left(balance, prices, now):
+    """Whole days for which a Balance pays what is stored; None: for ever."""
+    daily = balance.held * price_of_day(prices.storage, now // DAY)
+    return max(0, balance.money) // daily if daily else None
+
+
+def standing_judge(before, balance, prices, now, amnesty):
+    """What the standing of an account with a Balance is, a dict; `before` is
+    the last one or None.
+
+    Under an amnesty nobody is more than warned.
+    """
+    left = days_left(balance, prices, now)
+    state, since = 'negative', now
+    if balance.money > 0 and (left is None or left >= WARN_DAYS):
+        state = 'ok'
+    elif balance.money >= 0 or amnesty:
+        state = 'warned'
+    was = before['state'] if before else None
+    if state == 'negative' and was in ('negative', 'deletable'):
+        since = before['since']
+        if was == 'deletable' or now >= since + DELETE_DAYS * DAY:
+            state = 'deletable'
+    return {'state': state, 'since': since, 'money': balance.money}
+
+
+def standing_prefix(account):
+    return 'standing/%s/' % account
+
+
+def standing_update(accounts, prices, amnesty):
+    """Steps: judge `accounts`, {id: Balance}; [(id, standing before or None,
+    standing, Balance)] of those that changed.  The view has been caught up.
+    """
+    newest = {}
+    prefix = 'standing/'
+    if len(accounts) == 1:
+        prefix = standing_prefix(*accounts)
+    for key in (yield ('list', prefix)):
+        newest.setdefault(key.split('/')[1], key)
+    now, changed = (yield ('now',)), []
+    known = sorted(newest.keys() & accounts.keys())
+    found = dict(zip(known, (yield from get_many(
+        [newest[account] for account in known]))))
+    for account, balance in sorted(accounts.items()):
+        version, before = -1, None
+        if account in found:
+            if isinstance(found[account], NoObject):
+                raise found[account]
+            version = versioned_number(newest[account])
+            before = versioned_decode(newest[account], found[account])
+        value = standing_judge(before, balance, prices, now, amnesty)
+        if before is None or value['state'] != before['state']:
+            if (yield from standing_put(account, version + 1, value)):
+                changed.append((account, before, value, balance))
+    return changed
+
+
+def standing_put(account, version, value):
+    """Steps: the one place where a balance takes a step; False if another
+    process made it.
+    """
+    return (yield from versioned_put(standing_prefix(account), version,
+                                     value))
+
+
+def funds_missing(machine):
+    """Steps: the Balance of whoever pays for a machine, if that is not
+    positive; None if the machine may go on, and where nobody pays for it.
+    """
+    account = yield from owner_get(machine)
+    if account is None:
+        return None
+    # A balance gets smaller when it is billed, and then this is known.
+    standing = yield from versioned_get(standing_prefix(account))
+    if standing and standing[1]['state'] == 'ok':
+        return None
+    yield from ledger_catch_up(account)
+    balance = yield ('view', 'balance', account)
+    return None if balance.money > 0 else balance
+
+
+##############################################################################
 # Session
 #
 # One connection: who it is, what it may do, its transaction.  Does no I/O (see
@@ -4175,6 +5207,7 @@ class Session:
         self.quotas = []                # Quotas that hold for tx
         self.arrived_bytes = 0          # of blocks, since these were measured
         self.rotten = set()             # names whose stored copy is damaged
+        self.paid = 0                   # until when it may write and read
 
     @property
     def ceiling(self):
@@ -4380,6 +5413,22 @@ class Session:
             raise Refused(E_BUSY, 'too many machines were registered; try '
                           'again in %d seconds' % seconds)
 
+    def _check_funds(self):
+        """Steps: Refused where there is no money for writing and reading;
+        asked once a minute, and each time while there is none.
+        """
+        if self.server.prices is None or self.server.amnesty:
+            return
+        now = yield ('now',)
+        if not now < self.paid <= now + LIMIT['seconds paid']:
+            balance = yield from funds_missing(self.machine.number)
+            if balance is not None:
+                raise Refused(
+                    E_FUNDS, 'the balance of the account is %s dollars: '
+                    'archives can be deleted, and stored and read again as '
+                    'soon as money is added' % money_text(balance.money))
+            self.paid = now + LIMIT['seconds paid']
+
     def _check_frozen(self, machine, letters):
         """Refused if one of these roles was frozen.
 
@@ -4571,6 +5620,8 @@ class Session:
             self._need(ROLE_READ)
         if mask == 5:
             self._need(ROLE_DELETE)
+        if mask == 3:
+            yield from self._check_funds()
         for i in range(0, len(names), 256):
             if mask == 0:
                 yield from self._look_some(names[i:i + 256])
@@ -4620,8 +5671,11 @@ class Session:
             blocks = yield from self._read(names[start:end],
                                            places[start:end], lost)
             for name, block in zip(names[start:end], blocks):
-                yield self._block_answer(name, block, mask)
-            start, blocks, self.reading = end, None, 0
+                answer = self._block_answer(name, block, mask)
+                if self.server.prices and answer[1] == BLOCK:
+                    yield ('sent', self.machine.number, len(answer[2]))
+                yield answer
+            start, blocks, answer, self.reading = end, None, None, 0
 
     def _read(self, names, places, lost):
         """Steps: for each name (class, block), or the error in its place."""
@@ -4692,6 +5746,8 @@ class Session:
         if kind == KIND_WRITE and self.machine.read_only:
             raise Refused(E_READONLY, 'this machine is read-only: archives '
                           'can be read and deleted, not stored')
+        if kind == KIND_WRITE:
+            yield from self._check_funds()
         if self.tx and self.tx.tid != tid:
             raise Refused(E_BUSY, 'this connection has another transaction')
         state = yield from self._current()
@@ -5978,17 +7034,19 @@ CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 's3-access-key', 's3-secret-key', 's3-session-token',
                 's3-checksum', 's3-ca-bundle', 'scrub-rate',
                 'scrub-days', 'read-only',
-                'clean-hours', 'clean-rate', 'journal', 'journal-level'}
+                'clean-hours', 'clean-rate', 'journal', 'journal-level',
+                'storage-price', 'upload-price', 'download-price', 'amnesty'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
              'scrub.lock', 'clean.lock', 'canary.key', 'journal', 'guesses',
-             'guesses-journal'}
+             'guesses-journal', 'ledger.db', 'ledger.db-wal', 'ledger.db-shm'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
-ACCOUNT_PLACES = {'account', 'address', 'owner'}
+ACCOUNT_PLACES = {'account', 'address', 'owner', 'ledger', 'usage', 'traffic',
+                  'pay', 'adjust', 'closed', 'standing'}
 
 CONF = '''\
 # tarsnapd.conf(5)
@@ -6506,6 +7564,12 @@ class Server:
             raise ServerError('read-only is yes or no, not %s'
                               % self.conf['read-only'])
         self.frozen = self.conf.get('read-only') == 'yes'   # by its operator
+        self.prices = prices_conf(self.conf)    # None: nobody pays
+        if self.conf.get('amnesty', 'no') not in ('yes', 'no'):
+            raise ServerError('amnesty is yes or no, not %s'
+                              % self.conf['amnesty'])
+        self.amnesty = self.conf.get('amnesty') == 'yes'
+        self.traffic = Traffic()
         self.cert_hash = ZERO32
         self.serial = 0
         self.temporary = None           # directory to remove at the end
@@ -6561,6 +7625,8 @@ class Server:
             index = self.temporary = tempfile.mkdtemp(prefix='tarsnapd-')
         self.indexes = Indexes(index, self.store)
         self.guesses = Guesses(os.path.join(path, 'guesses'), self.secret)
+        self.view = View(os.path.join(
+            self.temporary or path, 'ledger.db'))
 
     def certificate_load(self):
         """Vouch for the certificate that clients will see."""
@@ -6597,6 +7663,8 @@ class Server:
             return getattr(store, verb)(*wish[1:])
         if verb == 'index':
             return self.indexes.call(wish[1], wish[2], wish[3:])
+        if verb == 'view':
+            return self.view.call(wish[1], wish[2:])
         if verb == 'guess':
             return getattr(self.guesses, wish[1])(*wish[2:])
         if verb == 'spool':
@@ -6635,6 +7703,8 @@ class Server:
             return os.urandom(wish[1])
         if wish[0] == 'room':
             return LIMIT['read']
+        if wish[0] == 'sent':
+            return self.traffic.add(*wish[1:])
         assert wish[0] == 'log', wish
         if self.complain:
             self.complain(wish[1])
@@ -6659,12 +7729,24 @@ class Server:
             except (StoreError, Refused) as e:
                 error = e
 
+    def traffic_write(self):
+        """Have what was sent written down, where somebody pays for it."""
+        try:
+            if self.prices and not self.read_only:
+                self.run(traffic_flush(self.traffic))
+        except StoreError as e:
+            self.perform_here(('log', str(e)))
+
     def close(self):
-        """Close what is open; nothing is lost if it is not called."""
+        """Close what is open; if it is not called, only what was sent and is
+        not written down is lost.
+        """
+        self.traffic_write()
         if self.fan:
             self.fan.shutdown()
         self.indexes.close()
         self.guesses.close()
+        self.view.close()
         self.store.close()
         self.accounts.close()
         if self.temporary:
@@ -7204,6 +8286,8 @@ class Local:
         What GET and CHANGES answer is made while it is iterated over.
         """
         session = self.session
+        if self.server.traffic.due():
+            self.server.traffic_write()
         if kind in UNANSWERED:
             error = session.accept(kind, body)
             if error:
@@ -7590,6 +8674,9 @@ class Loop:
         if self.now >= self.checked + 0.5:
             self.checked = self.now
             self.check_deadlines()
+            if self.server.traffic.due():
+                threading.Thread(target=self.server.traffic_write,
+                                 daemon=True).start()
             if not self.accepting and not self.stopping:
                 self.accepting = True
                 self.selector.register(self.listener, self.read_event,
@@ -7859,7 +8946,7 @@ class Loop:
                 return
             elif wish[0] == 'log':
                 conn.track.trouble(wish[1])
-            elif wish[0] in ('now', 'random'):
+            elif wish[0] in ('now', 'random', 'sent'):
                 value = self.server.perform_here(wish)
             else:
                 self.pool.submit(conn, wish)
@@ -8556,12 +9643,16 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py user SRV address NAME NEW
        tarsnapd.py user SRV move-machine MACHINE NAME
        tarsnapd.py user SRV quota NAME BYTES | none
+       tarsnapd.py user SRV credit | debit NAME DOLLARS --reason TEXT
+                   [--key NAME]
        tarsnapd.py user SRV list
        tarsnapd.py machine SRV list | show MACHINE
        tarsnapd.py machine SRV quota MACHINE BYTES | none
        tarsnapd.py machine SRV read-only MACHINE on | off
        tarsnapd.py machine SRV delete-delay MACHINE DAYS
        tarsnapd.py machine SRV freeze | unfreeze MACHINE [ROLES]
+       tarsnapd.py bill SRV [--dry-run] [--late]
+       tarsnapd.py bill SRV --check [DAY]
        tarsnapd.py check [SRV] [--server HOST:PORT] [--key FILE] [--read]
                    [--warn SECONDS] [--timeout SECONDS]
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
@@ -8628,15 +9719,21 @@ def command_cert(args):
 
 
 def command_user(args):
-    """Accounts: who may register machines."""
-    _, words = take_options(args, {}, 2, 4)
+    """Accounts: who may register machines, and what they have paid."""
+    options, words = take_options(args, {'--reason': True, '--key': True},
+                                  2, 4)
     verb = words[1]
+    if options and verb not in ('credit', 'debit'):
+        raise ServerError('--reason and --key are for credit and debit')
     if verb not in USER_VERBS or len(words) != USER_VERBS[verb][1] + 2:
         raise ServerError('user SRV add|passwd|show|close NAME, user SRV '
                           'address NAME NEW, user SRV move-machine MACHINE '
-                          'NAME, user SRV quota NAME BYTES|none, or user SRV '
-                          'list')
+                          'NAME, user SRV quota NAME BYTES|none, user SRV '
+                          'credit|debit NAME DOLLARS --reason TEXT, or user '
+                          'SRV list')
     server = open_server(words[0])
+    if verb in ('credit', 'debit'):
+        words.append(options)
     USER_VERBS[verb][0](server, *words[2:])
     server.close()
 
@@ -8687,10 +9784,52 @@ def user_show(server, name):
     print('created %s' % moment(account['created']))
     if 'quota' in account:
         print('quota %d' % account['quota'])
+    if server.prices:
+        user_money_show(server, account['id'])
     for number, ident in server.run(owner_machines()).items():
         if ident == account['id']:
             print('machine %016x %s' % (
                 number, printable(server.run(machine_load(number)).name)))
+
+
+def user_money_show(server, ident):
+    """Balance, standing and days left of an account."""
+    server.run(ledger_catch_up(ident))
+    balance = server.perform(('view', 'balance', ident))
+    left = days_left(balance, server.prices, server.perform(('now',)))
+    print('balance %s' % money_text(balance.money))
+    print('days-left %s' % ('-' if left is None else left))
+    standing = server.run(versioned_get(standing_prefix(ident)))
+    if standing:
+        print('standing %s since %s' % (standing[1]['state'],
+                                        moment(standing[1]['since'])))
+
+
+def user_credit(server, name, text, options):
+    user_enter(server, name, 'credit', money_parse(text), options)
+
+
+def user_debit(server, name, text, options):
+    user_enter(server, name, 'adjustment', -money_parse(text), options)
+
+
+def user_enter(server, name, kind, amount, options):
+    """Enter a credit or an adjustment; whoever had no money may go on."""
+    reason, key = options.get('--reason'), options.get('--key')
+    if not reason or not amount:
+        raise ServerError('%s needs an amount and a --reason' % kind)
+    if key:
+        money_name_check(key)
+    ident = server.run(account_need(name))[1]['id']
+    key = key or os.urandom(8).hex()
+    if not server.run(ledger_adjust(ident, key, kind, amount, reason)):
+        say('%s was entered before; nothing was changed' % key)
+    if server.prices:
+        server.run(ledger_catch_up(ident))
+        balance = server.perform(('view', 'balance', ident))
+        server.run(standing_update({ident: balance}, server.prices,
+                                   server.amnesty))
+        print('balance %s' % money_text(balance.money))
 
 
 def moment(seconds):
@@ -8702,6 +9841,7 @@ USER_VERBS = {                          # what it does, number of words
     'add': (user_add, 1), 'passwd': (user_passwd, 1), 'show': (user_show, 1),
     'close': (user_close, 1), 'address': (user_address, 2),
     'move-machine': (user_move_machine, 2), 'quota': (user_quota, 2),
+    'credit': (user_credit, 2), 'debit': (user_debit, 2),
     'list': (user_list, 0)}
 
 
@@ -9086,6 +10226,63 @@ def command_repair(args):
     return status
 
 
+def command_bill(args):
+    """Charge the days that are over; status 2 if a check finds a difference.
+    """
+    options, words = take_options(args, {'--dry-run': False, '--late': False,
+                                         '--check': False}, 1, 2)
+    if len(words) == 2 and '--check' not in options:
+        raise ServerError('a day is for bill --check only')
+    server = open_server(words[0])
+    try:
+        if '--check' in options:
+            return bill_check_say(server, words[1:])
+        if server.prices is None:
+            raise ServerError('%s/tarsnapd.conf has no prices' % server.path)
+        if server.read_only and '--dry-run' not in options:
+            raise ServerError('%s: the store is read-only' % server.path)
+        bill_say(server, '--dry-run' in options, '--late' in options)
+        return 0
+    finally:
+        server.close()
+
+
+def bill_check_say(server, words):
+    """Check a day, the last one that was billed if none is given."""
+    if words:
+        day = day_parse(words[0])
+    else:
+        server.run(ledger_catch_up())
+        day = min([day for day, _ in server.perform(('view', 'places'))
+                   .values()], default=-1)
+    wrong = server.run(bill_check(day))
+    for line in wrong:
+        say(line)
+    print('%s: %s' % (day_text(day), '%d entries differ' % len(wrong)
+                      if wrong else 'as in the logs'))
+    return 2 if wrong else 0
+
+
+def bill_say(server, dry, late):
+    """Bill, and say what came of it."""
+    for day, machines, stored, up, down, amount in server.run(
+            bill(server.prices, dry, late)):
+        print('%s: %d machines, %d byte-days stored, %d up, %d down, %s '
+              'dollars%s' % (day_text(day), machines, stored, up, down,
+                             money_text(amount),
+                             ', not charged' if dry else ''))
+    if dry:
+        return
+    balances = server.perform(('view', 'balances'))
+    for ident, _, standing, balance in server.run(standing_update(
+            balances, server.prices, server.amnesty)):
+        found = server.run(account_load(ident))
+        print('%s is %s: balance %s, days left %s' % (
+            printable(found[1]['address']) if found else ident,
+            standing['state'], money_text(balance.money),
+            days_left(balance, server.prices, server.perform(('now',)))))
+
+
 def command_index_dump(args):
     """The index of a machine as text."""
     _, (path, machine) = take_options(args, {}, 2)
@@ -9277,6 +10474,7 @@ COMMANDS = {
     'clean': command_clean,
     'scrub': command_scrub,
     'index-dump': command_index_dump,
+    'bill': command_bill,
     'repair': command_repair,
     'stats': command_stats,
 }

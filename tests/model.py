@@ -347,6 +347,7 @@ class Server:
 
     read_only = frozen = False
     delete_delay = serial = 0
+    prices = None
     secret = identity_public = cert_hash = bytes(32)
     store_id = STORE_ID
 
