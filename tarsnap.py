@@ -5311,6 +5311,15 @@ class Transaction(Sink):
         except ChannelLost:
             self.resume()
 
+    def delivered(self):
+        """Have all that was put in the server's spool, so that the next run
+        can complete a transaction which is sealed here.
+        """
+        try:
+            self.drain(0)
+        except ChannelLost:
+            self.resume()
+
     def pace_note(self, start, now):
         """Judge whether the network is what the run waits for: then time
         spent on deflating better is free.
@@ -5484,6 +5493,7 @@ class Transaction(Sink):
             self.withdraw_unlinked(record.name)
             raw = self.commit_object(record, state)
             self.pending.set(profile=profile, state=bytes([state]))
+            self.delivered()
             self.pending.seal(raw)
             change = self.commit_send(raw, CHECKPOINT if state == OPEN
                                       else COMMIT)
