@@ -652,6 +652,10 @@ class CaughtUp(LabTest):
         self.assertEqual(cache.n, 1 + self.COMMITS)
 
     def test_references_entered_in_pieces(self):
+        with lab.fine():            # many pages, by names that are new
+            for number in range(40):
+                self.write('d/g%d' % number, b'%d' % number)
+            self.host.create('second')
         found = []
         for most in (0, 10 ** 6):
             with mock.patch.object(tarsnap, 'LEARN', most), mock.patch.object(
