@@ -5555,16 +5555,34 @@ class Transaction(Sink):
 
         Until BEGIN has taken the transaction over, the old connection may
         still commit it.  Then nothing of it is held, and its archive exists.
+        A server that holds less has not taken it over from the one that was
+        asked: before the walk begins anew, `raw` is decided.
         """
         try:
             self.resume()
-        except (Restart, Refused):
+        except Refused:
             found = commit_decided(self.remote, self.base, raw)
             if not found:
                 raise
-            self.remote.close()         # what goes on begins anew
-            return found
-        return None
+        except Restart:
+            self.remote.close()         # its transaction is not for this
+            found = commit_settle(self.remote, self.cache, raw)
+            if not found:
+                self.catch_up()
+                self.begin()
+                raise
+        else:
+            return None
+        self.remote.close()             # what goes on begins anew
+        return found
+
+    def catch_up(self):
+        """Make the newest commit the base; the Changes up to it."""
+        changes = list(history_changes(self.remote, self.base))
+        self.cache.catch_up(changes)
+        if self.part and self.part[0] not in self.cache.archives():
+            self.part = None            # somebody deleted our checkpoint
+        return changes
 
     def rebase(self, record):
         """Go on from the newest commit after somebody else's.
@@ -5572,10 +5590,7 @@ class Transaction(Sink):
         The record names its base, so it is withdrawn and made again.  Raises
         Restart if a block we borrowed is gone.
         """
-        changes = list(history_changes(self.remote, self.base))
-        self.cache.catch_up(changes)
-        if self.part and self.part[0] not in self.cache.archives():
-            self.part = None            # somebody deleted our checkpoint
+        changes = self.catch_up()
         if self.channel.failed:
             self.resume()
         self.withdraw([record.name])
@@ -5734,21 +5749,29 @@ def pending_outcome(remote, cache, raw):
 def pending_send(remote, cache, commit, raw):
     """Send an undecided commit of a dead run once more; as commit_decided().
 
-    If the server cannot take it any more, an empty commit takes its number,
-    so that it is dead for ever.
+    If the server cannot take it any more, commit_settle() decides.
     """
     try:
         return commit_alone(remote, commit, commit.linked[0][2], raw)
     except Refused:
-        found = commit_decided(remote, (commit.n - 1, commit.previous), raw)
-        if found is None:
-            plain_commit(remote, cache, Commit(
-                cache.key.machine, commit.n, commit.previous, KIND_ABORT,
-                os.urandom(16)), cache.archives())
-            # Or `raw` was under way after all, and was first.
-            found = commit_decided(remote, (commit.n - 1, commit.previous),
-                                   raw)
-        return found
+        return commit_settle(remote, cache, raw)
+
+
+def commit_settle(remote, cache, raw):
+    """Decide the commit `raw` on the cache's base, which is not sent again:
+    its Change, or False.
+
+    An empty commit takes its number, so that it is dead for ever.
+    """
+    base = cache.n, cache.head
+    found = commit_decided(remote, base, raw)
+    if found is None:
+        plain_commit(remote, cache, Commit(
+            cache.key.machine, base[0] + 1, base[1], KIND_ABORT,
+            os.urandom(16)), cache.archives())
+        # Or `raw` was under way after all, and was first.
+        found = commit_decided(remote, base, raw)
+    return found
 
 
 def commit_alone(remote, commit, lineage, raw):

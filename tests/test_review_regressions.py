@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import unittest
 from unittest import mock
 
@@ -308,6 +309,105 @@ class Connections(lab.LabTest):
                     mock.patch.object(tarsnap, 'commit_decided', decided):
                 self.store('by %d' % kind, *flags)
             self.assertEqual(len(told), 1)
+
+
+class Elsewhere(lab.LabTest):
+    """The answer to COMMIT is lost, and the next server of the same store
+    holds less than was put: what the first one has may still come true.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.other = self.lab.host('b')
+        self.other.good('--fsck')
+        self.second = self.lab.path('second')
+        tarsnapd.server_create(self.second, {
+            'store': os.path.join(self.lab.store, 'store')})
+        shutil.copy(os.path.join(self.lab.store, 'identity.key'), self.second)
+        self.held = None            # (session, COMMIT's frame) of the first
+        self.landed = []            # answers to it
+        self.commits = []           # kinds of those that the second got
+        for i in range(6):
+            self.write('f%d' % i, noise(400000, i))
+
+    def land(self):
+        """The first server does what it was asked long ago."""
+        local, frame = self.held
+        self.landed += list(local.receive(tarsnap.COMMIT, 1, frame))
+
+    def store_elsewhere(self, kind, action):
+        """-c with the answer lost; `action` at the next frame of `kind` that
+        the second server gets.
+        """
+        real_open, real_close = tarsnapd.open_local, tarsnapd.Local.close
+        done = []
+
+        def hook(found, body, local):
+            if self.held and local is self.held[0]:
+                return None
+            if found == tarsnap.COMMIT and not self.held:
+                self.held = local, body
+                return 'before'
+            if found == tarsnap.COMMIT:
+                self.commits.append(tarsnap.commit_unpack(
+                    body, self.host.key).kind)
+            if found == kind and self.held and not done:
+                done.append(found)
+                action()
+            return None
+
+        def close(local):
+            if not self.held or local is not self.held[0]:
+                real_close(local)
+
+        def open_local(path, *args, **options):
+            return real_open(self.second if self.held and not done else path,
+                             *args, **options)
+
+        with wire(hook), mock.patch.object(tarsnapd, 'open_local',
+                                           open_local), \
+                mock.patch.object(tarsnapd.Local, 'close', close):
+            try:
+                self.store('one')
+            finally:
+                real_close(self.held[0])
+        self.assertEqual(done, [kind])
+
+    def whole(self, *archives):
+        """These, each whole and once, and the cache knows it."""
+        self.assertEqual(self.host.good('--list-archives').out.split(),
+                         list(archives))
+        with self.host.database() as db:
+            rows = dict(db.execute('SELECT name, stored FROM blocks'))
+        self.assertEqual({name: row[1] for name, row in
+                          self.lab.live().items()}, rows)
+
+    def test_first_server_is_slow(self):
+        """It comes second to the empty commit, and is refused."""
+        self.store_elsewhere(tarsnap.PUT, self.land)
+        self.assertEqual([kind for kind, _, _ in self.landed],
+                         [tarsnap.ERROR])
+        self.assertEqual(self.commits, [tarsnap.KIND_ABORT,
+                                        tarsnap.KIND_WRITE])
+        self.whole('one')
+
+    def test_first_server_is_slow_but_faster_than_we(self):
+        """What it took is the archive; nothing is walked again."""
+        self.store_elsewhere(tarsnap.COMMIT, self.land)
+        self.assertEqual([kind for kind, _, _ in self.landed],
+                         [tarsnap.COMMITTED])
+        self.assertEqual(self.commits, [tarsnap.KIND_ABORT])
+        self.whole('one')
+
+    def test_first_server_was_faster_and_it_is_deleted(self):
+        """What was stored and deleted since is not stored again."""
+        def action():
+            self.land()
+            self.other.good('-d', '-f', 'one')
+        with mock.patch.object(lab.Host, 'check', lambda *_: None):
+            self.store_elsewhere(tarsnap.COMMIT, action)
+        self.assertEqual(self.other.good('--list-archives').out, '')
+        self.assertEqual(self.lab.live(), {})
 
 
 class Conflicts(lab.LabTest):
