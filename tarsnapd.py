@@ -50,11 +50,13 @@ Map of this file, bottom up; no section uses a name from a later one:
     history               the rules a commit must pass
     accounts, machines    who may register, and who did
     ledger                what was used and paid, and what is left
+    mail, links           what is to be mailed; what its reader may do
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
     scrub                 everything stored against its hashes
     repair                what can be known again is put back
     server directory      keys, configuration, and what carries wishes out
+    mail, sending         to a mail server, until that has it
     scrub, kept           how far it came, for a command and for serve
     journal               a line for each event, while it serves
     drivers               at once: embedded and on a pipe
@@ -3566,6 +3568,14 @@ def versioned_decode(key, data):
     raise Damaged('read', key, 'checksum does not match')
 
 
+def summed_get(key):
+    """Steps: the dict in an object with a sum, or None if it is not there."""
+    try:
+        return versioned_decode(key, (yield ('get', key, 0, None)))
+    except NoObject:
+        return None
+
+
 def versioned_put(prefix, version, value):
     """Steps: write `value` as that version; False if there is one."""
     key = '%s%012d' % (prefix, VERSIONS - 1 - version)
@@ -3731,7 +3741,8 @@ def account_move(found, address):
     account_address_check(address)
     if address.lower() != found[1]['address'].lower():
         yield from account_claim(address, found[1]['id'])
-    return (yield from account_write(found, address=address))
+    return (yield from account_write(
+        found, address=address, moves=found[1].get('moves', 0) + 1))
 
 
 def account_close(address):
@@ -4987,6 +4998,456 @@ def funds_missing(machine):
     yield from ledger_catch_up(account)
     balance = yield ('view', 'balance', account)
     return None if balance.money > 0 else balance
+
+
+##############################################################################
+# Mail: queue
+#
+# Mail that is to go out lies among the accounts, whoever has to send it, so
+# that no page and no session waits for a mail server.  All are steps.
+#
+#     mail/due/NAME             what to say to whom; deleted at the end
+#     mail/try/NAME.0000        attempt 1 begins; .0001 what came of it;
+#                               .0002 attempt 2 begins ...
+#     mail/done/ACCOUNT/NAME    it was sent, or never will be; stays
+#
+# NAME is a hash of what the mail is about, a key that the caller makes of
+# facts: the same step of the same account has the same name whenever and
+# however often it is queued, and done/ tells that it was sent.  An attempt is
+# put if absent before it is made, so of several senders one makes it; one
+# that is killed in between leaves a mail that goes out again after a while,
+# with the same Message-ID.
+##############################################################################
+
+MAIL_FIRST = 900                # seconds after the first attempt; then double
+MAIL_LONGEST = 4 * 3600
+MAIL_TRIES = 34                 # which take five days; then it is given up
+MAIL_SKEW = 300                 # between the clocks of two senders
+
+# Texts of mails, by kind.  A file SRV/mail/KIND stands for one of these.
+# $address, $service and $url are known in all of them.
+MAIL_TEXTS = {
+    'confirm-address': '''\
+Subject: Confirm your address for $service
+
+Somebody, probably you, asked $service to use the address
+
+    $address
+
+If it was you, follow this link before $until:
+
+    $link
+
+If it was not, do nothing, and nothing happens.
+''',
+    'reset-password': '''\
+Subject: A new password for $service
+
+Somebody, probably you, asked for a new password for the account
+
+    $address
+
+Choose one here before $until:
+
+    $link
+
+The link works once.  If it was not you, do nothing: the password stays as
+it is.
+''',
+    'password-changed': '''\
+Subject: Your password for $service was changed
+
+The password of the account $address was changed on $date.
+
+If you did not do that, answer this mail at once.
+''',
+    'address-changed': '''\
+Subject: Your address for $service was changed
+
+Since $date your account has the address
+
+    $new
+
+and no more this one, $old.
+
+If you did not do that, answer this mail at once.
+''',
+    'warned': '''\
+Subject: $service: your balance lasts until $empty
+
+The balance of the account $address was $balance on $date.
+
+What you store costs $daily a day.  At that rate the balance is used up on
+$empty.  After that nothing can be stored or restored until you add money.
+Deleting stays possible.
+$url''',
+    'negative': '''\
+Subject: $service: your balance is used up
+
+The balance of the account $address has been below zero since
+$since; on $date it was $balance.
+
+Until you add money nothing can be stored or restored; deleting stays
+possible.  From $deletable on what you store may be deleted.
+$url''',
+    'deletable': '''\
+Subject: $service: your backups may be deleted now
+
+The balance of the account $address has been below zero since
+$since; on $date it was $balance.
+
+What you store may be deleted from now on, without another mail.  Add money
+if you want to keep it; if you cannot, answer this mail.
+$url''',
+    'reinstated': '''\
+Subject: $service: your account works again
+
+On $date the balance of the account $address is $balance.
+
+Storing and restoring work again.
+$url''',
+    'receipt': '''\
+Subject: $service: we received $amount
+
+On $date we received $amount for the account $address,
+reference $reference.
+
+The balance is now $balance.
+$url''',
+}
+
+
+def mail_address(text):
+    """True if mail can be sent there: ASCII, and nothing that could end a
+    header or be taken for an option.
+    """
+    import re
+    local, _, domain = text.rpartition('@')
+    word = r'[A-Za-z0-9!#$%&\'*+/=?^_`{|}~][A-Za-z0-9!#$%&\'*+/=?^_`{|}~-]*'
+    label = r'[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
+    return (len(local) <= 64 and len(text) <= 254
+            and bool(re.fullmatch(r'%s(\.%s)*' % (word, word), local))
+            and bool(re.fullmatch(r'%s(\.%s)*' % (label, label), domain)))
+
+
+def mail_words(text):
+    """The $names in a text."""
+    import re
+    return set(re.findall(r'\$([a-z]+)', text))
+
+
+def mail_name(kind, key):
+    """The name of a mail, from its kind and what it is about."""
+    return sha256(('%s\0%s' % (kind, key)).encode('utf-8')).hex()[:32]
+
+
+def mail_put(kind, to, key, values, ident='-', until=None):
+    """Steps: queue a mail; durable on return.  False if it was queued before.
+
+    `kind` is one of MAIL_TEXTS, `values` are strings for its words, `ident`
+    the account it is about.  `key` names the step within the kind, such as
+    'ACCOUNT/DAY'.  At time `until` it is of no use any more.
+    """
+    assert mail_words(MAIL_TEXTS[kind]) <= {
+        'address', 'service', 'url', *values}, (kind, values)
+    if not mail_address(to):
+        raise ServerError('%s is not a mail address' % ascii(to)[1:-1])
+    name = mail_name(kind, key)
+    if (yield ('size', 'mail/done/%s/%s' % (ident, name))) is not None:
+        return False
+    place = 'mail/due/' + name
+    return (yield ('put', place, versioned_encode(place, {
+        'kind': kind, 'to': to, 'account': ident, 'values': values,
+        'time': (yield ('now',)), 'until': until})))
+
+
+def mail_account(post, account, kind, key, values, until=None):
+    """Steps: queue a mail to an account, as mail_put.
+
+    False, and nothing done, where there is no mail (`post` is None) or the
+    account's name is no mail address.
+    """
+    if post is None or not mail_address(account['address']):
+        return False
+    return (yield from mail_put(kind, account['address'], key, values,
+                                account['id'], until))
+
+
+def mail_tries(name):
+    """Steps: (attempts so far, what is known of the last, time of the next).
+
+    The next one is at 0 if the first is to be made.
+    """
+    keys = yield ('list', 'mail/try/%s.' % name)
+    last = (yield from summed_get(keys[-1])) if keys else None
+    if last is None:
+        return 0, {}, 0
+    tries = int(keys[-1].rpartition('.')[2]) // 2 + 1
+    wait = min(MAIL_LONGEST, MAIL_FIRST << min(tries - 1, 10))
+    return tries, last, last['time'] + wait
+
+
+def mail_ready(name):
+    """Steps: the number of the attempt that it is time for, or None."""
+    now = yield ('now',)
+    tries, last, due = yield from mail_tries(name)
+    # A clock that was set back does not hold mail up.
+    if now < due and now > last['time'] - MAIL_SKEW:
+        return None
+    return tries
+
+
+def mail_claim(name, mail, tries):
+    """Steps: True if attempt `tries`, from 0, is ours to make."""
+    place = 'mail/try/%s.%04d' % (name, 2 * tries)
+    if not (yield ('put', place, versioned_encode(place, {
+            'time': (yield ('now',))}))):
+        return False
+    done = 'mail/done/%s/%s' % (mail['account'], name)
+    if (yield ('size', done)) is None:
+        return True
+    yield from mail_clear(name)         # who sent it got no further
+    return False
+
+
+def mail_later(name, tries, reason):
+    """Steps: an attempt came to nothing yet."""
+    place = 'mail/try/%s.%04d' % (name, 2 * tries + 1)
+    yield ('put', place, versioned_encode(place, {
+        'time': (yield ('now',)), 'reason': reason}))
+
+
+def mail_end(name, mail, failed=None):
+    """Steps: the mail was sent, or why it never will be."""
+    place = 'mail/done/%s/%s' % (mail['account'], name)
+    value = {'kind': mail['kind'], 'to': mail['to'],
+             'account': mail['account'], 'queued': mail['time'],
+             'time': (yield ('now',))}
+    if failed:
+        value['failed'] = failed
+    yield ('put', place, versioned_encode(place, value))
+    yield from mail_clear(name)
+
+
+def mail_clear(name):
+    """Steps: forget a mail that is done; the name of it last."""
+    for key in (yield ('list', 'mail/try/%s.' % name)):
+        yield ('delete', key)
+    yield ('delete', 'mail/due/' + name)
+
+
+def mail_list():
+    """Steps: all mails, [(name, mail, done)], the oldest first.
+
+    Of one that is done only what mail_end keeps is known.
+    """
+    found = []
+    for key in (yield ('list', 'mail/')):
+        where, name = key.split('/')[1], key.rpartition('/')[2]
+        if where != 'try':
+            mail = yield from summed_get(key)
+            if mail:
+                found.append((name, mail, where == 'done'))
+    return sorted(found, key=lambda one: (
+        one[1].get('queued', one[1]['time']), one[0]))
+
+
+##############################################################################
+# Links
+#
+# What the owner of an account may do without the operator: links in mails,
+# signed with a key that lies among the accounts, which end by themselves and
+# work once.  Nothing is kept of a link: it names the state of the account, or
+# of the claim to an address, in which it was made, and using it changes that.
+# Looking at one changes nothing, as programs that read mail look at all.  All
+# are steps.
+##############################################################################
+
+LINK_SECONDS = {'join': 3 * DAY, 'move': DAY, 'reset': 2 * 3600}
+LINK_EACH = 900                 # seconds; one mail of a kind in so many
+LINK_BAD = 'this link is not good any more; ask for another one'
+
+
+def link_key():
+    """Steps: what links are signed with; made when first needed."""
+    place = 'link/key'
+    while True:
+        value = yield from summed_get(place)
+        if value is not None:
+            return bytes.fromhex(value['key'])
+        key = yield ('random', 32)
+        yield ('put', place, versioned_encode(place, {'key': key.hex()}))
+
+
+def link_state(account):
+    """What a link to an open account is good for: its password and address.
+    """
+    return sha256(json.dumps([account[name] for name in (
+        'id', 'salt', 'address')] + [account.get('moves', 0)]).encode()
+    ).hex()[:16]
+
+
+def link_claims(address):
+    """Steps: as link_state, for an address that no account has."""
+    claim = yield from versioned_get(address_prefix(address))
+    return '%d' % (claim[0] + 1 if claim else 0)
+
+
+def link_token(data):
+    """Steps: what stands in a link that says `data`, signed."""
+    signature = hmac.digest((yield from link_key()), b'link\0' + data,
+                            'sha256')
+    return '.'.join(base64.urlsafe_b64encode(part).decode().rstrip('=')
+                    for part in (data, signature))
+
+
+def link_mail(post, what, to, ident='-'):
+    """Steps: mail the link that says `what`, a dict; False if one like it
+    was mailed a moment ago.
+    """
+    if post is None or not post.url:
+        raise ServerError('links need mail-from and web-url in '
+                          'tarsnapd.conf')
+    now = yield ('now',)
+    key = json.dumps([ident, what, now // LINK_EACH], sort_keys=True)
+    until = now + LINK_SECONDS[what['kind']]
+    data = json.dumps(dict(what, until=until), sort_keys=True).encode()
+    token = yield from link_token(data)
+    kind = 'reset-password' if what['kind'] == 'reset' else 'confirm-address'
+    return (yield from mail_put(kind, to, key, {
+        'link': '%s?link=%s' % (post.url, token), 'until': moment(until)},
+        ident, until))
+
+
+def link_join(post, address):
+    """Steps: whoever reads mail to `address` may make an account of it.
+
+    Nothing happens if there is one: who asks does not learn that.
+    """
+    if not mail_address(address):
+        raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
+    if (yield from account_get(address)) is None:
+        state = yield from link_claims(address)
+        yield from link_mail(post, {'kind': 'join', 'address': address,
+                                    'state': state}, address)
+
+
+def link_reset(post, address):
+    """Steps: whoever reads mail to the account may give it a password.
+
+    Nothing happens if there is none: who asks does not learn that.
+    """
+    found = yield from account_get(address)
+    if found and mail_address(found[1]['address']):
+        account = found[1]
+        yield from link_mail(
+            post, {'kind': 'reset', 'account': account['id'],
+                   'state': link_state(account)},
+            account['address'], account['id'])
+
+
+def link_move(post, found, address):
+    """Steps: the account gets another address once that is confirmed."""
+    if not mail_address(address):
+        raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
+    account = found[1]
+    yield from link_mail(
+        post, {'kind': 'move', 'account': account['id'],
+               'state': link_state(account), 'address': address},
+        address, account['id'])
+
+
+def link_read(token):
+    """Steps: (what a link says, account as account_load or None for one that
+    joins).  ServerError if it is not good.  Changes nothing.
+    """
+    try:
+        part = token.partition('.')[0]
+        data = base64.b64decode(part + '=' * (-len(part) % 4), b'-_', True)
+        found = token.encode('ascii')
+    except ValueError:
+        raise ServerError(LINK_BAD) from None
+    if not hmac.compare_digest((yield from link_token(data)).encode(), found):
+        raise ServerError(LINK_BAD)
+    what = json.loads(data)
+    found, state = None, None
+    if what['kind'] == 'join':
+        state = yield from link_claims(what['address'])
+    else:
+        found = yield from account_load(what['account'])
+        if found and not found[1].get('closed'):
+            state = link_state(found[1])
+    if state != what['state'] or (yield ('now',)) >= what['until']:
+        raise ServerError(LINK_BAD)
+    return what, found
+
+
+def link_use(post, token, password=None):
+    """Steps: do what a link says; the address of the account.
+
+    Kinds join and reset need a password.  ServerError if the link is not
+    good, also because somebody else has used it.
+    """
+    what, found = yield from link_read(token)
+    if what['kind'] == 'join':
+        yield from account_create(what['address'], password)
+        return what['address']
+    if what['kind'] == 'reset':
+        yield from password_change(post, found, password)
+        return found[1]['address']
+    yield from address_change(post, found, what['address'])
+    return what['address']
+
+
+def password_change(post, found, password):
+    """Steps: a new password for an account, and a mail that says so."""
+    version, account = yield from account_password(found, password)
+    yield from mail_account(
+        post, account, 'password-changed',
+        '%s/%d' % (account['id'], version),
+        {'date': moment((yield ('now',)))})
+
+
+def address_change(post, found, address):
+    """Steps: another address for an account, and a mail to the old one."""
+    version, account = yield from account_move(found, address)
+    old = found[1]
+    yield from mail_account(
+        post, old, 'address-changed', '%s/%d' % (old['id'], version),
+        {'date': moment((yield ('now',))), 'old': old['address'],
+         'new': address})
+
+
+def account_export(ident):
+    """Steps: all that is kept of an account but its machines' log and blocks,
+    as a dict of JSON values.  What would let its reader log in is left out.
+    """
+    versions = []
+    for key in reversed((yield ('list', account_prefix(ident)))):
+        value = versioned_decode(key, (yield ('get', key, 0, None)))
+        versions.append({name: x for name, x in value.items()
+                         if name not in ('salt', 'stored')})
+    machines, owned = [], set()
+    for key in (yield ('list', 'owner/')):
+        owner = versioned_decode(key, (yield ('get', key, 0, None)))
+        if owner['account'] == ident:
+            owned.add(key.split('/')[1])
+    for number in sorted(owned):
+        history = []
+        for key in reversed((yield ('list', 'owner/%s/' % number))):
+            history.append(versioned_decode(
+                key, (yield ('get', key, 0, None))))
+        machine = (yield from versioned_get('machine/%s/' % number))[1]
+        mine = history[-1]['account'] == ident
+        machines.append({
+            'number': number, 'ours': mine, 'owned since': [
+                x['time'] for x in history if x['account'] == ident],
+            **(machine if mine else {})})
+    mails = [mail for _, mail, _ in (yield from mail_list())
+             if mail['account'] == ident]
+    for mail in mails:
+        mail.get('values', {}).pop('link', None)
+    return {'account': versions, 'machines': machines, 'mails': mails}
 
 
 ##############################################################################
@@ -6657,6 +7118,9 @@ class Scrub:
                 if ident and not (yield ('list', account_prefix(ident))):
                     self._say(key, '', 'names account %s, which is missing'
                               % ident)
+        for prefix in ('mail/', 'link/'):
+            for key in (yield ('list', prefix)):
+                yield from self._summed(key)
         places = yield ('list', 'keys/')
         for key in places:
             yield from self._keys(key, owners)
@@ -6677,6 +7141,17 @@ class Scrub:
         except Damaged as e:
             self._say(key, '', reason_of(e))
         return None
+
+    def _summed(self, key):
+        """Steps: an object with a sum that may be deleted meanwhile."""
+        data = yield from self._get(key)
+        try:
+            if data is not None:
+                versioned_decode(key, data)
+            elif (yield ('size', key)) is None:
+                del self.damage[key]
+        except Damaged as e:
+            self._say(key, '', reason_of(e))
 
     def _keys(self, key, owners):
         """Steps: keys/HASH leads to the machine with these keys."""
@@ -7035,18 +7510,23 @@ CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 's3-checksum', 's3-ca-bundle', 'scrub-rate',
                 'scrub-days', 'read-only',
                 'clean-hours', 'clean-rate', 'journal', 'journal-level',
-                'storage-price', 'upload-price', 'download-price', 'amnesty'}
+                'storage-price', 'upload-price', 'download-price', 'amnesty',
+                'mail-from', 'mail-bounces', 'mail-smtp', 'mail-tls',
+                'mail-ca-bundle', 'mail-user', 'mail-password-file',
+                'mail-sendmail', 'web-url'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
              'scrub.lock', 'clean.lock', 'canary.key', 'journal', 'guesses',
-             'guesses-journal', 'ledger.db', 'ledger.db-wal', 'ledger.db-shm'}
+             'guesses-journal', 'mail', 'mail.lock', 'ledger.db',
+             'ledger.db-wal', 'ledger.db-shm'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
-ACCOUNT_PLACES = {'account', 'address', 'owner', 'ledger', 'usage', 'traffic',
-                  'pay', 'adjust', 'closed', 'standing'}
+ACCOUNT_PLACES = {'account', 'address', 'owner', 'mail', 'link', 'ledger',
+                  'usage', 'traffic', 'pay', 'adjust', 'closed',
+                  'standing'}
 
 CONF = '''\
 # tarsnapd.conf(5)
@@ -7064,6 +7544,8 @@ CONF = '''\
 #clean-rate = 20M
 #journal = stderr
 #journal-level = sessions
+#mail-from =
+#mail-smtp =
 '''
 
 
@@ -7102,6 +7584,61 @@ def conf_read(path):
         raise ServerError('%s: it holds a secret key, and others can read it'
                           % name)
     return section
+
+
+# By the way mail goes out: what is spoken there, and the port for it.
+MAIL_PORTS = {'starttls': 587, 'tls': 465, 'no': 25}
+
+
+class Post:
+    """Whom mail is from and how it goes out, by tarsnapd.conf(5)."""
+
+    def __init__(self, conf, path):
+        import email.utils
+        import shlex
+        name, self.sender = email.utils.parseaddr(conf['mail-from'])
+        self.bounces = conf.get('mail-bounces', self.sender)
+        for option in (self.sender, self.bounces):
+            if not mail_address(option):
+                raise ServerError('mail-from and mail-bounces: "%s" is not a '
+                                  'mail address' % printable(option))
+        self.service = printable(name) or self.sender.split('@')[1]
+        self.url = conf.get('web-url')
+        self.tls = conf.get('mail-tls', 'starttls')
+        if self.tls not in MAIL_PORTS:
+            raise ServerError('mail-tls is starttls, tls or no, not %s'
+                              % self.tls)
+        self.smtp = self._smtp(conf)        # (host, port), or None
+        self.program = shlex.split(conf.get('mail-sendmail',
+                                            '/usr/sbin/sendmail'))
+        self.ca_bundle = conf.get('mail-ca-bundle')
+        self.user = conf.get('mail-user')
+        self.file = os.path.join(path, conf.get('mail-password-file', ''))
+        if self.user and self.tls == 'no':
+            raise ServerError('mail-user needs mail-tls: a password is not '
+                              'sent in the clear')
+
+    def _smtp(self, conf):
+        text = conf.get('mail-smtp')
+        if not text:
+            return None
+        host, _, port = text.rpartition(':')
+        if text.endswith(']') or not host:
+            host, port = text, '%d' % MAIL_PORTS[self.tls]
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ServerError('mail-smtp is HOST or HOST:PORT, not %s' % text)
+        return host.strip('[]'), int(port)
+
+    def password(self):
+        """The first line of its file; ServerError if others can read it."""
+        try:
+            if os.stat(self.file).st_mode & 0o077:
+                raise ServerError('%s: others can read it' % self.file)
+            return read_file(self.file).decode('utf-8').split('\n')[0]
+        except UnicodeDecodeError:
+            raise ServerError('%s: not UTF-8' % self.file) from None
+        except OSError as e:
+            raise ServerError('%s: %s' % (self.file, e.strerror)) from None
 
 
 def days_parse(text):
@@ -7557,6 +8094,9 @@ class Server:
         self.complain = complain        # called with one line, or None
         self.journal = Journal(None)    # another one while it serves
         self.conf = conf_read(path)
+        # None where no mail is sent.
+        self.post = (Post(self.conf, path) if self.conf.get('mail-from')
+                     else None)
         # Of machines registered from now on, in days.
         self.delete_delay = days_parse(self.conf.get('delete-delay', '0'))
         self.open = {}      # (machine, tid) -> Session that has it open
@@ -7853,6 +8393,276 @@ class CleanAlways:
             for line in said.read(64 * KIB).decode(
                     'utf-8', 'replace').splitlines():
                 self._complain('clean: ' + line.partition(': ')[2])
+
+
+##############################################################################
+# Mail: sending
+#
+# Takes what is due from the queue to a mail server, over SMTP, or to a
+# program that takes mail as sendmail does.  One process of a server directory
+# at a time: a command, or a thread of `serve`.
+##############################################################################
+
+MAIL_TIMEOUT = 60               # seconds that one answer may take
+
+
+class MailRefused(Exception):
+    """A mail that will never be taken."""
+
+
+class MailLater(Exception):
+    """A mail that may be taken later."""
+
+
+class MailDown(Exception):
+    """No mail can be sent now."""
+
+
+def mail_render(post, path, name, mail):
+    """An email.message.EmailMessage; ServerError if a text cannot be used.
+
+    No value can add a header or a line to one: what is not printable, line
+    ends among it, is replaced in each.
+    """
+    import datetime
+    import email.message
+    import email.policy
+    import email.utils
+    import string
+    subject, text = mail_text(path, mail['kind'])
+    values = {key: printable(value) for key, value in mail['values'].items()}
+    values.update(address=mail['to'], service=post.service,
+                  url='\n%s\n' % post.url if post.url else '')
+    try:
+        subject, text = (string.Template(part).substitute(values)
+                         for part in (subject, text))
+    except (KeyError, ValueError) as e:
+        raise ServerError('text of the mail %s: $%s means nothing in it' % (
+            mail['kind'], str(e).strip("'"))) from None
+    message = email.message.EmailMessage(
+        email.policy.SMTP.clone(cte_type='7bit'))
+    message['From'] = email.utils.formataddr((post.service, post.sender))
+    message['To'] = mail['to']
+    message['Subject'] = printable(subject)
+    message['Date'] = datetime.datetime.fromtimestamp(
+        mail['time'], datetime.timezone.utc)
+    message['Message-ID'] = '<%s@%s>' % (name, post.sender.split('@')[1])
+    message['Auto-Submitted'] = 'auto-generated'
+    plain = text.isascii() and max(map(len, text.split('\n'))) < 900
+    message.set_content(text, cte='7bit' if plain else 'quoted-printable')
+    return message
+
+
+def mail_text(path, kind):
+    """(subject, body) of a kind of mail, before words are put in."""
+    file, text = os.path.join(path, 'mail', kind), MAIL_TEXTS[kind]
+    try:
+        text = read_file(file).decode('utf-8').replace('\r\n', '\n')
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as e:
+        raise ServerError('%s: %s' % (file, getattr(
+            e, 'strerror', 'not UTF-8'))) from None
+    head, _, body = text.partition('\n\n')
+    name, _, subject = head.partition(':')
+    if name != 'Subject' or '\n' in head or not body:
+        raise ServerError('%s: the first line is not "Subject: ...", or no '
+                          'empty one follows' % file)
+    return subject.strip(), body
+
+
+class Courier:
+    """The way to a mail server; a context manager, for many mails."""
+
+    def __init__(self, post):
+        self.post = post
+        self.smtp = None            # smtplib.SMTP while it is connected
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def open(self):
+        """Be ready for a mail; MailDown."""
+        if self.post.smtp and self.smtp is None:
+            import smtplib
+            try:
+                self.smtp = self._connect(smtplib)
+            except (smtplib.SMTPException, OSError, ValueError) as e:
+                raise MailDown('%s:%d: %s' % (
+                    *self.post.smtp, smtp_reason(e))) from None
+
+    def _connect(self, smtplib):
+        import ssl
+        post, (host, port) = self.post, self.post.smtp
+        context = None
+        if post.tls != 'no':
+            context = ssl.create_default_context(cafile=post.ca_bundle)
+        if post.tls == 'tls':
+            smtp = smtplib.SMTP_SSL(host, port, timeout=MAIL_TIMEOUT,
+                                    context=context)
+        else:
+            smtp = smtplib.SMTP(host, port, timeout=MAIL_TIMEOUT)
+        try:
+            if post.tls == 'starttls':
+                smtp.starttls(context=context)
+            if post.user:
+                smtp.login(post.user, post.password())
+        except BaseException:
+            smtp.close()
+            raise
+        return smtp
+
+    def send(self, to, message):
+        """Hand over a mail: the server has it on return.
+
+        MailRefused if it will never take it, MailLater if it may; MailDown
+        if it takes nothing from us.
+        """
+        if self.post.smtp:
+            self._send_smtp(to, message)
+        else:
+            self._send_program(to, message)
+
+    def _send_smtp(self, to, message):
+        import smtplib
+        try:
+            self.smtp.sendmail(self.post.bounces, [to], message.as_bytes())
+        except smtplib.SMTPRecipientsRefused as e:
+            code, reason = e.recipients[to]
+            self._refused(code, reason)
+        except smtplib.SMTPSenderRefused as e:
+            self.close()
+            raise MailDown(smtp_reason(e)) from None
+        except smtplib.SMTPDataError as e:
+            self._refused(e.smtp_code, e.smtp_error)
+        except (smtplib.SMTPException, OSError) as e:
+            self.close()
+            raise MailLater(smtp_reason(e)) from None
+
+    def _refused(self, code, reason):
+        text = '%d %s' % (code, printable(
+            reason.decode('utf-8', 'replace')))
+        if 500 <= code < 600:
+            raise MailRefused(text) from None
+        if code == 421:             # it hangs up, too
+            self.close()
+        raise MailLater(text) from None
+
+    def _send_program(self, to, message):
+        import email.policy
+        import subprocess
+        words = [*self.post.program, '-i', '-f', self.post.bounces, to]
+        try:
+            done = subprocess.run(
+                words, input=message.as_bytes(policy=email.policy.default
+                                              .clone(cte_type='7bit')),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=10 * MAIL_TIMEOUT, check=False)
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise MailDown('%s: %s' % (words[0], getattr(
+                e, 'strerror', 'takes too long'))) from None
+        if done.returncode:
+            text = '%s: status %d: %s' % (
+                words[0], done.returncode, printable(' '.join(
+                    done.stdout.decode('utf-8', 'replace').split()))[:200])
+            # EX_DATAERR, EX_NOUSER, EX_NOHOST of sysexits.h: about this one.
+            raise (MailRefused if done.returncode in (65, 67, 68)
+                   else MailLater)(text)
+
+    def close(self):
+        """End the conversation; nothing is lost by it."""
+        if self.smtp:
+            import smtplib
+            smtp, self.smtp = self.smtp, None
+            try:
+                smtp.quit()
+            except (smtplib.SMTPException, OSError):
+                smtp.close()
+
+
+def smtp_reason(error):
+    """An error of a conversation in one line."""
+    code, text = (getattr(error, 'smtp_' + name, None)
+                  for name in ('code', 'error'))
+    if code is not None:
+        text = '%d %s' % (code, text.decode('utf-8', 'replace')
+                          if isinstance(text, bytes) else text)
+    return printable(str(text or error or type(error).__name__))
+
+
+def mail_run(server, complain):
+    """Send what is due; how many mails were sent, or None if another process
+    is at it.  `complain` is called with a line for what does not go well.
+    """
+    lock = os.open(os.path.join(server.path, 'mail.lock'),
+                   os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    sent = 0
+    try:
+        if not lock_take(lock):
+            return None
+        with Courier(server.post) as courier:
+            for key in server.perform(('list', 'mail/due/')):
+                try:
+                    sent += mail_one(server, courier, key, complain)
+                except (ServerError, StoreError) as e:
+                    complain('mail: %s' % e)
+                except MailDown as e:
+                    complain('mail: %s' % e)
+                    break
+    finally:
+        os.close(lock)
+    return sent
+
+
+def mail_one(server, courier, key, complain):
+    """Send one mail if it is time to; True if it was sent."""
+    name, run = key.rpartition('/')[2], server.run
+    mail, tries = run(summed_get(key)), run(mail_ready(name))
+    now = server.perform(('now',))
+    if mail is None or tries is None:
+        return False
+    if mail['until'] is not None and mail['until'] <= now:
+        run(mail_end(name, mail, 'it came too late to be of use'))
+        return False
+    message = mail_render(server.post, server.path, name, mail)
+    courier.open()
+    if not run(mail_claim(name, mail, tries)):
+        return False
+    failed = None
+    try:
+        courier.send(mail['to'], message)
+    except MailRefused as e:
+        failed = str(e)
+    except (MailLater, MailDown) as e:
+        if tries + 1 < MAIL_TRIES:
+            run(mail_later(name, tries, str(e)))
+            if isinstance(e, MailDown):
+                raise
+            return False
+        failed = 'given up: %s' % e
+    run(mail_end(name, mail, failed))
+    if failed:
+        complain('mail %s to %s: %s' % (mail['kind'], mail['to'], failed))
+    return not failed
+
+
+def mail_always(server):
+    """Send mail in a thread of this process for as long as it lives."""
+    before = []
+    while True:
+        said = []
+        try:
+            mail_run(server, said.append)
+        except (StoreError, OSError) as e:
+            said.append('mail: %s' % e)
+        for line in said:
+            if line not in before:      # else it would be said each minute
+                server.perform_here(('log', line))
+        before = said
+        time.sleep(60)
 
 
 ##############################################################################
@@ -9182,6 +9992,9 @@ def serve_one(server, listener, context, strangers, parent=None):
     if scrub_conf(server.conf)[0] and not server.read_only:
         threading.Thread(target=scrub_always, daemon=True,
                          args=(server,)).start()
+    if server.post and not server.read_only:
+        threading.Thread(target=mail_always, daemon=True,
+                         args=(server,)).start()
     cleaning = CleanAlways(server)
     loop.run()
     cleaning.stop()
@@ -9640,7 +10453,9 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
                    [--journal stderr|syslog|FILE]
                    [--journal-level trouble|sessions|requests]
        tarsnapd.py user SRV add | passwd | show | close NAME
-       tarsnapd.py user SRV address NAME NEW
+       tarsnapd.py user SRV export | reset | invite NAME
+       tarsnapd.py user SRV address | confirm NAME NEW
+       tarsnapd.py user SRV link LINK
        tarsnapd.py user SRV move-machine MACHINE NAME
        tarsnapd.py user SRV quota NAME BYTES | none
        tarsnapd.py user SRV credit | debit NAME DOLLARS --reason TEXT
@@ -9653,6 +10468,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py machine SRV freeze | unfreeze MACHINE [ROLES]
        tarsnapd.py bill SRV [--dry-run] [--late]
        tarsnapd.py bill SRV --check [DAY]
+       tarsnapd.py mail SRV [--list | --dry-run | --text KIND]
        tarsnapd.py check [SRV] [--server HOST:PORT] [--key FILE] [--read]
                    [--warn SECONDS] [--timeout SECONDS]
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
@@ -9726,8 +10542,9 @@ def command_user(args):
     if options and verb not in ('credit', 'debit'):
         raise ServerError('--reason and --key are for credit and debit')
     if verb not in USER_VERBS or len(words) != USER_VERBS[verb][1] + 2:
-        raise ServerError('user SRV add|passwd|show|close NAME, user SRV '
-                          'address NAME NEW, user SRV move-machine MACHINE '
+        raise ServerError('user SRV add|passwd|show|close|export|reset|'
+                          'invite NAME, user SRV address|confirm NAME NEW, '
+                          'user SRV link LINK, user SRV move-machine MACHINE '
                           'NAME, user SRV quota NAME BYTES|none, user SRV '
                           'credit|debit NAME DOLLARS --reason TEXT, or user '
                           'SRV list')
@@ -9745,11 +10562,39 @@ def user_add(server, name):
 
 def user_passwd(server, name):
     found = server.run(account_need(name))
-    server.run(account_password(found, read_password()))
+    server.run(password_change(server.post, found, read_password()))
 
 
 def user_address(server, name, new):
-    server.run(account_move(server.run(account_need(name)), new))
+    found = server.run(account_need(name))
+    server.run(address_change(server.post, found, new))
+
+
+def user_confirm(server, name, new):
+    server.run(link_move(server.post, server.run(account_need(name)), new))
+
+
+def user_reset(server, name):
+    server.run(account_need(name))
+    server.run(link_reset(server.post, name))
+
+
+def user_invite(server, name):
+    server.run(link_join(server.post, name))
+
+
+def user_link(server, link):
+    """Follow a link from a mail, or what stands after link= in it."""
+    token = link.rpartition('link=')[2]
+    what, _ = server.run(link_read(token))
+    password = None if what['kind'] == 'move' else read_password()
+    print(server.run(link_use(server.post, token, password)))
+
+
+def user_export(server, name):
+    _, account = server.run(account_need(name))
+    print(json.dumps(server.run(account_export(account['id'])), indent=1,
+                     ensure_ascii=False))
 
 
 def user_close(server, name):
@@ -9840,6 +10685,9 @@ def moment(seconds):
 USER_VERBS = {                          # what it does, number of words
     'add': (user_add, 1), 'passwd': (user_passwd, 1), 'show': (user_show, 1),
     'close': (user_close, 1), 'address': (user_address, 2),
+    'confirm': (user_confirm, 2), 'reset': (user_reset, 1),
+    'invite': (user_invite, 1), 'link': (user_link, 1),
+    'export': (user_export, 1),
     'move-machine': (user_move_machine, 2), 'quota': (user_quota, 2),
     'credit': (user_credit, 2), 'debit': (user_debit, 2),
     'list': (user_list, 0)}
@@ -10283,6 +11131,58 @@ def bill_say(server, dry, late):
             days_left(balance, server.prices, server.perform(('now',)))))
 
 
+def command_mail(args):
+    """Send the mail that is due; status 1 if not all went well."""
+    options, (path,) = take_options(
+        args, {'--list': False, '--dry-run': False, '--text': True}, 1)
+    if len(options) > 1:
+        raise ServerError('mail takes one option')
+    server = open_server(path)
+    said = []
+    if '--text' in options:
+        mail_print_text(server, options['--text'])
+    elif '--list' in options:
+        for name, mail, done in server.run(mail_list()):
+            print(mail_line(server, name, mail, done))
+    elif server.post is None:
+        raise ServerError('%s: tarsnapd.conf has no mail-from' % path)
+    elif '--dry-run' in options:
+        for name, mail, done in server.run(mail_list()):
+            if not done and server.run(mail_ready(name)) is not None:
+                message = mail_render(server.post, path, name, mail)
+                print(message.as_string())
+    elif server.read_only:
+        raise ServerError('%s: the store is read-only' % path)
+    else:
+        mail_run(server, said.append)
+    server.close()
+    for line in said:
+        say(line)
+    return int(bool(said))
+
+
+def mail_print_text(server, kind):
+    if kind not in MAIL_TEXTS:
+        raise ServerError('no mail %s; there are %s' % (
+            printable(kind), ', '.join(sorted(MAIL_TEXTS))))
+    print('Subject: %s\n\n%s' % mail_text(server.path, kind), end='')
+
+
+def mail_line(server, name, mail, done):
+    """A mail for --list: when it was queued, to whom, and what became of it.
+    """
+    if 'failed' in mail:
+        state = 'failed %s: %s' % (moment(mail['time']), mail['failed'])
+    elif done:
+        state = 'sent %s' % moment(mail['time'])
+    else:
+        tries, last, due = server.run(mail_tries(name))
+        state = 'due' if not tries else 'again %s: %s' % (
+            moment(due), last.get('reason', 'no answer yet'))
+    return '%s %s %s %s' % (moment(mail.get('queued', mail['time'])),
+                            mail['kind'], mail['to'], state)
+
+
 def command_index_dump(args):
     """The index of a machine as text."""
     _, (path, machine) = take_options(args, {}, 2)
@@ -10468,6 +11368,7 @@ COMMANDS = {
     'cert': command_cert,
     'user': command_user,
     'machine': command_machine,
+    'mail': command_mail,
     'serve': command_serve,
     'session': command_session,
     'rebuild': command_rebuild,

@@ -36,25 +36,46 @@ REGION = 'us-east-1'
 SECONDS = 60                # after which a server will not come any more
 
 
-def venv():
+def venv(path=VENV, packages=PACKAGES):
     """The directory of the programs, installed if need be."""
-    done = os.path.join(VENV, 'installed')
-    os.makedirs(VENV, exist_ok=True)
-    lock = os.open(VENV, os.O_RDONLY)
+    done = os.path.join(path, 'installed')
+    os.makedirs(path, exist_ok=True)
+    lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)    # two modules may come at once
         if not os.path.exists(done):
-            subprocess.run([sys.executable, '-m', 'venv', '--clear', VENV],
+            subprocess.run([sys.executable, '-m', 'venv', '--clear', path],
                            check=True)
             subprocess.run(
-                [os.path.join(VENV, 'bin', 'pip'), 'install', '-q',
-                 '--disable-pip-version-check', *PACKAGES],
+                [os.path.join(path, 'bin', 'pip'), 'install', '-q',
+                 '--disable-pip-version-check', *packages],
                 check=True, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL)
             open(done, 'w').close()
     finally:
         os.close(lock)
-    return os.path.join(VENV, 'bin')
+    return os.path.join(path, 'bin')
+
+
+def certificate(path):
+    """A certificate of localhost and its key, into one PEM file."""
+    import datetime
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import serialization as ser
+    from cryptography.hazmat.primitives.asymmetric import ec
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME,
+                                         'localhost')])
+    start = datetime.datetime(2020, 1, 1)
+    cert = x509.CertificateBuilder(
+        name, name, key.public_key(), 1, start,
+        start + datetime.timedelta(days=36500)).add_extension(
+            x509.SubjectAlternativeName([x509.DNSName('localhost')]),
+            False).sign(key, hashes.SHA256())
+    with open(path, 'wb') as file:
+        file.write(cert.public_bytes(ser.Encoding.PEM) + key.private_bytes(
+            ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption()))
 
 
 def free_ports(count):

@@ -4,7 +4,6 @@
 Against two real servers, moto and OpenStack Swift.
 """
 
-import datetime
 import hashlib
 import http.server
 import json
@@ -16,11 +15,6 @@ import threading
 import time
 import unittest
 from unittest import mock
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives import serialization as ser
-from cryptography.hazmat.primitives.asymmetric import ec
 
 import s3peers
 from rawclient import tarsnapd
@@ -405,19 +399,7 @@ class Secure(Case):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.pem = os.path.join(folder.name, 'pem')
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME,
-                                             'localhost')])
-        start = datetime.datetime(2020, 1, 1)
-        cert = x509.CertificateBuilder(
-            name, name, key.public_key(), 1, start,
-            start + datetime.timedelta(days=36500)).add_extension(
-                x509.SubjectAlternativeName([x509.DNSName('localhost')]),
-                False).sign(key, hashes.SHA256())
-        with open(self.pem, 'wb') as file:
-            file.write(cert.public_bytes(ser.Encoding.PEM) + key.private_bytes(
-                ser.Encoding.PEM, ser.PrivateFormat.PKCS8,
-                ser.NoEncryption()))
+        s3peers.certificate(self.pem)
 
     def test_tls(self):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
