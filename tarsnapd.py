@@ -49,8 +49,9 @@ Map of this file, bottom up; no section uses a name from a later one:
     index                 SQLite, caught up from the log
     history               the rules a commit must pass
     accounts, machines    who may register, and who did
-    ledger                what was used and paid, and what is left
     mail, links           what is to be mailed; what its reader may do
+    ledger                what was used and paid, and what is left
+    export                what is held about a person
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
     scrub                 everything stored against its hashes
@@ -3973,6 +3974,424 @@ def login_check(stored, transcript, proof):
 
 
 ##############################################################################
+# Mail: queue
+#
+# Mail that is to go out lies among the accounts, whoever has to send it, so
+# that no page and no session waits for a mail server.  All are steps.
+#
+#     mail/due/NAME             what to say to whom; deleted at the end
+#     mail/try/NAME.0000        attempt 1 begins; .0001 what came of it;
+#                               .0002 attempt 2 begins ...
+#     mail/done/ACCOUNT/NAME    it was sent, or never will be; stays
+#
+# NAME is a hash of what the mail is about, a key that the caller makes of
+# facts: the same step of the same account has the same name whenever and
+# however often it is queued, and done/ tells that it was sent.  An attempt is
+# put if absent before it is made, so of several senders one makes it; one
+# that is killed in between leaves a mail that goes out again after a while,
+# with the same Message-ID.
+##############################################################################
+
+MAIL_FIRST = 900                # seconds after the first attempt; then double
+MAIL_LONGEST = 4 * 3600
+MAIL_TRIES = 34                 # which take five days; then it is given up
+MAIL_SKEW = 300                 # between the clocks of two senders
+
+# Texts of mails, by kind.  A file SRV/mail/KIND stands for one of these.
+# $address, $service and $url are known in all of them.
+MAIL_TEXTS = {
+    'confirm-address': '''\
+Subject: Confirm your address for $service
+
+Somebody, probably you, asked $service to use the address
+
+    $address
+
+If it was you, follow this link before $until:
+
+    $link
+
+If it was not, do nothing, and nothing happens.
+''',
+    'reset-password': '''\
+Subject: A new password for $service
+
+Somebody, probably you, asked for a new password for the account
+
+    $address
+
+Choose one here before $until:
+
+    $link
+
+The link works once.  If it was not you, do nothing: the password stays as
+it is.
+''',
+    'password-changed': '''\
+Subject: Your password for $service was changed
+
+The password of the account $address was changed on $date.
+
+If you did not do that, answer this mail at once.
+''',
+    'address-changed': '''\
+Subject: Your address for $service was changed
+
+Since $date your account has the address
+
+    $new
+
+and no more this one, $old.
+
+If you did not do that, answer this mail at once.
+''',
+    'warned': '''\
+Subject: $service: your balance lasts until $empty
+
+The balance of the account $address was $balance on $date.
+
+It pays what you store for $days days, until $empty.
+After that nothing can be stored or restored until you add money.  Deleting
+stays possible.
+$url''',
+    'negative': '''\
+Subject: $service: your balance is used up
+
+The balance of the account $address has been below zero since
+$since; on $date it was $balance.
+
+Until you add money nothing can be stored or restored; deleting stays
+possible.  From $deletable on what you store may be deleted.
+$url''',
+    'deletable': '''\
+Subject: $service: your backups may be deleted now
+
+The balance of the account $address has been below zero since
+$since; on $date it was $balance.
+
+What you store may be deleted from now on, without another mail.  Add money
+if you want to keep it; if you cannot, answer this mail.
+$url''',
+    'reinstated': '''\
+Subject: $service: your account works again
+
+On $date the balance of the account $address is $balance.
+
+Storing and restoring work again.
+$url''',
+    'receipt': '''\
+Subject: $service: we received $amount
+
+On $date we received $amount for the account $address,
+reference $reference.
+
+The balance is now $balance.
+$url''',
+}
+
+
+def mail_address(text):
+    """True if mail can be sent there: ASCII, and nothing that could end a
+    header or be taken for an option.
+    """
+    import re
+    local, _, domain = text.rpartition('@')
+    word = r'[A-Za-z0-9!#$%&\'*+/=?^_`{|}~][A-Za-z0-9!#$%&\'*+/=?^_`{|}~-]*'
+    label = r'[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
+    return (len(local) <= 64 and len(text) <= 254
+            and bool(re.fullmatch(r'%s(\.%s)*' % (word, word), local))
+            and bool(re.fullmatch(r'%s(\.%s)*' % (label, label), domain)))
+
+
+def mail_words(text):
+    """The $names in a text."""
+    import re
+    return set(re.findall(r'\$([a-z]+)', text))
+
+
+def mail_name(kind, key):
+    """The name of a mail, from its kind and what it is about."""
+    return sha256(('%s\0%s' % (kind, key)).encode('utf-8')).hex()[:32]
+
+
+def mail_put(kind, to, key, values, ident='-', until=None):
+    """Steps: queue a mail; durable on return.  False if it was queued before.
+
+    `kind` is one of MAIL_TEXTS, `values` are strings for its words, `ident`
+    the account it is about.  `key` names the step within the kind, such as
+    'ACCOUNT/DAY'.  At time `until` it is of no use any more.
+    """
+    assert mail_words(MAIL_TEXTS[kind]) <= {
+        'address', 'service', 'url', *values}, (kind, values)
+    if not mail_address(to):
+        raise ServerError('%s is not a mail address' % ascii(to)[1:-1])
+    name = mail_name(kind, key)
+    if (yield ('size', 'mail/done/%s/%s' % (ident, name))) is not None:
+        return False
+    place = 'mail/due/' + name
+    return (yield ('put', place, versioned_encode(place, {
+        'kind': kind, 'to': to, 'account': ident, 'values': values,
+        'time': (yield ('now',)), 'until': until})))
+
+
+def mail_account(post, account, kind, key, values, until=None):
+    """Steps: queue a mail to an account, as mail_put.
+
+    False, and nothing done, where there is no mail (`post` is None) or the
+    account's name is no mail address.
+    """
+    if post is None or not mail_address(account['address']):
+        return False
+    return (yield from mail_put(kind, account['address'], key, values,
+                                account['id'], until))
+
+
+def mail_tries(name):
+    """Steps: (attempts so far, what is known of the last, time of the next).
+
+    The next one is at 0 if the first is to be made.
+    """
+    keys = yield ('list', 'mail/try/%s.' % name)
+    last = (yield from summed_get(keys[-1])) if keys else None
+    if last is None:
+        return 0, {}, 0
+    tries = int(keys[-1].rpartition('.')[2]) // 2 + 1
+    wait = min(MAIL_LONGEST, MAIL_FIRST << min(tries - 1, 10))
+    return tries, last, last['time'] + wait
+
+
+def mail_ready(name):
+    """Steps: the number of the attempt that it is time for, or None."""
+    now = yield ('now',)
+    tries, last, due = yield from mail_tries(name)
+    # A clock that was set back does not hold mail up.
+    if now < due and now > last['time'] - MAIL_SKEW:
+        return None
+    return tries
+
+
+def mail_claim(name, mail, tries):
+    """Steps: True if attempt `tries`, from 0, is ours to make."""
+    place = 'mail/try/%s.%04d' % (name, 2 * tries)
+    if not (yield ('put', place, versioned_encode(place, {
+            'time': (yield ('now',))}))):
+        return False
+    done = 'mail/done/%s/%s' % (mail['account'], name)
+    if (yield ('size', done)) is None:
+        return True
+    yield from mail_clear(name)         # who sent it got no further
+    return False
+
+
+def mail_later(name, tries, reason):
+    """Steps: an attempt came to nothing yet."""
+    place = 'mail/try/%s.%04d' % (name, 2 * tries + 1)
+    yield ('put', place, versioned_encode(place, {
+        'time': (yield ('now',)), 'reason': reason}))
+
+
+def mail_end(name, mail, failed=None):
+    """Steps: the mail was sent, or why it never will be."""
+    place = 'mail/done/%s/%s' % (mail['account'], name)
+    value = {'kind': mail['kind'], 'to': mail['to'],
+             'account': mail['account'], 'queued': mail['time'],
+             'time': (yield ('now',))}
+    if failed:
+        value['failed'] = failed
+    yield ('put', place, versioned_encode(place, value))
+    yield from mail_clear(name)
+
+
+def mail_clear(name):
+    """Steps: forget a mail that is done; the name of it last."""
+    for key in (yield ('list', 'mail/try/%s.' % name)):
+        yield ('delete', key)
+    yield ('delete', 'mail/due/' + name)
+
+
+def mail_list():
+    """Steps: all mails, [(name, mail, done)], the oldest first.
+
+    Of one that is done only what mail_end keeps is known.
+    """
+    found = []
+    for key in (yield ('list', 'mail/')):
+        where, name = key.split('/')[1], key.rpartition('/')[2]
+        if where != 'try':
+            mail = yield from summed_get(key)
+            if mail:
+                found.append((name, mail, where == 'done'))
+    return sorted(found, key=lambda one: (
+        one[1].get('queued', one[1]['time']), one[0]))
+
+
+##############################################################################
+# Links
+#
+# What the owner of an account may do without the operator: links in mails,
+# signed with a key that lies among the accounts, which end by themselves and
+# work once.  Nothing is kept of a link: it names the state of the account, or
+# of the claim to an address, in which it was made, and using it changes that.
+# Looking at one changes nothing, as programs that read mail look at all.  All
+# are steps.
+##############################################################################
+
+LINK_SECONDS = {'join': 3 * DAY, 'move': DAY, 'reset': 2 * 3600}
+LINK_EACH = 900                 # seconds; one mail of a kind in so many
+LINK_BAD = 'this link is not good any more; ask for another one'
+
+
+def link_key():
+    """Steps: what links are signed with; made when first needed."""
+    place = 'link/key'
+    while True:
+        value = yield from summed_get(place)
+        if value is not None:
+            return bytes.fromhex(value['key'])
+        key = yield ('random', 32)
+        yield ('put', place, versioned_encode(place, {'key': key.hex()}))
+
+
+def link_state(account):
+    """What a link to an open account is good for: its password and address.
+    """
+    return sha256(json.dumps([account[name] for name in (
+        'id', 'salt', 'address')] + [account.get('moves', 0)]).encode()
+    ).hex()[:16]
+
+
+def link_claims(address):
+    """Steps: as link_state, for an address that no account has."""
+    claim = yield from versioned_get(address_prefix(address))
+    return '%d' % (claim[0] + 1 if claim else 0)
+
+
+def link_token(data):
+    """Steps: what stands in a link that says `data`, signed."""
+    signature = hmac.digest((yield from link_key()), b'link\0' + data,
+                            'sha256')
+    return '.'.join(base64.urlsafe_b64encode(part).decode().rstrip('=')
+                    for part in (data, signature))
+
+
+def link_mail(post, what, to, ident='-'):
+    """Steps: mail the link that says `what`, a dict; False if one like it
+    was mailed a moment ago.
+    """
+    if post is None or not post.url:
+        raise ServerError('links need mail-from and web-url in '
+                          'tarsnapd.conf')
+    now = yield ('now',)
+    key = json.dumps([ident, what, now // LINK_EACH], sort_keys=True)
+    until = now + LINK_SECONDS[what['kind']]
+    data = json.dumps(dict(what, until=until), sort_keys=True).encode()
+    token = yield from link_token(data)
+    kind = 'reset-password' if what['kind'] == 'reset' else 'confirm-address'
+    return (yield from mail_put(kind, to, key, {
+        'link': '%s?link=%s' % (post.url, token), 'until': moment(until)},
+        ident, until))
+
+
+def link_join(post, address):
+    """Steps: whoever reads mail to `address` may make an account of it.
+
+    Nothing happens if there is one: who asks does not learn that.
+    """
+    if not mail_address(address):
+        raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
+    if (yield from account_get(address)) is None:
+        state = yield from link_claims(address)
+        yield from link_mail(post, {'kind': 'join', 'address': address,
+                                    'state': state}, address)
+
+
+def link_reset(post, address):
+    """Steps: whoever reads mail to the account may give it a password.
+
+    Nothing happens if there is none: who asks does not learn that.
+    """
+    found = yield from account_get(address)
+    if found and mail_address(found[1]['address']):
+        account = found[1]
+        yield from link_mail(
+            post, {'kind': 'reset', 'account': account['id'],
+                   'state': link_state(account)},
+            account['address'], account['id'])
+
+
+def link_move(post, found, address):
+    """Steps: the account gets another address once that is confirmed."""
+    if not mail_address(address):
+        raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
+    account = found[1]
+    yield from link_mail(
+        post, {'kind': 'move', 'account': account['id'],
+               'state': link_state(account), 'address': address},
+        address, account['id'])
+
+
+def link_read(token):
+    """Steps: (what a link says, account as account_load or None for one that
+    joins).  ServerError if it is not good.  Changes nothing.
+    """
+    try:
+        part = token.partition('.')[0]
+        data = base64.b64decode(part + '=' * (-len(part) % 4), b'-_', True)
+        found = token.encode('ascii')
+    except ValueError:
+        raise ServerError(LINK_BAD) from None
+    if not hmac.compare_digest((yield from link_token(data)).encode(), found):
+        raise ServerError(LINK_BAD)
+    what = json.loads(data)
+    found, state = None, None
+    if what['kind'] == 'join':
+        state = yield from link_claims(what['address'])
+    else:
+        found = yield from account_load(what['account'])
+        if found and not found[1].get('closed'):
+            state = link_state(found[1])
+    if state != what['state'] or (yield ('now',)) >= what['until']:
+        raise ServerError(LINK_BAD)
+    return what, found
+
+
+def link_use(post, token, password=None):
+    """Steps: do what a link says; the address of the account.
+
+    Kinds join and reset need a password.  ServerError if the link is not
+    good, also because somebody else has used it.
+    """
+    what, found = yield from link_read(token)
+    if what['kind'] == 'join':
+        yield from account_create(what['address'], password)
+        return what['address']
+    if what['kind'] == 'reset':
+        yield from password_change(post, found, password)
+        return found[1]['address']
+    yield from address_change(post, found, what['address'])
+    return what['address']
+
+
+def password_change(post, found, password):
+    """Steps: a new password for an account, and a mail that says so."""
+    version, account = yield from account_password(found, password)
+    yield from mail_account(
+        post, account, 'password-changed',
+        '%s/%d' % (account['id'], version),
+        {'date': moment((yield ('now',)))})
+
+
+def address_change(post, found, address):
+    """Steps: another address for an account, and a mail to the old one."""
+    version, account = yield from account_move(found, address)
+    old = found[1]
+    yield from mail_account(
+        post, old, 'address-changed', '%s/%d' % (old['id'], version),
+        {'date': moment((yield ('now',))), 'old': old['address'],
+         'new': address})
+
+
+##############################################################################
 # Ledger
 #
 # What accounts have used, paid and have left, in attodollars (10^-18 US$),
@@ -4064,6 +4483,13 @@ def money_text(amount):
     """Attodollars as dollars, all 18 digits."""
     sign = '-' if amount < 0 else ''
     return '%s%d.%018d' % ((sign,) + divmod(abs(amount), ATTO))
+
+
+def money_short(amount):
+    """Attodollars as a person reads them: cents, rounded down."""
+    cents = amount * 100 // ATTO
+    sign = '-' if cents < 0 else ''
+    return '%s$%d.%02d' % ((sign,) + divmod(abs(cents), 100))
 
 
 def prices_conf(conf):
@@ -4463,17 +4889,37 @@ def money_decode(key, data):
         raise Damaged('read', key, 'has no %s' % e) from None
 
 
-def ledger_pay(account, provider, session, amount, kind='payment', text=''):
+def ledger_pay(account, provider, session, amount, kind='payment', text='',
+               post=None):
     """Steps: enter what a provider says of a payment; True if it is new.
 
     `session` is the provider's own name of what happened: twice the same is
     entered once.  `amount` is in attodollars, negative for a refund or a
-    chargeback.  Durable on return, and access is back.
+    chargeback.  Durable on return, and access is back.  With a Post whoever
+    paid has a receipt, one for each session.
     """
     assert kind in PAID, kind
-    new = yield from money_put(account, '%s-%s' % (provider, session), kind,
-                               amount, text)
+    place = '%s-%s' % (provider, session)
+    new = yield from money_put(account, place, kind, amount, text)
+    if kind == 'payment':
+        yield from money_receipt(post, account, place, amount, session)
     return new
+
+
+def money_receipt(post, account, place, amount, reference):
+    """Steps: tell an account's owner what was received, once for a `place`,
+    as in money_put.
+    """
+    found = (yield from account_load(account)) if post else None
+    if found is None:
+        return
+    yield from ledger_catch_up(account)
+    balance = yield ('view', 'balance', account)
+    yield from mail_account(
+        post, found[1], 'receipt', '%s/%s' % (account, place),
+        {'amount': money_short(amount), 'reference': reference,
+         'date': day_text((yield ('now',)) // DAY),
+         'balance': money_short(balance.money)})
 
 
 def ledger_adjust(account, key, kind, amount, reason):
@@ -4948,9 +5394,12 @@ def standing_prefix(account):
     return 'standing/%s/' % account
 
 
-def standing_update(accounts, prices, amnesty):
+def standing_update(accounts, prices, amnesty, post=None):
     """Steps: judge `accounts`, {id: Balance}; [(id, standing before or None,
     standing, Balance)] of those that changed.  The view has been caught up.
+
+    With a Post their owners are told: also of a step that somebody made who
+    was killed before he could tell.
     """
     newest = {}
     prefix = 'standing/'
@@ -4969,11 +5418,46 @@ def standing_update(accounts, prices, amnesty):
                 raise found[account]
             version = versioned_number(newest[account])
             before = versioned_decode(newest[account], found[account])
-        value = standing_judge(before, balance, prices, now, amnesty)
-        if before is None or value['state'] != before['state']:
-            if (yield from standing_put(account, version + 1, value)):
-                changed.append((account, before, value, balance))
+        step = standing_judge(before, balance, prices, now, amnesty)
+        if before is None or step['state'] != before['state']:
+            step['was'] = before and before['state']
+            version += 1
+            if (yield from standing_put(account, version, step)):
+                changed.append((account, before, step, balance))
+        else:
+            step = before
+        yield from standing_mail(post, '%s/%d' % (account, version), step,
+                                 balance, days_left(balance, prices, now))
     return changed
+
+
+def standing_mail(post, key, step, balance, left):
+    """Steps: tell an account's owner of its last step, once.
+
+    `key` is ACCOUNT/VERSION of the standing `step`, `left` the days for
+    which the Balance lasts, None if nothing is stored.
+    """
+    kinds, now = [], (yield ('now',))
+    fine = step['state'] in ('ok', 'warned')
+    # Nobody is told today that he paid long ago.
+    if fine and step.get('was') in ('negative', 'deletable') and (
+            now < step['since'] + DELETE_DAYS * DAY):
+        kinds.append('reinstated')
+    if step['state'] != 'ok' and not (fine and left is None):
+        kinds.append(step['state'])
+    if post is None or not kinds:
+        return
+    ident = key.split('/')[0]
+    found = yield from account_load(ident)
+    if not found or found[1].get('closed'):
+        return
+    today, since = now // DAY, step['since'] // DAY
+    values = {
+        'balance': money_short(balance.money), 'date': day_text(today),
+        'since': day_text(since), 'deletable': day_text(since + DELETE_DAYS),
+        'days': '%d' % (left or 0), 'empty': day_text(today + (left or 0))}
+    for kind in kinds:
+        yield from mail_account(post, found[1], kind, key, values)
 
 
 def standing_put(account, version, value):
@@ -5001,453 +5485,79 @@ def funds_missing(machine):
 
 
 ##############################################################################
-# Mail: queue
+# Export
 #
-# Mail that is to go out lies among the accounts, whoever has to send it, so
-# that no page and no session waits for a mail server.  All are steps.
-#
-#     mail/due/NAME             what to say to whom; deleted at the end
-#     mail/try/NAME.0000        attempt 1 begins; .0001 what came of it;
-#                               .0002 attempt 2 begins ...
-#     mail/done/ACCOUNT/NAME    it was sent, or never will be; stays
-#
-# NAME is a hash of what the mail is about, a key that the caller makes of
-# facts: the same step of the same account has the same name whenever and
-# however often it is queued, and done/ tells that it was sent.  An attempt is
-# put if absent before it is made, so of several senders one makes it; one
-# that is killed in between leaves a mail that goes out again after a while,
-# with the same Message-ID.
+# What is held about a person, for that person.  All are steps.
 ##############################################################################
-
-MAIL_FIRST = 900                # seconds after the first attempt; then double
-MAIL_LONGEST = 4 * 3600
-MAIL_TRIES = 34                 # which take five days; then it is given up
-MAIL_SKEW = 300                 # between the clocks of two senders
-
-# Texts of mails, by kind.  A file SRV/mail/KIND stands for one of these.
-# $address, $service and $url are known in all of them.
-MAIL_TEXTS = {
-    'confirm-address': '''\
-Subject: Confirm your address for $service
-
-Somebody, probably you, asked $service to use the address
-
-    $address
-
-If it was you, follow this link before $until:
-
-    $link
-
-If it was not, do nothing, and nothing happens.
-''',
-    'reset-password': '''\
-Subject: A new password for $service
-
-Somebody, probably you, asked for a new password for the account
-
-    $address
-
-Choose one here before $until:
-
-    $link
-
-The link works once.  If it was not you, do nothing: the password stays as
-it is.
-''',
-    'password-changed': '''\
-Subject: Your password for $service was changed
-
-The password of the account $address was changed on $date.
-
-If you did not do that, answer this mail at once.
-''',
-    'address-changed': '''\
-Subject: Your address for $service was changed
-
-Since $date your account has the address
-
-    $new
-
-and no more this one, $old.
-
-If you did not do that, answer this mail at once.
-''',
-    'warned': '''\
-Subject: $service: your balance lasts until $empty
-
-The balance of the account $address was $balance on $date.
-
-What you store costs $daily a day.  At that rate the balance is used up on
-$empty.  After that nothing can be stored or restored until you add money.
-Deleting stays possible.
-$url''',
-    'negative': '''\
-Subject: $service: your balance is used up
-
-The balance of the account $address has been below zero since
-$since; on $date it was $balance.
-
-Until you add money nothing can be stored or restored; deleting stays
-possible.  From $deletable on what you store may be deleted.
-$url''',
-    'deletable': '''\
-Subject: $service: your backups may be deleted now
-
-The balance of the account $address has been below zero since
-$since; on $date it was $balance.
-
-What you store may be deleted from now on, without another mail.  Add money
-if you want to keep it; if you cannot, answer this mail.
-$url''',
-    'reinstated': '''\
-Subject: $service: your account works again
-
-On $date the balance of the account $address is $balance.
-
-Storing and restoring work again.
-$url''',
-    'receipt': '''\
-Subject: $service: we received $amount
-
-On $date we received $amount for the account $address,
-reference $reference.
-
-The balance is now $balance.
-$url''',
-}
-
-
-def mail_address(text):
-    """True if mail can be sent there: ASCII, and nothing that could end a
-    header or be taken for an option.
-    """
-    import re
-    local, _, domain = text.rpartition('@')
-    word = r'[A-Za-z0-9!#$%&\'*+/=?^_`{|}~][A-Za-z0-9!#$%&\'*+/=?^_`{|}~-]*'
-    label = r'[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
-    return (len(local) <= 64 and len(text) <= 254
-            and bool(re.fullmatch(r'%s(\.%s)*' % (word, word), local))
-            and bool(re.fullmatch(r'%s(\.%s)*' % (label, label), domain)))
-
-
-def mail_words(text):
-    """The $names in a text."""
-    import re
-    return set(re.findall(r'\$([a-z]+)', text))
-
-
-def mail_name(kind, key):
-    """The name of a mail, from its kind and what it is about."""
-    return sha256(('%s\0%s' % (kind, key)).encode('utf-8')).hex()[:32]
-
-
-def mail_put(kind, to, key, values, ident='-', until=None):
-    """Steps: queue a mail; durable on return.  False if it was queued before.
-
-    `kind` is one of MAIL_TEXTS, `values` are strings for its words, `ident`
-    the account it is about.  `key` names the step within the kind, such as
-    'ACCOUNT/DAY'.  At time `until` it is of no use any more.
-    """
-    assert mail_words(MAIL_TEXTS[kind]) <= {
-        'address', 'service', 'url', *values}, (kind, values)
-    if not mail_address(to):
-        raise ServerError('%s is not a mail address' % ascii(to)[1:-1])
-    name = mail_name(kind, key)
-    if (yield ('size', 'mail/done/%s/%s' % (ident, name))) is not None:
-        return False
-    place = 'mail/due/' + name
-    return (yield ('put', place, versioned_encode(place, {
-        'kind': kind, 'to': to, 'account': ident, 'values': values,
-        'time': (yield ('now',)), 'until': until})))
-
-
-def mail_account(post, account, kind, key, values, until=None):
-    """Steps: queue a mail to an account, as mail_put.
-
-    False, and nothing done, where there is no mail (`post` is None) or the
-    account's name is no mail address.
-    """
-    if post is None or not mail_address(account['address']):
-        return False
-    return (yield from mail_put(kind, account['address'], key, values,
-                                account['id'], until))
-
-
-def mail_tries(name):
-    """Steps: (attempts so far, what is known of the last, time of the next).
-
-    The next one is at 0 if the first is to be made.
-    """
-    keys = yield ('list', 'mail/try/%s.' % name)
-    last = (yield from summed_get(keys[-1])) if keys else None
-    if last is None:
-        return 0, {}, 0
-    tries = int(keys[-1].rpartition('.')[2]) // 2 + 1
-    wait = min(MAIL_LONGEST, MAIL_FIRST << min(tries - 1, 10))
-    return tries, last, last['time'] + wait
-
-
-def mail_ready(name):
-    """Steps: the number of the attempt that it is time for, or None."""
-    now = yield ('now',)
-    tries, last, due = yield from mail_tries(name)
-    # A clock that was set back does not hold mail up.
-    if now < due and now > last['time'] - MAIL_SKEW:
-        return None
-    return tries
-
-
-def mail_claim(name, mail, tries):
-    """Steps: True if attempt `tries`, from 0, is ours to make."""
-    place = 'mail/try/%s.%04d' % (name, 2 * tries)
-    if not (yield ('put', place, versioned_encode(place, {
-            'time': (yield ('now',))}))):
-        return False
-    done = 'mail/done/%s/%s' % (mail['account'], name)
-    if (yield ('size', done)) is None:
-        return True
-    yield from mail_clear(name)         # who sent it got no further
-    return False
-
-
-def mail_later(name, tries, reason):
-    """Steps: an attempt came to nothing yet."""
-    place = 'mail/try/%s.%04d' % (name, 2 * tries + 1)
-    yield ('put', place, versioned_encode(place, {
-        'time': (yield ('now',)), 'reason': reason}))
-
-
-def mail_end(name, mail, failed=None):
-    """Steps: the mail was sent, or why it never will be."""
-    place = 'mail/done/%s/%s' % (mail['account'], name)
-    value = {'kind': mail['kind'], 'to': mail['to'],
-             'account': mail['account'], 'queued': mail['time'],
-             'time': (yield ('now',))}
-    if failed:
-        value['failed'] = failed
-    yield ('put', place, versioned_encode(place, value))
-    yield from mail_clear(name)
-
-
-def mail_clear(name):
-    """Steps: forget a mail that is done; the name of it last."""
-    for key in (yield ('list', 'mail/try/%s.' % name)):
-        yield ('delete', key)
-    yield ('delete', 'mail/due/' + name)
-
-
-def mail_list():
-    """Steps: all mails, [(name, mail, done)], the oldest first.
-
-    Of one that is done only what mail_end keeps is known.
-    """
-    found = []
-    for key in (yield ('list', 'mail/')):
-        where, name = key.split('/')[1], key.rpartition('/')[2]
-        if where != 'try':
-            mail = yield from summed_get(key)
-            if mail:
-                found.append((name, mail, where == 'done'))
-    return sorted(found, key=lambda one: (
-        one[1].get('queued', one[1]['time']), one[0]))
-
-
-##############################################################################
-# Links
-#
-# What the owner of an account may do without the operator: links in mails,
-# signed with a key that lies among the accounts, which end by themselves and
-# work once.  Nothing is kept of a link: it names the state of the account, or
-# of the claim to an address, in which it was made, and using it changes that.
-# Looking at one changes nothing, as programs that read mail look at all.  All
-# are steps.
-##############################################################################
-
-LINK_SECONDS = {'join': 3 * DAY, 'move': DAY, 'reset': 2 * 3600}
-LINK_EACH = 900                 # seconds; one mail of a kind in so many
-LINK_BAD = 'this link is not good any more; ask for another one'
-
-
-def link_key():
-    """Steps: what links are signed with; made when first needed."""
-    place = 'link/key'
-    while True:
-        value = yield from summed_get(place)
-        if value is not None:
-            return bytes.fromhex(value['key'])
-        key = yield ('random', 32)
-        yield ('put', place, versioned_encode(place, {'key': key.hex()}))
-
-
-def link_state(account):
-    """What a link to an open account is good for: its password and address.
-    """
-    return sha256(json.dumps([account[name] for name in (
-        'id', 'salt', 'address')] + [account.get('moves', 0)]).encode()
-    ).hex()[:16]
-
-
-def link_claims(address):
-    """Steps: as link_state, for an address that no account has."""
-    claim = yield from versioned_get(address_prefix(address))
-    return '%d' % (claim[0] + 1 if claim else 0)
-
-
-def link_token(data):
-    """Steps: what stands in a link that says `data`, signed."""
-    signature = hmac.digest((yield from link_key()), b'link\0' + data,
-                            'sha256')
-    return '.'.join(base64.urlsafe_b64encode(part).decode().rstrip('=')
-                    for part in (data, signature))
-
-
-def link_mail(post, what, to, ident='-'):
-    """Steps: mail the link that says `what`, a dict; False if one like it
-    was mailed a moment ago.
-    """
-    if post is None or not post.url:
-        raise ServerError('links need mail-from and web-url in '
-                          'tarsnapd.conf')
-    now = yield ('now',)
-    key = json.dumps([ident, what, now // LINK_EACH], sort_keys=True)
-    until = now + LINK_SECONDS[what['kind']]
-    data = json.dumps(dict(what, until=until), sort_keys=True).encode()
-    token = yield from link_token(data)
-    kind = 'reset-password' if what['kind'] == 'reset' else 'confirm-address'
-    return (yield from mail_put(kind, to, key, {
-        'link': '%s?link=%s' % (post.url, token), 'until': moment(until)},
-        ident, until))
-
-
-def link_join(post, address):
-    """Steps: whoever reads mail to `address` may make an account of it.
-
-    Nothing happens if there is one: who asks does not learn that.
-    """
-    if not mail_address(address):
-        raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
-    if (yield from account_get(address)) is None:
-        state = yield from link_claims(address)
-        yield from link_mail(post, {'kind': 'join', 'address': address,
-                                    'state': state}, address)
-
-
-def link_reset(post, address):
-    """Steps: whoever reads mail to the account may give it a password.
-
-    Nothing happens if there is none: who asks does not learn that.
-    """
-    found = yield from account_get(address)
-    if found and mail_address(found[1]['address']):
-        account = found[1]
-        yield from link_mail(
-            post, {'kind': 'reset', 'account': account['id'],
-                   'state': link_state(account)},
-            account['address'], account['id'])
-
-
-def link_move(post, found, address):
-    """Steps: the account gets another address once that is confirmed."""
-    if not mail_address(address):
-        raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
-    account = found[1]
-    yield from link_mail(
-        post, {'kind': 'move', 'account': account['id'],
-               'state': link_state(account), 'address': address},
-        address, account['id'])
-
-
-def link_read(token):
-    """Steps: (what a link says, account as account_load or None for one that
-    joins).  ServerError if it is not good.  Changes nothing.
-    """
-    try:
-        part = token.partition('.')[0]
-        data = base64.b64decode(part + '=' * (-len(part) % 4), b'-_', True)
-        found = token.encode('ascii')
-    except ValueError:
-        raise ServerError(LINK_BAD) from None
-    if not hmac.compare_digest((yield from link_token(data)).encode(), found):
-        raise ServerError(LINK_BAD)
-    what = json.loads(data)
-    found, state = None, None
-    if what['kind'] == 'join':
-        state = yield from link_claims(what['address'])
-    else:
-        found = yield from account_load(what['account'])
-        if found and not found[1].get('closed'):
-            state = link_state(found[1])
-    if state != what['state'] or (yield ('now',)) >= what['until']:
-        raise ServerError(LINK_BAD)
-    return what, found
-
-
-def link_use(post, token, password=None):
-    """Steps: do what a link says; the address of the account.
-
-    Kinds join and reset need a password.  ServerError if the link is not
-    good, also because somebody else has used it.
-    """
-    what, found = yield from link_read(token)
-    if what['kind'] == 'join':
-        yield from account_create(what['address'], password)
-        return what['address']
-    if what['kind'] == 'reset':
-        yield from password_change(post, found, password)
-        return found[1]['address']
-    yield from address_change(post, found, what['address'])
-    return what['address']
-
-
-def password_change(post, found, password):
-    """Steps: a new password for an account, and a mail that says so."""
-    version, account = yield from account_password(found, password)
-    yield from mail_account(
-        post, account, 'password-changed',
-        '%s/%d' % (account['id'], version),
-        {'date': moment((yield ('now',)))})
-
-
-def address_change(post, found, address):
-    """Steps: another address for an account, and a mail to the old one."""
-    version, account = yield from account_move(found, address)
-    old = found[1]
-    yield from mail_account(
-        post, old, 'address-changed', '%s/%d' % (old['id'], version),
-        {'date': moment((yield ('now',))), 'old': old['address'],
-         'new': address})
 
 
 def account_export(ident):
-    """Steps: all that is kept of an account but its machines' log and blocks,
-    as a dict of JSON values.  What would let its reader log in is left out.
+    """Steps: all that is kept of an account but the log and the blocks of its
+    machines, as a dict of JSON values.  What would let its reader log in is
+    left out.
     """
-    versions = []
-    for key in reversed((yield ('list', account_prefix(ident)))):
-        value = versioned_decode(key, (yield ('get', key, 0, None)))
-        versions.append({name: x for name, x in value.items()
-                         if name not in ('salt', 'stored')})
-    machines, owned = [], set()
-    for key in (yield ('list', 'owner/')):
-        owner = versioned_decode(key, (yield ('get', key, 0, None)))
-        if owner['account'] == ident:
-            owned.add(key.split('/')[1])
-    for number in sorted(owned):
-        history = []
-        for key in reversed((yield ('list', 'owner/%s/' % number))):
-            history.append(versioned_decode(
-                key, (yield ('get', key, 0, None))))
-        machine = (yield from versioned_get('machine/%s/' % number))[1]
-        mine = history[-1]['account'] == ident
-        machines.append({
-            'number': number, 'ours': mine, 'owned since': [
-                x['time'] for x in history if x['account'] == ident],
-            **(machine if mine else {})})
+    versions = yield from versions_all(account_prefix(ident))
+    machines = yield from export_machines(ident)
     mails = [mail for _, mail, _ in (yield from mail_list())
              if mail['account'] == ident]
     for mail in mails:
         mail.get('values', {}).pop('link', None)
-    return {'account': versions, 'machines': machines, 'mails': mails}
+    money = []
+    for place in ('pay', 'adjust'):
+        for key in (yield ('list', '%s/%s/' % (place, ident))):
+            money.append(money_decode(key, (yield ('get', key, 0, None)))
+                         ._asdict())
+    return {
+        'account': [{name: value for name, value in version.items()
+                     if name not in ('salt', 'stored')}
+                    for version in versions],
+        'machines': machines, 'mails': mails, 'money': money,
+        'usage': (yield from export_usage(ident, machines)),
+        'standing': (yield from versions_all(standing_prefix(ident)))}
+
+
+def versions_all(prefix):
+    """Steps: every version under `prefix`, the oldest first."""
+    found = []
+    for key in reversed((yield ('list', prefix))):
+        found.append(versioned_decode(key, (yield ('get', key, 0, None))))
+    return found
+
+
+def export_machines(ident):
+    """Steps: machines that are or were an account's; of the latter only when
+    they became its.
+    """
+    keys = yield ('list', 'owner/')
+    found = []
+    for number in sorted({key.split('/')[1] for key in keys}):
+        owners = yield from versions_all('owner/%s/' % number)
+        since = [x['time'] for x in owners if x['account'] == ident]
+        if not since:
+            continue
+        one = {'number': number, 'ours': owners[-1]['account'] == ident,
+               'since': since}
+        if one['ours']:
+            one['versions'] = yield from versions_all('machine/%s/' % number)
+        found.append(one)
+    return found
+
+
+def export_usage(ident, machines):
+    """Steps: what was charged to an account, a dict for a machine and day."""
+    shards, found = {machine['number'][0] for machine in machines}, []
+    for key in (yield ('list', 'usage/')):
+        _, day, shard = key.split('/')
+        if shard not in shards:
+            continue
+        usage = yield from usage_get(day_parse(day), shard)
+        for machine, row in usage.rows.items():
+            if row.account == ident:
+                found.append({
+                    'day': day, 'machine': machine, 'stored': row.stored,
+                    'up': row.up, 'down': row.down,
+                    'amount': sum(usage.amounts(machine))})
+    return found
 
 
 ##############################################################################
@@ -10673,7 +10783,9 @@ def user_enter(server, name, kind, amount, options):
         server.run(ledger_catch_up(ident))
         balance = server.perform(('view', 'balance', ident))
         server.run(standing_update({ident: balance}, server.prices,
-                                   server.amnesty))
+                                   server.amnesty, server.post))
+        if kind == 'credit':
+            server.run(money_receipt(server.post, ident, key, amount, reason))
         print('balance %s' % money_text(balance.money))
 
 
@@ -11123,7 +11235,7 @@ def bill_say(server, dry, late):
         return
     balances = server.perform(('view', 'balances'))
     for ident, _, standing, balance in server.run(standing_update(
-            balances, server.prices, server.amnesty)):
+            balances, server.prices, server.amnesty, server.post)):
         found = server.run(account_load(ident))
         print('%s is %s: balance %s, days left %s' % (
             printable(found[1]['address']) if found else ident,

@@ -272,8 +272,9 @@ class Commands(Case):
         self.assertEqual({x['number']: x['ours'] for x in
                           found['machines']}, {
             '%016x' % number: True, '%016x' % other: False})
-        self.assertEqual([x for x in found['machines'] if x['ours']][0][
-            'name'], self.steps(tarsnapd.machine_load(number)).name)
+        mine, = [x for x in found['machines'] if x['ours']]
+        self.assertEqual(mine['versions'][0]['name'], self.steps(
+            tarsnapd.machine_load(number)).name)
         self.assertEqual(sorted(x['kind'] for x in found['mails']), [
             'address-changed', 'reset-password', 'reset-password'])
         for secret in (joe, 'link=', '"salt"', '"stored"'):
