@@ -32,6 +32,9 @@ FAULTS =
 # --engine atheris.
 FUZZ =
 
+# Arguments for tests/books.py, such as --events 10000, --seed N or --worlds N.
+BOOKS =
+
 # Arguments for tests/model.py, such as --seconds 600, --seed N or --off RULE.
 MODEL =
 
@@ -62,6 +65,8 @@ help:
 	@echo '                       takes hours; FAULTS="--seconds 600" a share'
 	@echo 'make fuzz [FUZZ=...]   hostile bytes for everything that takes bytes'
 	@echo '                       apart, half an hour; FUZZ=--list names what'
+	@echo 'make books [BOOKS=...] bill late, twice, killed and with clocks gone'
+	@echo '                       wrong; the ledger must add up'
 	@echo 'make model [MODEL=...] explore how two servers and their clients may'
 	@echo '                       meet, for a minute; nothing may be lost'
 	@echo 'make bench [BENCH=...] time it beside restic and borg: a small tree,'
@@ -93,6 +98,9 @@ faults: tools
 
 fuzz:
 	@$(FIND) && exec "$$py" tests/fuzz.py $(FUZZ)
+
+books:
+	@$(FIND) && exec "$$py" tests/books.py $(BOOKS)
 
 model:
 	@$(FIND) && exec "$$py" tests/model.py $(MODEL)
@@ -146,6 +154,6 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test crash fuzz rot faults model bench bench-quick \
+.PHONY: help demo test crash fuzz rot faults books model bench bench-quick \
 	bench-growth bench-network bench-load bench-rebuild bench-login tools \
 	peers lint clean
