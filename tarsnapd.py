@@ -7820,6 +7820,9 @@ def store_open(path, conf, create=False, name='store'):
     if create:
         os.makedirs(temporary, 0o700, exist_ok=True)
         os.makedirs(store, 0o700, exist_ok=True)
+        if os.stat(store).st_mode & 0o020:
+            # Its group writes there, too, and gets what is written.
+            os.chmod(temporary, 0o2770)
     return FileStore(store, temporary)
 
 

@@ -5,12 +5,17 @@
 import os
 import stat
 import tempfile
+import time
+import traceback
+import types
 import unittest
 
 import rawclient
 import tarsnapd
 from rawclient import Client, Embedded, Host, run
 from tarsnapd import ServerError
+
+OTHER = 65534               # a user and group that own nothing here
 
 
 class Accounts(unittest.TestCase):
@@ -156,6 +161,78 @@ class Apart(unittest.TestCase):
             for name in folders:
                 mode = os.stat(os.path.join(where, name)).st_mode
                 self.assertEqual(stat.S_IMODE(mode), 0o700)
+
+    @unittest.skipIf(os.geteuid(), 'only root can become another user')
+    def test_another_user_has_accounts_and_no_block(self):
+        """Who has the store of accounts only can do all an owner may, and
+        can read nothing else.
+        """
+        shared = os.path.join(self.base, 'shared')
+        os.mkdir(shared)
+        os.chown(shared, -1, OTHER)
+        os.chmod(shared, 0o2770)
+        os.chmod(self.base, 0o755)
+        self.assertEqual(run('init', self.path, '--accounts', shared)[0], 0)
+        self.assertEqual(run('user', self.path, 'add', 'zoe@example.org',
+                             stdin=b'old\n')[0], 0)
+        before = self.files(self.path)
+        post = tarsnapd.Post({'mail-from': 'b@example.org',
+                              'web-url': 'https://example.org/'}, '/')
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                os.setgroups([])
+                os.setgid(OTHER)
+                os.setuid(OTHER)
+                self.as_other(shared, post)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(self.files(self.path), before)
+        # What the other user wrote is good for the operator.
+        self.assertEqual(run('user', self.path, 'list'),
+                         (0, 'anna@example.org\nbob@example.org\n', ''))
+        self.assertEqual(run('scrub', self.path)[0], 0)
+        self.assertEqual(run('user', self.path, 'passwd', 'anna@example.org',
+                             stdin=b'x\n'), (0, '', ''))
+
+    def as_other(self, shared, post):
+        for name in ('', 'store', 'store/store-id', 'secret',
+                     'identity.key'):
+            with self.assertRaises(PermissionError):
+                os.stat(os.path.join(self.path, name, '.')
+                        if name in ('', 'store')
+                        else os.path.join(self.path, name))
+        store = tarsnapd.FileStore(shared, os.path.join(shared, '.tmp'))
+        def perform(wish):
+            here = {'now': lambda: int(time.time()), 'random': os.urandom}
+            return here.get(wish[0], getattr(store, wish[0], None))(
+                *wish[1:])
+
+        def steps(wishes):
+            return tarsnapd.Server.run(
+                types.SimpleNamespace(perform=perform), wishes)
+
+        def link():
+            """The link that is due; all mail is taken as sent."""
+            found = []
+            for name, mail, done in steps(tarsnapd.mail_list()):
+                if not done:
+                    steps(tarsnapd.mail_end(name, mail))
+                    found += [mail['values'].get('link', '')]
+            return max(found).partition('link=')[2]
+
+        steps(tarsnapd.link_reset(post, 'zoe@example.org'))
+        steps(tarsnapd.link_use(post, link(), b'new'))
+        found = steps(tarsnapd.account_need('zoe@example.org'))
+        steps(tarsnapd.link_move(post, found, 'anna@example.org'))
+        steps(tarsnapd.link_use(post, link()))
+        steps(tarsnapd.link_join(post, 'bob@example.org'))
+        steps(tarsnapd.link_use(post, link(), b'x'))
 
 
 if __name__ == '__main__':
