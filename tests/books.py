@@ -17,6 +17,7 @@ arithmetic, which share nothing with the program, make of the events.
 """
 
 import argparse
+import bisect
 import collections
 import fractions
 import os
@@ -46,6 +47,27 @@ class Quiet:
     deleted = made
 
 
+class Store(model.Store):
+    """Lists some of very many objects without looking at all of them."""
+
+    def __init__(self, clock):
+        super().__init__(Quiet(), clock)
+        self.sorted = []            # keys, of `of`
+        self.of = self.objects
+
+    def put(self, key, data):
+        new = super().put(key, data)
+        if new and self.of is self.objects:
+            bisect.insort(self.sorted, key)
+        return new
+
+    def list(self, prefix):
+        if self.of is not self.objects:
+            self.sorted, self.of = sorted(self.objects), self.objects
+        return self.sorted[bisect.bisect_left(self.sorted, prefix):
+                           bisect.bisect_left(self.sorted, prefix + '\x7f')]
+
+
 class Dead(Exception):
     """The process that ran these steps was killed."""
 
@@ -66,7 +88,7 @@ class Books:
         self.directory = directory
         self.start = tarsnapd.day_parse(start)
         self.now = self.start * DAY + 12 * 3600
-        self.store = model.Store(Quiet(), lambda: self.now)
+        self.store = Store(lambda: self.now)
         self.hosts = [self.host(name) for name in 'ab']
         self.accounts = ['%016x' % rng.getrandbits(64) for _ in range(7)]
         self.machines = {}          # number -> [(time, k, live, up)]
@@ -367,10 +389,11 @@ class Books:
     def clean(self):
         """The ledger of one host that bills every day in time."""
         kept = self.store, self.now
-        self.store = model.Store(Quiet(), lambda: self.now)
-        self.store.objects = {
-            key: data for key, data in kept[0].objects.items()
-            if key not in self.ledger(kept[0])}
+        self.store = Store(lambda: self.now)
+        billed = self.ledger(kept[0])
+        self.store.objects = {key: data for key, data
+                              in kept[0].objects.items()
+                              if key not in billed}
         host = self.host('clean')
         self.now = self.start * DAY
         self.run(tarsnapd.bill(PRICES), host)
