@@ -4562,8 +4562,12 @@ class Usage:
         return usage_key(self.day, self.shard)
 
     def amounts(self, machine):
-        """Attodollars for (storage, up, down) of a machine."""
+        """Attodollars for (storage, up, down) of a machine; one that belongs
+        to nobody is free.
+        """
         row = self.rows[machine]
+        if row.account == '-':
+            return 0, 0, 0
         return tuple(price * quantity for price, quantity in zip(
             self.prices, (row.stored, row.up, row.down)))
 
@@ -4806,10 +4810,11 @@ class Traffic:
                 for machine, size in sorted(sent.items())])
             return self.unclear
 
-    def written(self):
-        """What take() said is durable."""
+    def written(self, piece):
+        """`piece`, as take() said it, is durable."""
         with self.lock:
-            self.unclear = None
+            if self.unclear is piece:   # else another thread was faster
+                self.unclear = None
 
 
 def traffic_flush(traffic):
@@ -4822,7 +4827,7 @@ def traffic_flush(traffic):
         if piece is None:
             return
         yield from once(*piece)
-        traffic.written()
+        traffic.written(piece)
 
 
 def traffic_load(day):
@@ -4857,9 +4862,8 @@ def money_put(account, place, kind, amount, text):
     `place` is its key after pay/ or adjust/ACCOUNT/, a function of what it
     is about.  ServerError if another amount has been entered under it.
     """
-    signs = {**PAID, **ADJUSTED}
-    assert kind in signs and amount * (signs[kind] or 1) * (
-        1 if signs[kind] else amount) > 0, (kind, amount)
+    sign = {**PAID, **ADJUSTED}[kind]
+    assert amount and amount * sign >= 0, (kind, amount)
     money_name_check(place)
     key = '%s/%s/%s' % ('pay' if kind in PAID else 'adjust', account, place)
     value = {'kind': kind, 'amount': amount, 'text': text,
@@ -4895,8 +4899,9 @@ def ledger_pay(account, provider, session, amount, kind='payment', text='',
 
     `session` is the provider's own name of what happened: twice the same is
     entered once.  `amount` is in attodollars, negative for a refund or a
-    chargeback.  Durable on return, and access is back.  With a Post whoever
-    paid has a receipt, one for each session.
+    chargeback.  Durable on return, and access is back; the standing is for
+    standing_update() to judge.  With a Post whoever paid has a receipt, one
+    for each session.
     """
     assert kind in PAID, kind
     place = '%s-%s' % (provider, session)
@@ -4967,6 +4972,8 @@ def month_close(start, first, after):
     for day in range(max(first, start), after):
         for shard in SHARDS:
             usage = yield from usage_get(day, shard)
+            if usage is None:
+                raise NoObject('close', usage_key(day, shard))
             for machine, row in usage.rows.items():
                 used[row.account] += sum(usage.amounts(machine))
     keys = (yield ('list', 'pay/')) + (yield ('list', 'adjust/'))
@@ -5092,10 +5099,12 @@ class View:
 
     @staticmethod
     def load(run, day, closed):
-        """Begin anew after day `day`, with closing balances then."""
+        """Begin anew after `day`, with closing balances then; None: nothing
+        was billed.
+        """
         for table in ('shards', 'sums', 'held', 'entries', 'included'):
             run('DELETE FROM %s' % table)
-        for shard in SHARDS:
+        for shard in SHARDS if day is not None else ():
             run('INSERT INTO shards VALUES (?, ?, 0)', (shard, day))
         for account, (balance, digests) in closed.items():
             run('INSERT INTO sums VALUES (?, ?)', (account, str(balance)))
@@ -5170,8 +5179,8 @@ class View:
         """{account: Balance} of all that ever used or paid something."""
         return {account: View._balance(run, account)
                 for account, in run('SELECT account FROM sums UNION '
-                                    'SELECT account FROM entries').fetchall()
-                if account != '-'}
+                                    'SELECT account FROM entries')
+                .fetchall()}
 
 
 def start_get():
@@ -5987,12 +5996,18 @@ class Session:
     def _check_funds(self):
         """Steps: Refused where there is no money for writing and reading;
         asked once a minute, and each time while there is none.
+
+        A ledger that cannot be read keeps nobody from a backup.
         """
         if self.server.prices is None or self.server.amnesty:
             return
         now = yield ('now',)
         if not now < self.paid <= now + LIMIT['seconds paid']:
-            balance = yield from funds_missing(self.machine.number)
+            try:
+                balance = yield from funds_missing(self.machine.number)
+            except StoreError as e:
+                yield ('log', str(e))
+                balance = None
             if balance is not None:
                 raise Refused(
                     E_FUNDS, 'the balance of the account is %s dollars: '
@@ -11217,7 +11232,9 @@ def bill_check_say(server, words):
     else:
         server.run(ledger_catch_up())
         day = min([day for day, _ in server.perform(('view', 'places'))
-                   .values()], default=-1)
+                   .values()], default=None)
+        if day is None:
+            raise ServerError('no day was billed yet')
     wrong = server.run(bill_check(day))
     for line in wrong:
         say(line)

@@ -213,6 +213,20 @@ class Days(Clocked):
         self.good('bill')
         self.assertEqual(self.usage(host, 1)[0].down, 0)
 
+    def test_downloads_whose_writing_fails_are_written_once(self):
+        """The very same piece is tried again; also by two threads."""
+        server, traffic = self.server(), tarsnapd.Traffic()
+        traffic.add(5, 100)
+        piece = traffic.take(20000)
+        traffic.add(5, 10)
+        self.assertIs(traffic.take(20001), piece)
+        server.run(tarsnapd.traffic_flush(traffic))
+        traffic.written(piece)
+        found = {day: server.run(tarsnapd.traffic_load(day)) for day in
+                 (20000, day_parse(START))}
+        self.assertEqual([list(x.values()) for x in found.values()],
+                         [[[{'%016x' % 5: 100}]], [[{'%016x' % 5: 10}]]])
+
     def test_another_owner(self):
         self.good('bill')
         self.credit()
@@ -275,6 +289,7 @@ class Days(Clocked):
     def test_wrong_words(self):
         for says, words in (
                 ('was not billed', ('bill', '--check', '2026-11-01')),
+                ('no day was billed yet', ('bill', '--check')),
                 ('not a day', ('bill', '--check', 'yesterday')),
                 ('for bill --check only', ('bill', '2026-11-01')),
                 ('unknown option', ('bill', '--all')),
@@ -334,14 +349,31 @@ class Access(Clocked):
         self.credit()
         host.backup(one, 'a')
 
+    def test_a_damaged_ledger_stops_no_backup(self):
+        self.good('bill')
+        host = self.host()
+        server = self.server()
+        server.accounts.delete('ledger/start')
+        server.accounts.put('ledger/start', b'day 1999-01-01\nsum 0\n')
+        status, _, err = here('bill', self.path)
+        self.assertEqual((status, err.count('\n')), (1, 1))
+        self.assertIn('ledger/start: checksum', err)
+        host.backup(self.client(host, R, W), 'a')
+
     def test_amnesty(self):
         host = self.host()
         self.conf('amnesty = yes\n')
         host.backup(self.client(host, R, W), 'a')
 
     def test_a_machine_of_nobody_is_free(self):
+        self.good('bill')
         host = Host(self.client())
         host.backup(self.client(host, R, W), 'a')
+        self.at(1)
+        self.assertIn(' 0.000000000000000000 dollars', self.good('bill'))
+        row, amounts = self.usage(host, 0)
+        self.assertGreater(row.stored, 0)
+        self.assertEqual((row.account, amounts), ('-', (0, 0, 0)))
 
     def test_steps_down_and_up(self):
         """ok, warned, negative, deletable; back by what is paid."""
