@@ -31,16 +31,14 @@ USER, PASSWORD = 'post', 'se cret'
 class Peer:
     """A running mail server: port, mails(), plan().
 
-    `case` is a TestCase, or such a class for one that all its tests use.
+    `cleanup` is an addCleanup or addModuleCleanup of unittest.
     `tls` is starttls, tls or no; with one, `ca` is the certificate to trust
     and a client must log in as USER with PASSWORD.
     """
 
-    def __init__(self, case, tls='no', port=0):
+    def __init__(self, cleanup, tls='no', port=0):
         import s3peers
         self.base = tempfile.TemporaryDirectory()
-        cleanup = (case.addClassCleanup if isinstance(case, type)
-                   else case.addCleanup)
         cleanup(self.base.cleanup)
         self.root = self.base.name
         self.ca = os.path.join(self.root, 'cert.pem')

@@ -60,9 +60,10 @@ class Case(unittest.TestCase):
         """A mail server, and the configuration for it."""
         if tls == 'no':
             if Case.shared is None:
-                Case.shared = mailpeer.Peer(Case)
+                Case.shared = mailpeer.Peer(unittest.addModuleCleanup)
             Case.shared.forget()
-        peer = Case.shared if tls == 'no' else mailpeer.Peer(self, tls)
+        peer = Case.shared if tls == 'no' else mailpeer.Peer(
+            self.addCleanup, tls)
         if tls != 'no':
             secret = os.path.join(self.path, 'mail.password')
             with open(secret, 'w') as file:
@@ -189,7 +190,7 @@ https://backup.example.org/a
 
     def test_a_server_that_is_down(self):
         """It costs no attempt, and mail goes out when it is back."""
-        peer = mailpeer.Peer(self)
+        peer = mailpeer.Peer(self.addCleanup)
         self.configure(**{'mail-smtp': 'localhost:%d' % peer.port,
                           'mail-tls': 'no'})
         self.queue('1')
@@ -199,7 +200,7 @@ https://backup.example.org/a
         self.assertRegex(self.said[0], r'\Amail: localhost:\d+: .*refused')
         self.assertEqual(len(self.said), 1)
         self.assertEqual(self.server.accounts.list('mail/try/'), [])
-        again = mailpeer.Peer(self, port=peer.port)
+        again = mailpeer.Peer(self.addCleanup, port=peer.port)
         self.assertEqual(self.send(20 * DAY), 2)
         self.assertEqual(len(again.mails()), 2)
 
@@ -522,10 +523,6 @@ class Command(Case):
         self.queue()
         self.send()
         self.assertIn('others can read it', self.said[0])
-
-
-def setUpModule():
-    unittest.addModuleCleanup(Case.doClassCleanups)
 
 
 if __name__ == '__main__':
