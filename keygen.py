@@ -34,6 +34,7 @@ The bytes of a key file are in tarsnap-format(5), the exchange with the server
 in tarsnap-protocol(7).
 """
 
+import functools
 import hmac
 import os
 import re
@@ -254,7 +255,7 @@ class NewKeyFile:
 # Nothing leaves before the server's fingerprint is one that was given on the
 # command line or said yes to on a terminal.  Even then the password does not
 # leave: what does is good for this one registration (SCRAM, RFC 5802, over
-# scrypt).
+# scrypt).  A connection that is lost is made again, as the client does.
 ##############################################################################
 
 PASSWORD_PROMPT = 'Enter tarsnap account password: '
@@ -333,11 +334,12 @@ def fingerprint_ask(server, shown):
         os.close(fd)
 
 
-def register(channel, key, user, password):
+def register(channel, key, user, password, derive):
     """Make the public halves of `key` known; sets its number and store.
 
     The server answers the same machine number if asked again with the same
-    keys.  An empty `user` has no password (directories and ssh).
+    keys.  An empty `user` has no password (directories and ssh).  `derive` is
+    scrypt_derive().
     """
     user, name = user.encode(), key.name.encode()
     first = os.urandom(32) + bytes([len(user)]) + user
@@ -354,7 +356,7 @@ def register(channel, key, user, password):
             raise RemoteError('%s asks for scrypt parameters no honest '
                               'server uses (2^%d, %d, %d); the password was '
                               'not used' % (channel.server, log_n, r, p))
-        derived = tarsnap.scrypt_derive(password, salt, log_n, r, p, 32)
+        derived = derive(password, salt, log_n, r, p, 32)
         transcript = channel.wait_statement() + first + second
         proof = proof_make(derived, transcript)
     reader = answer(channel, tarsnap.REGISTERED, tarsnap.REGISTER2,
@@ -378,7 +380,8 @@ def answer(channel, wanted, kind, body):
         if e.code == tarsnap.E_LOGIN:
             raise UserError('No user with that address exists, or the '
                             'password is incorrect') from None
-        raise
+        # Busy too: it says for how long, so that is no hitch of the network.
+        raise RemoteError(str(e)) from None
     if found != wanted:
         raise RemoteError('%s answered registration with a frame of type %d'
                           % (channel.server, found))
@@ -419,20 +422,50 @@ def name_check(option, name, ascii_only):
     return name
 
 
+class Registry(tarsnap.Remote):
+    """The server that `key` is to be registered with.
+
+    connect() does it, over as many connections as Remote would try: a server
+    gives each ten seconds, and less in a flood of others.
+    """
+
+    def __init__(self, key, user, password, pins):
+        super().__init__(key, ())
+        self.user = user
+        self.password = password        # bytes
+        self.pins = pins                # [] until the user has agreed
+        # Slow, and the same each time: on a busy machine a new connection
+        # each time would not live to see the end of it.
+        self.derive = functools.lru_cache(1)(tarsnap.scrypt_derive)
+
+    def connect_once(self):
+        """One try; sets the key's number, store and pins."""
+        self.close()
+        key, channel = self.key, tarsnap.Channel(self.server)
+        try:
+            statement = tarsnap.Statement(channel)
+            key.pins = self.pins = server_trust(channel, statement, self.pins)
+            self.reached = True
+            register(channel, key, self.user, self.password, self.derive)
+            if key.store != statement.store or not key.machine:
+                raise RemoteError('%s registered the machine in another store '
+                                  'than its own' % self.server)
+        except BaseException:
+            channel.close()
+            raise
+        self.channel = channel
+        return channel
+
+
 def machine_make(key, transport, user, password, pins):
     """Register `key` with its server; number, store and pins are set."""
     if transport == TRANSPORT_DIR:
         store_make(key.server)
-    channel = tarsnap.Channel(key.server)
+    registry = Registry(key, user, password, pins)
     try:
-        statement = tarsnap.Statement(channel)
-        key.pins = server_trust(channel, statement, pins)
-        register(channel, key, user, password)
-        if key.store != statement.store or not key.machine:
-            raise RemoteError('%s registered the machine in another store '
-                              'than its own' % key.server)
+        registry.connect()
     finally:
-        channel.close()
+        registry.close()
 
 
 def destruction_note(program, server, transport):
@@ -1024,6 +1057,7 @@ def verify_level(fetcher, kids, seen, dots):
 
 def run(program, body, usage, words):
     """The exit status of `body` called with a command line's words."""
+    before, tarsnap.warn.program = tarsnap.warn.program, program
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             # Ended like ^C, so that a half-made key file is removed.
@@ -1051,6 +1085,8 @@ def run(program, body, usage, words):
                      'damaged, run tarsnap --fsck with its key' % e)
             return 1
         complain(program, 'internal error: %s: %s' % (type(e).__name__, e))
+    finally:
+        tarsnap.warn.program = before
     return 1
 
 

@@ -27,19 +27,28 @@ import tempfile
 import threading
 import time
 import unittest
+from unittest import mock
 
 import keygen
+import lab
 import samples
 import tarsnap
 import tarsnapd
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from test_review_regressions import once, wire
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEYGEN = [sys.executable, os.path.join(ROOT, 'keygen.py'), 'keygen']
 KEYMGMT = [sys.executable, os.path.join(ROOT, 'keygen.py'), 'keymgmt']
 SERVER = [sys.executable, os.path.join(ROOT, 'tarsnapd.py')]
+# The same program, but for its patience.
+HASTY = [sys.executable, '-c', """import sys
+sys.path.insert(0, %r)
+import keygen, tarsnap
+tarsnap.WAITS = (0,) * len(tarsnap.WAITS)
+sys.exit(keygen.main())""" % ROOT, 'keygen']
 SECONDS = 30            # after which a command hangs
 
 R, W, D, N = samples.ROLES
@@ -310,6 +319,23 @@ class Registering(Online):
                    'Cannot connect')
         self.fails(ToolTest.make(self, 'host.invalid:1', '--user', USER),
                    'host.invalid')
+
+
+class AnswerLost(lab.LabTest):
+
+    def test_one_machine_for_one_key(self):
+        """The server did it, and what it answered is lost."""
+        for number, kind in enumerate((tarsnap.REGISTER1, tarsnap.REGISTER2)):
+            hook = once(kind, 'after')
+            key = tarsnap.key_make(self.lab.store, 'box%d' % number)
+            with wire(hook):
+                keygen.machine_make(key, tarsnap.TRANSPORT_DIR, '', b'', [])
+            self.assertEqual(len(hook.seen), 2)
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                tarsnapd.main(['machine', self.lab.store, 'list'])
+            self.assertEqual(
+                [line.split()[0] for line in stdout.getvalue().splitlines()
+                 if line.endswith(key.name)], ['%016x' % key.machine])
 
 
 class OnTerminal(Online):
@@ -592,7 +618,12 @@ def certificate(path):
 
 
 class FalseServer:
-    """Serves one TLS connection as told, and writes down what it is sent."""
+    """Serves TLS connections as told, and writes down what it is sent.
+
+    A connection ends where the answers do, and at GONE among them.
+    """
+
+    GONE = object()
 
     def __init__(self, temp, statement=None, answers=()):
         path = os.path.join(temp, 'false.pem')
@@ -604,6 +635,7 @@ class FalseServer:
         self.statement = self.state() if statement is None else statement
         self.answers = list(answers)    # bytes, or a function of `got`
         self.got = b''                  # all that came
+        self.connections = 0
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(path)
         self.listener = socket.create_server(('127.0.0.1', 0))
@@ -629,20 +661,26 @@ class FalseServer:
         self.listener.close()
 
     def serve(self):
-        try:
-            sock, _ = self.listener.accept()
-            with self.context.wrap_socket(sock, server_side=True) as conn:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), sock, \
+                    self.context.wrap_socket(sock, server_side=True) as conn:
+                self.connections += 1
                 conn.settimeout(SECONDS)
                 conn.sendall(frame(128, 0, self.statement))
-                while self.read_frame(conn):
-                    if not self.answers:
-                        return
-                    answer = self.answers.pop(0)
-                    if callable(answer):
-                        answer = answer(self)
-                    conn.sendall(answer)
-        except OSError:
-            pass
+                self.answer(conn)
+
+    def answer(self, conn):
+        while self.read_frame(conn):
+            answer = self.answers.pop(0) if self.answers else self.GONE
+            if answer is self.GONE:
+                return
+            if callable(answer):
+                answer = answer(self)
+            conn.sendall(answer)
 
     def read_frame(self, conn):
         """Take one frame; False at the end."""
@@ -681,10 +719,12 @@ REGISTERED = frame(132, 2, struct.pack('>Q', 77) + b's' * 16)
 class FalseServers(ToolTest):
     """What a server that is not the right one, or not honest, learns."""
 
-    def check_meeting(self, words, server, pin=True, status=1):
+    def check_meeting(self, words, server, pin=True, status=1,
+                      program=KEYGEN):
         pins = ('--fingerprint', server.pin) if pin is True else pin
         with server:
-            argv = self.make(server.address, '--user', USER, *pins)
+            argv = program + self.make(server.address, '--user', USER,
+                                       *pins)[len(KEYGEN):]
             if status:
                 self.fails(argv, words, PASSWORD)
             else:
@@ -787,7 +827,8 @@ class FalseServers(ToolTest):
             ('', [challenge()[:-1] + b'\1\0']),
             ('type 132', [frame(132, 1, bytes(24))]),
             ('', [frame(130, 1, b'')]),
-            ('longer', [struct.pack('>IBI', 1 << 31, 131, 1)]),
+            ('longer', [struct.pack('>IBI', 1 << 31, 131, 1)]
+             * len(tarsnap.WAITS)),
             ('another store', [challenge(), frame(
                 132, 2, struct.pack('>Q', 77) + b'o' * 16)]),
             ('', [challenge(), frame(132, 2, bytes(8) + b's' * 16)]),
@@ -798,7 +839,99 @@ class FalseServers(ToolTest):
         for words, answers in cases:
             with self.subTest(answers=answers):
                 self.check_meeting(
-                    words, FalseServer(self.temp, answers=answers))
+                    words, FalseServer(self.temp, answers=answers),
+                    program=HASTY)
+
+    def meet(self, server):
+        """Register a new key in this process; the waits before each try.
+
+        The Key, and the arguments of each scrypt.
+        """
+        waits, real, derived = [], tarsnap.scrypt_derive, []
+
+        def derive(*args):
+            derived.append(args)
+            return real(*args)
+
+        key = tarsnap.key_make(server.address, 'box')
+        with server, mock.patch.object(time, 'sleep', waits.append), \
+                mock.patch.object(tarsnap, 'scrypt_derive', derive):
+            try:
+                keygen.machine_make(key, tarsnap.TRANSPORT_TLS, USER,
+                                    PASSWORD, [bytes.fromhex(server.pin)])
+            finally:
+                self.waits, self.derived = waits, derived
+        return key
+
+    def test_cut_off_anywhere(self):
+        """It is tried again, with the same keys, and scrypt done once."""
+        gone = FalseServer.GONE
+        for cuts in ([gone], [challenge(), gone],
+                     [gone, challenge(), gone, gone, challenge(), gone]):
+            server = FalseServer(self.temp, answers=cuts + [
+                challenge(), REGISTERED])
+            key = self.meet(server)
+            self.assertEqual((key.machine, key.store), (77, b's' * 16))
+            self.assertEqual(server.connections, cuts.count(gone) + 1)
+            self.assertEqual(self.waits, [
+                wait for wait in tarsnap.WAITS[:server.connections] if wait])
+            self.assertEqual(len(self.derived), 1)
+            seconds = [body for kind, body in server.frames() if kind == 3]
+            self.assertEqual(len({body[:-32] for body in seconds}), 1)
+            self.assertEqual(len(set(seconds)), len(seconds))   # no replay
+            self.assertNotIn(PASSWORD, server.got)
+
+    def test_cut_off_for_ever(self):
+        """As often as the client tries, and with its waits."""
+        server = FalseServer(self.temp)
+        said = io.StringIO()
+        with self.assertRaisesRegex(
+                tarsnap.RemoteError, 'Too many network failures: Connection '
+                'closed by ' + server.address), \
+                contextlib.redirect_stderr(said):
+            self.meet(server)
+        self.assertEqual(server.connections, len(tarsnap.WAITS))
+        self.assertEqual(self.waits, [wait for wait in tarsnap.WAITS if wait])
+        self.assertEqual(said.getvalue().count('trying again'), 1)
+        server = FalseServer(self.temp)
+        with server:
+            self.fails(HASTY + self.make(
+                server.address, '--user', USER, '--fingerprint',
+                server.pin)[len(KEYGEN):], 'Too many network failures: ',
+                PASSWORD)
+
+    def test_another_server_the_second_time(self):
+        """Whoever cuts the line cannot put himself into its place."""
+        server, other = FalseServer(self.temp), FalseServer(self.temp)
+        other.listener.close()
+
+        def answer(conn):
+            if server.read_frame(conn):
+                server.statement = other.state(server.der)
+        server.answer = answer
+        with self.assertRaisesRegex(tarsnap.RemoteError, 'nothing was sent'):
+            self.meet(server)
+        self.assertEqual([kind for kind, _ in server.frames()], [2])
+
+    def test_asked_for_the_fingerprint_once(self):
+        """The server does not wait for somebody who compares it."""
+        server = FalseServer(self.temp, answers=[challenge(), REGISTERED])
+        real, server.answer = server.answer, lambda conn: setattr(
+            server, 'answer', real)
+        with server:
+            status, output = drive(
+                self.make(server.address, '--user', USER),
+                [(OnTerminal.QUESTION, b'yes\n')], PASSWORD)
+        self.assertEqual((status, server.connections), (0, 2), output)
+        self.assertEqual(output.count(OnTerminal.QUESTION.encode()), 1)
+
+    def test_busy_is_not_tried_again(self):
+        """The server says for how long it is; that is no hitch."""
+        body = struct.pack('>H', tarsnap.E_BUSY) + b'try again in 60 seconds'
+        server = FalseServer(self.temp, answers=[
+            challenge(), frame(tarsnap.ERROR, 2, body)])
+        self.check_meeting('try again in 60 seconds', server)
+        self.assertEqual(server.connections, 1)
 
 
 class Keymgmt(ToolTest):
