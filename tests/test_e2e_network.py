@@ -75,7 +75,7 @@ class Network(mainjob.MainJob, unittest.TestCase):
         self.assertRegex(first, r'\Atarsnapd: listening on \S+\Z')
         for line in lines:
             self.assertRegex(line, r'\Atime=\S+ pid=\d+ event='
-                             r'(start|request|close|stop)\b')
+                             r'(start|request|refuse|close|stop)\b')
         self.assertTrue(lines[-1].endswith('event=stop'))
 
     def test_the_store_holds_nothing_readable(self):
