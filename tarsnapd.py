@@ -4087,6 +4087,15 @@ reference $reference.
 
 The balance is now $balance.
 $url''',
+    'announce': '''\
+Subject: $subject
+
+$text
+
+--
+You get this because you asked for news of $service.  To get no more of it:
+$leave
+''',
 }
 
 
@@ -4236,7 +4245,8 @@ def mail_list():
 # are steps.
 ##############################################################################
 
-LINK_SECONDS = {'join': 3 * DAY, 'move': DAY, 'reset': 2 * 3600}
+LINK_SECONDS = {'join': 3 * DAY, 'move': DAY, 'reset': 2 * 3600,
+                'leave': 365 * DAY}
 LINK_EACH = 900                 # seconds; one mail of a kind in so many
 LINK_BAD = 'this link is not good any more; ask for another one'
 
@@ -4274,22 +4284,27 @@ def link_token(data):
                     for part in (data, signature))
 
 
-def link_mail(post, what, to, ident='-'):
-    """Steps: mail the link that says `what`, a dict; False if one like it
-    was mailed a moment ago.
-    """
+def link_make(post, what):
+    """Steps: (link that says `what`, a dict; the time it ends)."""
     if post is None or not post.url:
         raise ServerError('links need mail-from and web-url in '
                           'tarsnapd.conf')
-    now = yield ('now',)
-    key = json.dumps([ident, what, now // LINK_EACH], sort_keys=True)
-    until = now + LINK_SECONDS[what['kind']]
+    until = (yield ('now',)) + LINK_SECONDS[what['kind']]
     data = json.dumps(dict(what, until=until), sort_keys=True).encode()
     token = yield from link_token(data)
+    return '%s?link=%s' % (post.url, token), until
+
+
+def link_mail(post, what, to, ident='-'):
+    """Steps: mail the link that says `what`; False if one like it was mailed
+    a moment ago.
+    """
+    link, until = yield from link_make(post, what)
+    key = json.dumps([ident, what, (yield ('now',)) // LINK_EACH],
+                     sort_keys=True)
     kind = 'reset-password' if what['kind'] == 'reset' else 'confirm-address'
     return (yield from mail_put(kind, to, key, {
-        'link': '%s?link=%s' % (post.url, token), 'until': moment(until)},
-        ident, until))
+        'link': link, 'until': moment(until)}, ident, until))
 
 
 def link_join(post, address):
@@ -4349,7 +4364,8 @@ def link_read(token):
     else:
         found = yield from account_load(what['account'])
         if found and not found[1].get('closed'):
-            state = link_state(found[1])
+            state = (link_state(found[1]) if what['kind'] != 'leave'
+                     else 'news')
     if state != what['state'] or (yield ('now',)) >= what['until']:
         raise ServerError(LINK_BAD)
     return what, found
@@ -4368,8 +4384,28 @@ def link_use(post, token, password=None):
     if what['kind'] == 'reset':
         yield from password_change(post, found, password)
         return found[1]['address']
+    if what['kind'] == 'leave':
+        yield from account_write(found, news=None)
+        return found[1]['address']
     yield from address_change(post, found, what['address'])
     return what['address']
+
+
+def news_put(post, subject, text):
+    """Steps: queue an announcement to all who want news; to how many.
+
+    Each has a link with which he gets no more.  The same one again goes to
+    those only who have not had it.
+    """
+    digest, count = sha256(('%s\n%s' % (subject, text)).encode()).hex(), 0
+    for account in (yield from account_list()):
+        if account.get('news'):
+            link, _ = yield from link_make(post, {
+                'kind': 'leave', 'account': account['id'], 'state': 'news'})
+            count += yield from mail_account(
+                post, account, 'announce', '%s/%s' % (account['id'], digest),
+                {'subject': subject, 'text': text, 'leave': link})
+    return count
 
 
 def password_change(post, found, password):
@@ -8558,7 +8594,9 @@ def mail_render(post, path, name, mail):
     import email.utils
     import string
     subject, text = mail_text(path, mail['kind'])
-    values = {key: printable(value) for key, value in mail['values'].items()}
+    values = {key: '\n'.join(map(printable, value.split('\n')))
+              if key == 'text' else printable(value)
+              for key, value in mail['values'].items()}
     values.update(address=mail['to'], service=post.service,
                   url='\n%s\n' % post.url if post.url else '')
     try:
@@ -8576,21 +8614,41 @@ def mail_render(post, path, name, mail):
         mail['time'], datetime.timezone.utc)
     message['Message-ID'] = '<%s@%s>' % (name, post.sender.split('@')[1])
     message['Auto-Submitted'] = 'auto-generated'
+    if 'leave' in values:
+        message['List-Unsubscribe'] = '<%s>' % values['leave']
     plain = text.isascii() and max(map(len, text.split('\n'))) < 900
     message.set_content(text, cte='7bit' if plain else 'quoted-printable')
     return message
 
 
+def mail_bytes(message):
+    """A mail with CR and LF; no line of its head is broken, so that a link in
+    one stays whole.
+    """
+    return message.as_bytes(policy=message.policy.clone(
+        max_line_length=998))
+
+
 def mail_text(path, kind):
     """(subject, body) of a kind of mail, before words are put in."""
-    file, text = os.path.join(path, 'mail', kind), MAIL_TEXTS[kind]
+    file = os.path.join(path, 'mail', kind)
+    if os.path.exists(file):
+        return mail_text_read(file)
+    return mail_text_parse(file, MAIL_TEXTS[kind])
+
+
+def mail_text_read(file):
+    """(subject, body) in a file."""
     try:
-        text = read_file(file).decode('utf-8').replace('\r\n', '\n')
-    except FileNotFoundError:
-        pass
+        return mail_text_parse(file, read_file(file).decode('utf-8'))
     except (OSError, UnicodeDecodeError) as e:
         raise ServerError('%s: %s' % (file, getattr(
             e, 'strerror', 'not UTF-8'))) from None
+
+
+def mail_text_parse(file, text):
+    """(subject, body) of what a file says."""
+    text = text.replace('\r\n', '\n')
     head, _, body = text.partition('\n\n')
     name, _, subject = head.partition(':')
     if name != 'Subject' or '\n' in head or not body:
@@ -8657,7 +8715,7 @@ class Courier:
     def _send_smtp(self, to, message):
         import smtplib
         try:
-            self.smtp.sendmail(self.post.bounces, [to], message.as_bytes())
+            self.smtp.sendmail(self.post.bounces, [to], mail_bytes(message))
         except smtplib.SMTPRecipientsRefused as e:
             code, reason = e.recipients[to]
             self._refused(code, reason)
@@ -8680,13 +8738,11 @@ class Courier:
         raise MailLater(text) from None
 
     def _send_program(self, to, message):
-        import email.policy
         import subprocess
         words = [*self.post.program, '-i', '-f', self.post.bounces, to]
         try:
             done = subprocess.run(
-                words, input=message.as_bytes(policy=email.policy.default
-                                              .clone(cte_type='7bit')),
+                words, input=mail_bytes(message).replace(b'\r\n', b'\n'),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 timeout=10 * MAIL_TIMEOUT, check=False)
         except (OSError, subprocess.TimeoutExpired) as e:
@@ -10583,6 +10639,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py user SRV add | passwd | show | close NAME
        tarsnapd.py user SRV export | reset | invite NAME
        tarsnapd.py user SRV address | confirm NAME NEW
+       tarsnapd.py user SRV news NAME on | off
        tarsnapd.py user SRV link LINK
        tarsnapd.py user SRV move-machine MACHINE NAME
        tarsnapd.py user SRV quota NAME BYTES | none
@@ -10596,7 +10653,8 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py machine SRV freeze | unfreeze MACHINE [ROLES]
        tarsnapd.py bill SRV [--dry-run] [--late]
        tarsnapd.py bill SRV --check [DAY]
-       tarsnapd.py mail SRV [--list | --dry-run | --text KIND]
+       tarsnapd.py mail SRV [--list | --dry-run | --text KIND |
+                   --announce FILE]
        tarsnapd.py check [SRV] [--server HOST:PORT] [--key FILE] [--read]
                    [--warn SECONDS] [--timeout SECONDS]
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
@@ -10672,10 +10730,10 @@ def command_user(args):
     if verb not in USER_VERBS or len(words) != USER_VERBS[verb][1] + 2:
         raise ServerError('user SRV add|passwd|show|close|export|reset|'
                           'invite NAME, user SRV address|confirm NAME NEW, '
-                          'user SRV link LINK, user SRV move-machine MACHINE '
-                          'NAME, user SRV quota NAME BYTES|none, user SRV '
-                          'credit|debit NAME DOLLARS --reason TEXT, or user '
-                          'SRV list')
+                          'user SRV news NAME on|off, user SRV link LINK, '
+                          'user SRV move-machine MACHINE NAME, user SRV quota '
+                          'NAME BYTES|none, user SRV credit|debit NAME '
+                          'DOLLARS --reason TEXT, or user SRV list')
     server = open_server(words[0])
     if verb in ('credit', 'debit'):
         words.append(options)
@@ -10715,8 +10773,18 @@ def user_link(server, link):
     """Follow a link from a mail, or what stands after link= in it."""
     token = link.rpartition('link=')[2]
     what, _ = server.run(link_read(token))
-    password = None if what['kind'] == 'move' else read_password()
+    password = None
+    if what['kind'] in ('join', 'reset'):
+        password = read_password()
     print(server.run(link_use(server.post, token, password)))
+
+
+def user_news(server, name, how):
+    """Whether an account's owner gets announcements."""
+    if how not in ('on', 'off'):
+        raise ServerError('news is on or off, not %s' % printable(how))
+    found = server.run(account_need(name))
+    server.run(account_write(found, news=how == 'on' or None))
 
 
 def user_export(server, name):
@@ -10757,6 +10825,8 @@ def user_show(server, name):
     print('created %s' % moment(account['created']))
     if 'quota' in account:
         print('quota %d' % account['quota'])
+    if account.get('news'):
+        print('news on')
     if server.prices:
         user_money_show(server, account['id'])
     for number, ident in server.run(owner_machines()).items():
@@ -10817,7 +10887,7 @@ USER_VERBS = {                          # what it does, number of words
     'close': (user_close, 1), 'address': (user_address, 2),
     'confirm': (user_confirm, 2), 'reset': (user_reset, 1),
     'invite': (user_invite, 1), 'link': (user_link, 1),
-    'export': (user_export, 1),
+    'export': (user_export, 1), 'news': (user_news, 2),
     'move-machine': (user_move_machine, 2), 'quota': (user_quota, 2),
     'credit': (user_credit, 2), 'debit': (user_debit, 2),
     'list': (user_list, 0)}
@@ -11266,7 +11336,8 @@ def bill_say(server, dry, late):
 def command_mail(args):
     """Send the mail that is due; status 1 if not all went well."""
     options, (path,) = take_options(
-        args, {'--list': False, '--dry-run': False, '--text': True}, 1)
+        args, {'--list': False, '--dry-run': False, '--text': True,
+               '--announce': True}, 1)
     if len(options) > 1:
         raise ServerError('mail takes one option')
     server = open_server(path)
@@ -11285,6 +11356,10 @@ def command_mail(args):
                 print(message.as_string())
     elif server.read_only:
         raise ServerError('%s: the store is read-only' % path)
+    elif '--announce' in options:
+        subject, text = mail_text_read(options['--announce'])
+        print('%d mails queued' % server.run(
+            news_put(server.post, subject, text.strip('\n'))))
     else:
         mail_run(server, said.append)
     server.close()

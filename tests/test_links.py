@@ -4,6 +4,8 @@
 """
 
 import base64
+import email
+import email.policy
 import json
 import os
 import unittest
@@ -250,6 +252,43 @@ class Commands(Case):
         self.assertIn('links need mail-from and web-url', err)
         self.assertEqual(run('user', path, 'passwd', 'joe', stdin=b'n\n'),
                          (0, '', ''))
+
+    def test_announcement(self):
+        """To all who asked for news, once, with a link that ends it."""
+        for name in ('b@example.org', 'c@example.org'):
+            self.steps(tarsnapd.account_create(name, b'x'))
+        for name in ('ann@example.org', 'b@example.org', 'joe'):
+            self.assertEqual(run('user', self.path, 'news', name, 'on'),
+                             (0, '', ''))
+        file = os.path.join(self.path, 'tmp', 'news')
+        with open(file, 'w') as out:
+            out.write('Subject: Less to pay\n\nGood news:\n\n  $5 \u2192 '
+                      '$4.\n')
+        for count in (2, 0):
+            self.assertEqual(run('mail', self.path, '--announce', file),
+                             (0, '%d mails queued\n' % count, ''))
+        links = {}
+        for name, mail, done in self.steps(tarsnapd.mail_list()):
+            message = email.message_from_bytes(tarsnapd.mail_bytes(
+                tarsnapd.mail_render(self.post, self.path, name, mail)),
+                policy=email.policy.default)
+            self.assertEqual(message['Subject'], 'Less to pay')
+            self.assertTrue(message.get_content().replace('\r', '')
+                            .startswith('Good news:\n\n  $5 \u2192 $4.\n'))
+            self.assertEqual(message['List-Unsubscribe'],
+                             '<%s>' % mail['values']['leave'])
+            links[mail['to']] = mail['values']['leave']
+            self.assertIn(links[mail['to']], message.get_content())
+        self.assertEqual(set(links), {'ann@example.org', 'b@example.org'})
+        self.assertIn('news on\n', run('user', self.path, 'show',
+                                       'ann@example.org')[1])
+        self.server.ahead = 300 * tarsnapd.DAY
+        self.use(links['ann@example.org'].partition('link=')[2])
+        self.assertNotIn('news', self.found()[1])
+        self.assertEqual(self.password(), [b'old'])
+        self.server.ahead = 366 * tarsnapd.DAY
+        self.bad(links['b@example.org'].partition('link=')[2])
+        self.assertEqual(run('user', self.path, 'news', 'joe', 'so')[0], 1)
 
     def test_export(self):
         client = Client(Embedded(self.path))
