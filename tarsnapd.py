@@ -645,8 +645,10 @@ class FileStore:
             for where, subdirs, names in os.walk(
                     os.path.join(self.root, base), onerror=self._walk_error):
                 subdirs[:] = [x for x in subdirs if not x.startswith('.')]
-                found += [os.path.relpath(os.path.join(where, name),
-                                          self.root) for name in names]
+                # Once for all: it takes longer than to read the name.
+                place = os.path.relpath(where, self.root) + '/'
+                found += [('' if place == './' else place) + name
+                          for name in names]
         except OSError as e:
             raise StoreError('list', prefix, e.strerror) from None
         return sorted(x for x in found if x.startswith(prefix)
@@ -3480,6 +3482,11 @@ def check_live(commit, rows):
 
 SCRYPT = (15, 8, 1)             # logN, r, p: 32 MiB, about 0.1 s
 VERSIONS = 10 ** 12
+# The account that is read in place of one that is not there, and addresses
+# that no account can have: its own, as long as many are, one that is claimed
+# for it, and one that nobody claims.
+DECOY = '0' * 16
+DECOY_ADDRESS, DECOY_CLAIM, NO_CLAIM = 'decoy@example.\n', '\n', '\n\n'
 # Members of objects that were made before there was a sum.
 WITHOUT_SUM = {frozenset(x.split()) for x in (
     'name user keys time', 'id address created salt logN r p stored',
@@ -3531,7 +3538,11 @@ def delete_delay(delays, now):
 
 def versioned_get(prefix):
     """Steps: the newest version under `prefix` as (version, dict) or None."""
-    keys = yield ('list', prefix)
+    return (yield from versioned_newest((yield ('list', prefix))))
+
+
+def versioned_newest(keys):
+    """Steps: the first of the listed `keys` as (version, dict) or None."""
     if not keys:
         return None
     data = yield ('get', keys[0], 0, None)
@@ -3626,32 +3637,36 @@ def account_made_up(address, secret):
             'stored': part(b'stored\0', 64)}
 
 
-def versioned_seek(prefix, made_up):
-    """Steps: (True, newest version under `prefix`), or (False, `made_up`):
-    the same wishes and the same work, whatever is there.
+def decoys_make():
+    """Steps: have there be what account_login reads for a user it does not
+    find: a claim that nobody can make, to an account that has another address,
+    so neither counts anywhere.  Always the same; durable on return.
     """
-    keys = yield ('list', prefix)
-    key = keys[0] if keys else '%s%012d' % (prefix, VERSIONS - 1)
-    made = versioned_encode(key, made_up)
-    try:
-        data = yield ('get', key, 0, None)
-    except NoObject:
-        keys, data = [], made
-    return bool(keys), versioned_decode(key, data)
+    log_n, r, p = SCRYPT
+    yield from versioned_put(account_prefix(DECOY), 0, {
+        'id': DECOY, 'address': DECOY_ADDRESS, 'created': 10 ** 9,
+        'salt': ZERO32.hex(), 'logN': log_n, 'r': r, 'p': p,
+        'stored': ZERO32.hex()})
+    yield from versioned_put(address_prefix(DECOY_CLAIM), 0,
+                             {'account': DECOY})
 
 
 def account_login(address, secret):
     """Steps: (True, account) as account_get, or (False, a made up one).
 
-    Neither what it does nor how long that takes tells which.
+    Neither what it does nor how long that takes tells which: one claim is
+    looked for in vain, and one is read, and the account it names; be they
+    the user's or decoys.
     """
     made_up = account_made_up(address, secret)
-    claimed, claim = yield from versioned_seek(
-        address_prefix(address), {'account': made_up['id']})
-    there, account = yield from versioned_seek(
-        account_prefix(claim.get('account') or made_up['id']), made_up)
-    good = claimed and there and not account.get('closed') and (
-        account['address'].lower() == address.lower())
+    own = yield ('list', address_prefix(address))
+    other = yield ('list', address_prefix(NO_CLAIM if own else DECOY_CLAIM))
+    _, claim = (yield from versioned_newest(own or other)) or (0, {})
+    _, account = (yield from account_load(claim.get('account') or DECOY)) or (
+        0, made_up)
+    good = bool(own) and account['id'] == claim.get('account') and (
+        not account.get('closed')
+        and account['address'].lower() == address.lower())
     return good, account if good else made_up
 
 
@@ -3693,6 +3708,7 @@ def account_create(address, password):
     leaves at most one that nothing names.
     """
     account_address_check(address)
+    yield from decoys_make()
     if (yield from account_get(address)) is not None:
         raise ServerError('user %s exists already' % address)
     ident = (yield ('random', 8)).hex()
@@ -3755,7 +3771,7 @@ def account_close(address):
 def account_ids():
     """Steps: ids of all accounts, also closed and unclaimed ones."""
     keys = yield ('list', 'account/')
-    return sorted({key.split('/')[1] for key in keys})
+    return sorted({key.split('/')[1] for key in keys} - {DECOY})
 
 
 def account_list():
@@ -11420,6 +11436,7 @@ def command_serve(args):
     scrub_conf(server.conf)
     clean_conf(server.conf)
     server.certificate_load()
+    decoys_ready(server)
     context = None
     if not server.conf.get('front-certificate'):
         context = tls_context(path)
@@ -11434,6 +11451,21 @@ def command_serve(args):
         serve_many(server, listener, context, int(workers))
     else:
         serve_one(server, listener, context, Strangers())
+
+
+def decoys_ready(server):
+    """Make decoys in a store that has accounts from before there were any,
+    or that has lost them.
+
+    Where they cannot be made, to know users by the time it takes is easier,
+    and no reason not to serve.
+    """
+    if server.read_only or server.frozen:
+        return
+    try:
+        server.run(decoys_make())
+    except StoreError as e:
+        server.complain(str(e))
 
 
 def journal_of(server, options=()):

@@ -6,6 +6,7 @@ nobody learns which users there are.
 import hashlib
 import hmac
 import os
+import shutil
 import unittest
 from unittest import mock
 
@@ -13,6 +14,8 @@ from rawclient import (
     ZERO, Client, Embedded, Error, Keys, Serve, server_directory, tarsnapd)
 
 NOW = 1700000000
+# As long as that of the decoy, in JSON.
+KNOWN, UNKNOWN = 'some@example.org', 'none@example.org'
 
 
 class Guesses(unittest.TestCase):
@@ -148,14 +151,20 @@ class Work:
     """What a login has done: its wishes, and calls of what costs time."""
 
     def __init__(self, path, user, password, spoil=False):
-        self.wishes, self.calls = [], []
+        # Verbs and how much they read, in order; a claim that is there and
+        # one that is not are looked for in either order.
+        self.wishes, self.read, self.calls = [], [], []
         client = Client(Embedded(path))
         local = client.link.local
         perform = local.server.perform
 
         def noted(wish):
             self.wishes.append(wish[:2] if wish[0] == 'guess' else wish[0])
-            return perform(wish)
+            found = perform(wish)
+            if wish[0] in tarsnapd.STORE_VERBS:
+                self.read.append((wish[0], len(found) if wish[0] in (
+                    'get', 'list') else found))
+            return found
 
         self.code, self.frames = None, []
         with mock.patch.object(local.server, 'perform', noted), \
@@ -171,12 +180,14 @@ class Work:
             except Error as e:
                 self.code = e.code
         client.close()
+        self.read[:2] = sorted(self.read[:2])
 
     def counted(self, module, name):
         real = getattr(module, name)
 
         def call(*args, **options):
-            self.calls.append(name)
+            self.calls.append((name, sum(
+                len(x) for x in args if isinstance(x, (str, bytes)))))
             return real(*args, **options)
         return mock.patch.object(module, name, call)
 
@@ -208,15 +219,26 @@ class Equal(unittest.TestCase):
     def login(self, user, password):
         return Work(self.path, user, password)
 
+    def run_steps(self, steps):
+        server = tarsnapd.Server(self.path)
+        try:
+            return server.run(steps)
+        finally:
+            server.close()
+
     def test_the_same_work_and_the_same_frames(self):
-        wrong = self.login('joe', b'wrong')
-        unknown = self.login('nobody', b'wrong')
+        self.run_steps(tarsnapd.account_create(KNOWN, b'pw'))
+        wrong = self.login(KNOWN, b'wrong')
+        unknown = self.login(UNKNOWN, b'wrong')
         self.assertEqual((wrong.code, unknown.code), ('LOGIN', 'LOGIN'))
         self.assertEqual(wrong.wishes, unknown.wishes)
         self.assertIn(('guess', 'charge'), wrong.wishes)
-        self.assertIn('list', wrong.wishes)
+        self.assertEqual(wrong.read, unknown.read)
+        self.assertEqual([verb for verb, _ in wrong.read],
+                         ['list', 'list', 'get', 'list', 'get'])
+        self.assertNotIn(('get', 0), wrong.read)
         self.assertEqual(wrong.calls, unknown.calls)
-        self.assertIn('login_check', wrong.calls)
+        self.assertIn('login_check', [name for name, _ in wrong.calls])
         # The salt differs, and nothing else.
         self.assertEqual([(kind, len(body)) for kind, _, body
                           in wrong.frames],
@@ -225,15 +247,55 @@ class Equal(unittest.TestCase):
         self.assertEqual(wrong.frames[0][2][32:], unknown.frames[0][2][32:])
         self.assertEqual(wrong.frames[1], unknown.frames[1])
 
-    def test_closed_ones_too(self):
-        server = tarsnapd.Server(self.path)
-        server.run(tarsnapd.account_create('gone', b'pw'))
-        server.run(tarsnapd.account_close('gone'))
-        server.close()
-        closed, unknown = self.login('gone', b'pw'), self.login('no', b'pw')
-        self.assertEqual(closed.code, 'LOGIN')
-        self.assertEqual(closed.wishes, unknown.wishes)
-        self.assertEqual(closed.calls, unknown.calls)
+    def test_closed_and_moved_ones_too(self):
+        for user in ('gone', 'away'):
+            self.run_steps(tarsnapd.account_create(user, b'pw'))
+        self.run_steps(tarsnapd.account_close('gone'))
+        self.run_steps(tarsnapd.account_move(self.run_steps(
+            tarsnapd.account_need('away')), 'here'))
+        unknown = self.login('none', b'pw')
+        for user in ('gone', 'away'):
+            work = self.login(user, b'pw')
+            self.assertEqual(work.code, 'LOGIN')
+            self.assertEqual(work.wishes, unknown.wishes)
+            self.assertEqual([name for name, _ in work.calls],
+                             [name for name, _ in unknown.calls])
+
+    def test_decoys_are_no_accounts(self):
+        for user in (tarsnapd.DECOY_ADDRESS, tarsnapd.DECOY_CLAIM,
+                     tarsnapd.NO_CLAIM):
+            self.assertFalse(self.run_steps(
+                tarsnapd.account_login(user, b's'))[0])
+            self.assertIsNone(self.run_steps(tarsnapd.account_get(user)))
+            with self.assertRaises(tarsnapd.ServerError):
+                self.run_steps(tarsnapd.account_create(user, b'pw'))
+        self.assertTrue(self.run_steps(
+            tarsnapd.account_load(tarsnapd.DECOY)))
+        self.assertEqual([x['address'] for x in self.run_steps(
+            tarsnapd.account_list())], ['joe'])
+        self.assertEqual(len(self.run_steps(tarsnapd.account_ids())), 1)
+
+    def without_decoys(self, claim=True):
+        """As a store was before there were any, or after one was lost."""
+        prefixes = [tarsnapd.account_prefix(tarsnapd.DECOY)]
+        if claim:
+            prefixes.append(tarsnapd.address_prefix(tarsnapd.DECOY_CLAIM))
+        for prefix in prefixes:
+            shutil.rmtree(os.path.join(self.path, 'store', prefix))
+
+    def test_without_decoys(self):
+        self.without_decoys()
+        self.assertEqual(self.login('nobody', b'pw').code, 'LOGIN')
+        self.assertEqual(self.login('joe', b'wrong').code, 'LOGIN')
+        self.assertIsNone(self.login('joe', b'pw').code)
+
+    def test_an_older_store_gets_them_when_it_is_served(self):
+        before = self.login('nobody', b'pw').read
+        for claim in (True, False):
+            self.without_decoys(claim)
+            self.assertNotEqual(self.login('nobody', b'pw').read, before)
+            Serve(self.path).kill()
+            self.assertEqual(self.login('nobody', b'pw').read, before)
 
     def challenge(self, user):
         client = Client(Embedded(self.path))
