@@ -2620,6 +2620,24 @@ def rollback(db):
         db.execute('ROLLBACK')
 
 
+def tables_make(db, schema, version):
+    """Make the tables of an empty SQLite file; True if they were made.
+
+    sqlite3.DatabaseError if there are those of another version.
+    """
+    import sqlite3
+    db.execute('BEGIN IMMEDIATE')
+    found = db.execute('PRAGMA user_version').fetchone()[0]
+    if found == 0:
+        for statement in schema.split(';'):
+            db.execute(statement)
+        db.execute('PRAGMA user_version = %d' % version)
+    db.execute('COMMIT')
+    if found not in (0, version):
+        raise sqlite3.DatabaseError('made by another version')
+    return found == 0
+
+
 class Index:
     """The index of one machine; any thread, one at a time."""
 
@@ -2653,16 +2671,8 @@ class Index:
             'OFF' if self.scratch else 'NORMAL'))
         run('PRAGMA cache_size = -4096')
         self.cache = 4                  # MiB
-        run('BEGIN IMMEDIATE')
-        version = run('PRAGMA user_version').fetchone()[0]
-        if version == 0:
-            for statement in INDEX_SCHEMA.split(';'):
-                run(statement)
-            run('PRAGMA user_version = %d' % INDEX_VERSION)
+        if tables_make(self.db, INDEX_SCHEMA, INDEX_VERSION):
             self.fresh = True
-        run('COMMIT')
-        if version not in (0, INDEX_VERSION):
-            raise sqlite3.DatabaseError('index of another version')
         os.chmod(self.path, 0o600)
 
     def close(self):
@@ -5109,27 +5119,23 @@ class View:
                     return result
                 finally:
                     rollback(self.db)
-            except sqlite3.Error as e:
-                if not isinstance(e, sqlite3.OperationalError):
+            except (sqlite3.Error, OSError) as e:
+                if not isinstance(e, (sqlite3.OperationalError, OSError)):
                     self.remove()
                 raise StoreError('view', self.path, e) from e
 
     def _open(self, sqlite3):
-        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None,
-                                  check_same_thread=False)
-        run = self.db.execute
-        run('PRAGMA journal_mode = WAL').fetchall()
-        run('PRAGMA synchronous = NORMAL')
-        run('BEGIN IMMEDIATE')
-        version = run('PRAGMA user_version').fetchone()[0]
-        if version == 0:
-            for statement in VIEW_SCHEMA.split(';'):
-                run(statement)
-            run('PRAGMA user_version = %d' % VIEW_VERSION)
-        run('COMMIT')
-        if version not in (0, VIEW_VERSION):
-            raise sqlite3.DatabaseError('view of another version')
-        os.chmod(self.path, 0o600)
+        db = sqlite3.connect(self.path, timeout=60, isolation_level=None,
+                             check_same_thread=False)
+        try:
+            db.execute('PRAGMA journal_mode = WAL').fetchall()
+            db.execute('PRAGMA synchronous = NORMAL')
+            tables_make(db, VIEW_SCHEMA, VIEW_VERSION)
+            os.chmod(self.path, 0o600)
+        except (sqlite3.Error, OSError):
+            db.close()
+            raise
+        self.db = db
 
     def close(self):
         if self.db:

@@ -10,7 +10,7 @@ import tarsnapd
 from lab import LabTest
 from rawclient import (
     ABORT_KIND, D, DELETE_KIND, N, NUKE_KIND, Client, Embedded, Error, Host,
-    R, W, here, server_directory)
+    R, Serve, W, here, server_directory)
 from tarsnapd import ATTO, DAY, ServerError, day_parse, money_text
 
 START = '2026-11-26'
@@ -349,6 +349,24 @@ class Access(Clocked):
         self.credit()
         host.backup(one, 'a')
 
+    def test_a_damaged_view_is_made_anew(self):
+        self.good('bill')
+        self.credit('3')
+        for noise in (b'no database at all' * 300, b''):
+            with open(os.path.join(self.path, 'ledger.db'), 'wb') as file:
+                file.write(noise)
+            for suffix in ('-wal', '-shm'):
+                tarsnapd.unlink_quietly(os.path.join(
+                    self.path, 'ledger.db' + suffix))
+            server = self.server()
+            for again in (True, False):
+                try:
+                    server.run(tarsnapd.ledger_catch_up())
+                except tarsnapd.StoreError:
+                    self.assertTrue(again)
+            server.close()
+        self.assertEqual(self.show()['balance'], money_text(3 * ATTO))
+
     def test_a_damaged_ledger_stops_no_backup(self):
         self.good('bill')
         host = self.host()
@@ -423,6 +441,35 @@ class Access(Clocked):
                 server.run(tarsnapd.ledger_pay(ident, 'stripe', session,
                                                amount, kind))
         self.assertEqual(self.show()['balance'], money_text(5 * ATTO))
+
+
+class Network(unittest.TestCase):
+
+    def test_what_a_server_sent_is_written_when_it_ends(self):
+        """Also by workers, each for itself."""
+        path = server_directory(self)
+        with open(os.path.join(path, 'tarsnapd.conf'), 'a') as file:
+            file.write('download-price = 250\n')
+        here('user', path, 'credit', 'joe', '1', '--reason', 'x')
+        serve = Serve(path, '--workers', '2')
+        sent = 0
+        for label in 'abcd':
+            client = serve.client()
+            host = Host(client, user='joe', password=b'pw')
+            client.auth(host.machine, host.keys, R, W)
+            _, _, names = host.backup(client, label, 2, 20000)
+            sent += sum(len(body) for _, body in client.stream(
+                'GET', b'\x03' + (2).to_bytes(2, 'big') + b''.join(
+                    names[:2])))
+            client.close()
+        self.assertEqual(serve.stop()[0], 0)
+        server = tarsnapd.Server(path)
+        self.addCleanup(server.close)
+        pieces = [server.accounts.get(key)
+                  for key in server.accounts.list('traffic/')]
+        self.assertEqual(sent, sum(
+            int(line.split()[1]) for piece in pieces
+            for line in piece.splitlines()[:-1]))
 
 
 class Program(LabTest):
