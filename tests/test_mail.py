@@ -278,6 +278,7 @@ class Senders(Case):
             self.send(2 * tarsnapd.MAIL_FIRST)
             self.assertEqual(self.left(), [], step)
             self.assertEqual(self.server.accounts.list('mail/try/'), [])
+            self.assertFalse(self.queue('step %d' % step))
             mails = peer.mails()
             self.assertLessEqual(len(mails) - before, 1)
             self.assertIn(len(mails), (1, 2), step)
