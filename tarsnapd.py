@@ -7304,6 +7304,7 @@ class Scrub:
         for prefix in ('mail/', 'link/'):
             for key in (yield ('list', prefix)):
                 yield from self._summed(key)
+        yield from self._ledger()
         places = yield ('list', 'keys/')
         for key in places:
             yield from self._keys(key, owners)
@@ -7335,6 +7336,22 @@ class Scrub:
                 del self.damage[key]
         except Damaged as e:
             self._say(key, '', reason_of(e))
+
+    def _ledger(self):
+        """Steps: what was used, paid and closed; nothing of it ever goes."""
+        for key in (yield ('list', 'standing/')):
+            yield from self._versioned(key)
+        for prefix, decode in (
+                ('pay/', money_decode), ('adjust/', money_decode),
+                ('ledger/', lines_decode), ('usage/', lines_decode),
+                ('traffic/', lines_decode), ('closed/', lines_decode)):
+            for key in (yield ('list', prefix)):
+                data = yield from self._get(key)
+                try:
+                    if data is not None:
+                        decode(key, data)
+                except Damaged as e:
+                    self._say(key, '', reason_of(e))
 
     def _keys(self, key, owners):
         """Steps: keys/HASH leads to the machine with these keys."""

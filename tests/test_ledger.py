@@ -286,6 +286,31 @@ class Days(Clocked):
         self.wrong('checksum does not match', 'bill', '--check', START,
                    status=2)
 
+    def test_scrub_names_what_is_damaged(self):
+        """One byte of an object of each kind."""
+        self.credit()
+        self.good('bill')
+        host = self.host()
+        host.backup(self.client(host, R, W), 'a')
+        server = self.server()
+        ident = server.run(tarsnapd.account_need('joe'))[1]['id']
+        server.run(tarsnapd.ledger_pay(ident, 'paypal', 'x', 5))
+        server.traffic.add(host.machine, 7)
+        server.run(tarsnapd.traffic_flush(server.traffic))
+        self.at(7)
+        self.good('bill')
+        self.assertIn(': 0 damaged', self.good('scrub'))
+        for place in ('ledger', 'usage', 'traffic', 'pay', 'adjust',
+                      'standing', 'closed'):
+            key = server.accounts.list(place + '/')[0]
+            data = server.accounts.get(key)
+            for noise in (data[:5] + bytes([data[5] ^ 1]) + data[6:], data):
+                server.accounts.delete(key)
+                server.accounts.put(key, noise)
+                status, _, err = here('scrub', self.path)
+                self.assertEqual((status, key in err),
+                                 (0, False) if noise == data else (2, True))
+
     def test_wrong_words(self):
         for says, words in (
                 ('was not billed', ('bill', '--check', '2026-11-01')),
