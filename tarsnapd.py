@@ -4336,39 +4336,45 @@ def link_mail(post, what, to, ident='-'):
 def link_join(post, address):
     """Steps: whoever reads mail to `address` may make an account of it.
 
-    Nothing happens if there is one: who asks does not learn that.
+    False, and nothing happens, if there is one, or a link was mailed a moment
+    ago.  Who asks over the web must not learn which it was.
     """
     if not mail_address(address):
         raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
     if (yield from account_get(address)) is None:
         state = yield from link_claims(address)
-        yield from link_mail(post, {'kind': 'join', 'address': address,
-                                    'state': state}, address)
+        return (yield from link_mail(post, {
+            'kind': 'join', 'address': address, 'state': state}, address))
+    return False
 
 
 def link_reset(post, address):
     """Steps: whoever reads mail to the account may give it a password.
 
-    Nothing happens if there is none: who asks does not learn that.
+    False, and nothing happens, if there is none, or a link was mailed a
+    moment ago.  Who asks over the web must not learn which it was.
     """
     found = yield from account_get(address)
     if found and mail_address(found[1]['address']):
         account = found[1]
-        yield from link_mail(
+        return (yield from link_mail(
             post, {'kind': 'reset', 'account': account['id'],
                    'state': link_state(account)},
-            account['address'], account['id'])
+            account['address'], account['id']))
+    return False
 
 
 def link_move(post, found, address):
-    """Steps: the account gets another address once that is confirmed."""
+    """Steps: the account gets another address once that is confirmed; False
+    if a link was mailed a moment ago.
+    """
     if not mail_address(address):
         raise ServerError('%s is not a mail address' % ascii(address)[1:-1])
     account = found[1]
-    yield from link_mail(
+    return (yield from link_mail(
         post, {'kind': 'move', 'account': account['id'],
                'state': link_state(account), 'address': address},
-        address, account['id'])
+        address, account['id']))
 
 
 def link_read(token):
@@ -8715,6 +8721,8 @@ class Courier:
             import smtplib
             try:
                 self.smtp = self._connect(smtplib)
+            except ServerError as e:            # of the password's file
+                raise MailDown(str(e)) from None
             except (smtplib.SMTPException, OSError, ValueError) as e:
                 raise MailDown('%s:%d: %s' % (
                     *self.post.smtp, smtp_reason(e))) from None
@@ -10796,16 +10804,27 @@ def user_address(server, name, new):
 
 
 def user_confirm(server, name, new):
-    server.run(link_move(server.post, server.run(account_need(name)), new))
+    found = server.run(account_need(name))
+    link_was_queued(server.run(link_move(server.post, found, new)))
 
 
 def user_reset(server, name):
-    server.run(account_need(name))
-    server.run(link_reset(server.post, name))
+    if not mail_address(server.run(account_need(name))[1]['address']):
+        raise ServerError('%s is not a mail address' % printable(name))
+    link_was_queued(server.run(link_reset(server.post, name)))
 
 
 def user_invite(server, name):
-    server.run(link_join(server.post, name))
+    if server.run(account_get(name)):
+        raise ServerError('user %s exists already' % printable(name))
+    link_was_queued(server.run(link_join(server.post, name)))
+
+
+def link_was_queued(queued):
+    """ServerError if it was not."""
+    if not queued:
+        raise ServerError('such a link was mailed less than %d minutes ago'
+                          % (LINK_EACH // 60))
 
 
 def user_link(server, link):

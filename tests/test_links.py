@@ -8,6 +8,7 @@ import email
 import email.policy
 import json
 import os
+import time
 import unittest
 
 import rawclient
@@ -100,12 +101,16 @@ class Links(Case):
 
     def test_one_mail_in_a_while(self):
         """Whoever asks a hundred times has one mail sent."""
+        each = tarsnapd.LINK_EACH
+        self.server.ahead = each - int(time.time()) % each
         self.reset()
-        for _ in range(10):
-            self.steps(tarsnapd.link_reset(self.post, 'ann@example.org'))
-            self.steps(tarsnapd.link_join(self.post, 'bob@example.org'))
+        for again in range(10):
+            self.assertFalse(self.steps(tarsnapd.link_reset(
+                self.post, 'ann@example.org')))
+            self.assertEqual(self.steps(tarsnapd.link_join(
+                self.post, 'bob@example.org')), not again)
         self.token('bob@example.org', 'confirm-address')
-        self.server.ahead = tarsnapd.LINK_EACH
+        self.server.ahead += each
         self.reset()
 
     def test_it_ends(self):
@@ -234,6 +239,15 @@ class Commands(Case):
                              stdin=b'pw\n')[0], 0)
         self.assertEqual(run('user', server, 'list')[1],
                          'c@example.org\nd@example.org\njoe\n')
+        for words, says in (
+                (('reset', 'joe'), 'joe is not a mail address'),
+                (('reset', 'nobody'), 'does not exist'),
+                (('invite', 'd@example.org'), 'exists already'),
+                (('invite', 'x y'), 'not a mail address'),
+                (('confirm', 'joe', 'a@b@c'), 'not a mail address')):
+            status, _, err = run('user', server, *words)
+            self.assertEqual((status, err.count('\n')), (1, 1))
+            self.assertIn(says, err)
 
     def test_changes_by_the_operator_are_mailed(self):
         for words, kind in ((('passwd', 'ann@example.org'),
