@@ -97,6 +97,20 @@ def run(argv, main=None):
     return Result(status, *texts)
 
 
+def alone(seconds=30):
+    """Wait until the threads that were joined have left the process.
+
+    One on its way out may hold a lock of a library; a child forked then
+    would wait for that lock for ever.
+    """
+    end = time.monotonic() + seconds
+    while threading.active_count() == 1 and \
+            len(os.listdir('/proc/self/task')) > 1:
+        if time.monotonic() > end:
+            raise AssertionError('a thread does not leave the process')
+        time.sleep(0.001)
+
+
 def register(store, roles=(R, W, D, N)):
     """A new machine's full key in the store directory `store`."""
     key = tarsnap.key_make(store, 'box')
@@ -144,6 +158,7 @@ class Lab:
         """Run the client in a child that `patch` (a context manager) ends;
         its exit status.
         """
+        alone()
         pid = os.fork()
         if not pid:
             status = 99

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from unittest import mock
@@ -16,6 +17,7 @@ from unittest import mock
 import lab
 import world
 from lab import tarsnap
+from test_review_regressions import wire
 from world import KIB, MIB
 
 CHUNK, INDEX = tarsnap.CHUNK, tarsnap.INDEX
@@ -223,6 +225,58 @@ class Program(unittest.TestCase):
         self.assertEqual(self.world.names(), [])
         self.world.ok('-c', '-f', 'whole', '-C', self.world.root, 'tree')
         self.world.ok('-d', '-f', 'whole')
+
+
+class Alone(lab.LabTest):
+    """A worker is forked before there is any thread whose locks it would
+    inherit, held for ever.
+    """
+
+    def forks(self, *args, **options):
+        """Threads at each fork of a run that must succeed."""
+        real, seen = os.fork, []
+
+        def fork():
+            seen.append(threading.active_count())
+            return real()
+
+        with mock.patch.object(os, 'fork', fork):
+            self.host.good(*args, '-C', self.lab.tree, '.', **options)
+        self.assertTrue(seen)
+        self.assertEqual(seen, [1] * len(seen))
+
+    def test_whatever_else_a_run_does(self):
+        self.write('file', b'some')
+        self.forks('-c', '-f', 'first')
+        self.forks('-c', '-f', 'merged', '@@first')
+        self.forks('-c', '--dry-run')
+        self.forks('-c', '--dry-run', '-f', 'none', '@@first')
+        self.forks('-c', '--dry-run', cache=False)
+
+    def test_after_a_run_that_died(self):
+        """The server is asked what became of its commit."""
+        self.write('file', b'some')
+        self.assertEqual(self.lab.crash(self.host, wire(
+            lambda kind, body, local: os._exit(7) if kind == tarsnap.COMMIT
+            else None), '-c', '-f', 'dead', '-C', self.lab.tree, '.'), 7)
+        self.forks('-c', '-f', 'next', '--lowmem')
+
+    def test_so_are_the_children_of_tests(self):
+        """A thread that was joined is still there for a moment."""
+        seen = []
+
+        def fork():
+            seen.append(len(os.listdir('/proc/self/task')))
+            raise InterruptedError
+
+        with mock.patch.object(os, 'fork', fork):
+            for _ in range(100):
+                thread = threading.Thread(target=len, args=('',))
+                thread.start()
+                thread.join()
+                with self.assertRaises(InterruptedError):
+                    self.lab.crash(self.host, None)
+        self.assertEqual(seen, [1] * 100)
 
 
 if __name__ == '__main__':
