@@ -11301,7 +11301,7 @@ def command_repair(args):
     server = open_server(path)
     if server.read_only:
         raise ServerError('%s: the store is read-only' % path)
-    run = ScrubRun(server)
+    run, able = ScrubRun(server), set()     # keys that may be mended
     try:
         damage = run.scrub.damage
         for number in server.run(machine_numbers()):
@@ -11318,14 +11318,16 @@ def command_repair(args):
                 mended, lost = [], str(e)
             for key in mended:
                 print('%s %s' % ('can be mended' if dry else 'mended', key))
+            if dry and mended:          # the rest may come of that
+                able.update(mine)
             if lost and not dry:
                 status = 2
                 say('machine %016x is read-only: %s' % (number, lost))
         if not dry:
             server.run(run.scrub.begin())       # looks at it again
-            for one in sorted(damage.values()):
-                status = 2
-                say(scrub_line(one))
+        for one in sorted(damage[key] for key in damage if key not in able):
+            status = 2
+            say(scrub_line(one))
     finally:
         run.close()
         server.close()

@@ -139,10 +139,12 @@ class Repair(unittest.TestCase):
             store.scrub()
             harmed = store.objects()
             with self.subTest(case), lab.no_fsync():
-                status, out, said = here('repair', store.lab.store)
-                self.assertEqual((status, out), (2, ''))
-                self.assertIn(case.key, said)
-                self.assertEqual(store.objects(), harmed)
+                for words in ((), ('--dry-run',)):
+                    status, out, said = here('repair', store.lab.store,
+                                             *words)
+                    self.assertEqual((status, out), (2, ''))
+                    self.assertIn(case.key, said)
+                    self.assertEqual(store.objects(), harmed)
         self.assertEqual(len(done), 3)
 
     def test_an_index_gets_what_it_lacked(self):
