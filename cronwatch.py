@@ -236,11 +236,9 @@ class State:
         self.db.row_factory = sqlite3.Row
         self.db.execute('PRAGMA foreign_keys = ON')
         if not self.db.execute('PRAGMA user_version').fetchone()[0]:
-            with self.change():
-                for schema in (STATE_SCHEMA, ALARM_SCHEMA):
-                    for statement in schema.split(';\n'):
-                        self.db.execute(statement)
-                self.db.execute('PRAGMA user_version = 1')
+            self.db.executescript(
+                'BEGIN IMMEDIATE;' + STATE_SCHEMA + ALARM_SCHEMA
+                + 'PRAGMA user_version = 1; COMMIT;')
 
     def change(self):
         return Change(self.db)
