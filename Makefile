@@ -45,7 +45,7 @@ BENCH =
 TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
 	cpio:cpio \
 	sshd:openssh-server cc:gcc systemd-socket-activate:systemd \
-	stunnel4:stunnel4 spiped:spiped strace:strace
+	stunnel4:stunnel4 spiped:spiped strace:strace node:nodejs npm:npm
 
 # What the benchmark compares with.
 PEERS = restic:restic borg:borgbackup rclone:rclone openssl:openssl
