@@ -4495,7 +4495,8 @@ Prices = collections.namedtuple(
 # A machine's day.  `k` is the last log entry that is charged with it and
 # `bytes` are live after that; stored are byte-days, up and down bytes.
 Used = collections.namedtuple('Used', 'account k bytes stored up down')
-Money = collections.namedtuple('Money', 'account kind amount time text')
+# `of`, of a refund or chargeback: the name of the payment, else ''.
+Money = collections.namedtuple('Money', 'account kind amount time text of')
 # A view: what all was for, and days of storage left or None.
 Balance = collections.namedtuple('Balance', 'money held')
 
@@ -4924,7 +4925,7 @@ def money_name_check(name):
         raise ServerError('a name has 1 to 200 letters, digits, - _ or .')
 
 
-def money_put(account, place, kind, amount, text):
+def money_put(account, place, kind, amount, text, of=''):
     """Steps: True if the entry is new; durable on return.
 
     `place` is its key after pay/ or adjust/ACCOUNT/, a function of what it
@@ -4936,6 +4937,8 @@ def money_put(account, place, kind, amount, text):
     key = '%s/%s/%s' % ('pay' if kind in PAID else 'adjust', account, place)
     value = {'kind': kind, 'amount': amount, 'text': text,
              'time': (yield ('now',))}
+    if of:
+        value['of'] = of
     data = versioned_encode(key, value)
     try:
         created = yield ('put', key, data)
@@ -4944,7 +4947,7 @@ def money_put(account, place, kind, amount, text):
     if not created:
         there = yield ('get', key, 0, None)
         found = money_decode(key, there)
-        if (found.kind, found.amount) != (kind, amount):
+        if (found.kind, found.amount, found.of) != (kind, amount, of):
             raise ServerError('%s is there already: %s %s' % (
                 key, found.kind, money_text(found.amount)))
         return there == data
@@ -4956,27 +4959,69 @@ def money_decode(key, data):
     value = versioned_decode(key, data)
     try:
         return Money(key.split('/')[1], value['kind'], value['amount'],
-                     value['time'], value['text'])
+                     value['time'], value['text'], value.get('of', ''))
     except KeyError as e:
         raise Damaged('read', key, 'has no %s' % e) from None
 
 
 def ledger_pay(account, provider, session, amount, kind='payment', text='',
-               post=None):
+               post=None, of=''):
     """Steps: enter what a provider says of a payment; True if it is new.
 
     `session` is the provider's own name of what happened: twice the same is
     entered once.  `amount` is in attodollars, negative for a refund or a
-    chargeback.  Durable on return, and access is back; the standing is for
+    chargeback, with the name PROVIDER-SESSION `of` the payment if that is
+    known.  Durable on return, and access is back; the standing is for
     standing_update() to judge.  With a Post whoever paid has a receipt, one
     for each session.
     """
     assert kind in PAID, kind
     place = '%s-%s' % (provider, session)
-    new = yield from money_put(account, place, kind, amount, text)
+    new = yield from money_put(account, place, kind, amount, text, of)
     if kind == 'payment':
         yield from money_receipt(post, account, place, amount, session)
     return new
+
+
+def ledger_payments(account=None):
+    """Steps: {key: Money} of what an account paid and got back (None: of
+    all).
+    """
+    keys = yield ('list', 'pay/%s/' % account if account else 'pay/')
+    return {key: money_decode(key, data)
+            for key, data in zip(keys, (yield from get_many(keys)))
+            if not isinstance(data, NoObject)}
+
+
+def ledger_refund(account, payment, kind, amount=None, session=None, text=''):
+    """Steps: (True if it is new, attodollars) of a refund or chargeback of
+    the payment of that name, of all that was not given back if `amount` is
+    None; ServerError if that is more.
+
+    `session` is what the provider calls it; without one there is one refund
+    and one chargeback of a payment.
+    """
+    provider, _, reference = payment.partition('-')
+    session = session or '%s.%s' % (reference, kind)
+    place = '%s-%s' % (provider, session)
+    entries = {key.split('/')[2]: money for key, money in (
+        yield from ledger_payments(account)).items()}
+    paid = entries.get(payment)
+    if paid is None or paid.kind != 'payment':
+        raise ServerError('there is no payment %s of this account'
+                          % printable(payment))
+    back = -sum(money.amount for name, money in entries.items()
+                if money.of == payment and name != place)
+    if amount is None:
+        amount = (-entries[place].amount if place in entries
+                  else paid.amount - back)
+    if not 0 < amount <= paid.amount - back:
+        raise ServerError('%s: %s of %s dollars were given back; not %s more'
+                          % (payment, money_text(back),
+                             money_text(paid.amount), money_text(amount)))
+    new = yield from ledger_pay(account, provider, session, -amount, kind,
+                                text, of=payment)
+    return new, amount
 
 
 def money_receipt(post, account, place, amount, reference):
@@ -10693,6 +10738,11 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py user SRV credit | debit NAME DOLLARS --reason TEXT
                    [--key NAME]
        tarsnapd.py user SRV list
+       tarsnapd.py pay SRV add NAME DOLLARS --by PROVIDER --reference NAME
+                   [--currency CODE] [--text TEXT]
+       tarsnapd.py pay SRV refund NAME PAYMENT [DOLLARS] [--chargeback]
+                   [--reference NAME] [--text TEXT]
+       tarsnapd.py pay SRV list [NAME] [--json]
        tarsnapd.py machine SRV list | show MACHINE
        tarsnapd.py machine SRV quota MACHINE BYTES | none
        tarsnapd.py machine SRV read-only MACHINE on | off
@@ -10925,13 +10975,18 @@ def user_enter(server, name, kind, amount, options):
     key = key or os.urandom(8).hex()
     if not server.run(ledger_adjust(ident, key, kind, amount, reason)):
         say('%s was entered before; nothing was changed' % key)
+    balance_say(server, ident)
+    if server.prices and kind == 'credit':
+        server.run(money_receipt(server.post, ident, key, amount, reason))
+
+
+def balance_say(server, ident):
+    """Judge an account that got or lost money, and say what it has."""
     if server.prices:
         server.run(ledger_catch_up(ident))
         balance = server.perform(('view', 'balance', ident))
         server.run(standing_update({ident: balance}, server.prices,
                                    server.amnesty, server.post))
-        if kind == 'credit':
-            server.run(money_receipt(server.post, ident, key, amount, reason))
         print('balance %s' % money_text(balance.money))
 
 
@@ -10949,6 +11004,110 @@ USER_VERBS = {                          # what it does, number of words
     'move-machine': (user_move_machine, 2), 'quota': (user_quota, 2),
     'credit': (user_credit, 2), 'debit': (user_debit, 2),
     'list': (user_list, 0)}
+
+
+def command_pay(args):
+    """Payments that an operator enters: by bank, in cash, by cheque."""
+    options, words = take_options(
+        args, {'--by': True, '--reference': True, '--currency': True,
+               '--text': True, '--chargeback': False, '--json': False}, 2, 5)
+    act, least, most, known = PAY_VERBS.get(words[1], (None, 0, 0, ''))
+    if act is None or not least <= len(words) - 2 <= most or not (
+            {name[2:] for name in options} <= set(known.split())):
+        raise ServerError(
+            'pay SRV add NAME DOLLARS --by PROVIDER --reference NAME, '
+            'pay SRV refund NAME PAYMENT [DOLLARS], or pay SRV list [NAME]; '
+            'see --help')
+    server = open_server(words[0])
+    try:
+        act(server, options, *words[2:])
+    finally:
+        server.close()
+
+
+def account_find(server, name):
+    """The account of that address, or of that id, also if it is closed."""
+    found = server.run(account_get(name))
+    if found is None and len(name) == 16 and (
+            not set(name) - set(SHARDS) and name != DECOY):
+        found = server.run(account_load(name))
+    return (found or server.run(account_need(name)))[1]
+
+
+def cents_parse(text):
+    """Attodollars from dollars and cents; ServerError if it is not both."""
+    amount = money_parse(text, 2) * (ATTO // 100)
+    if not amount:
+        raise ServerError('an amount is more than nothing')
+    return amount
+
+
+def pay_add(server, options, name, dollars):
+    """Enter a payment; whoever had no money may go on."""
+    if not {'--by', '--reference'} <= options.keys():
+        raise ServerError('a payment needs --by PROVIDER and --reference')
+    provider, reference = options['--by'], options['--reference']
+    if not provider.isascii() or not provider.isalnum() or (
+            provider != provider.lower()):
+        raise ServerError('a provider is a word of small letters and digits, '
+                          'such as bank, cash or cheque')
+    if options.get('--currency', 'USD') != 'USD':
+        raise ServerError('accounts are in US dollars; enter what %s came to '
+                          'in these' % printable(options['--currency']))
+    amount = cents_parse(dollars)
+    ident = account_find(server, name)['id']
+    if not server.run(ledger_pay(ident, provider, reference, amount,
+                                 text=options.get('--text', ''),
+                                 post=server.post)):
+        say('%s-%s was entered before; nothing was changed'
+            % (provider, reference))
+    balance_say(server, ident)
+
+
+def pay_refund(server, options, name, payment, dollars=None):
+    """Enter that a payment, or a part of it, was given back."""
+    kind = 'chargeback' if '--chargeback' in options else 'refund'
+    amount = None if dollars is None else cents_parse(dollars)
+    ident = account_find(server, name)['id']
+    new, amount = server.run(ledger_refund(
+        ident, payment, kind, amount, options.get('--reference'),
+        options.get('--text', '')))
+    if not new:
+        say('this %s was entered before; nothing was changed' % kind)
+    print('%s %s' % (kind, money_text(amount)))
+    balance_say(server, ident)
+
+
+def pay_list(server, options, name=None):
+    """Print what was paid and given back, oldest first."""
+    ident = name and account_find(server, name)['id']
+    found = sorted(server.run(ledger_payments(ident)).items(),
+                   key=lambda entry: (entry[1].time, entry[0]))
+    names = account_addresses(server, {money.account for _, money in found})
+    rows = [{'time': moment(money.time), 'user': names[money.account],
+             'account': money.account, 'kind': money.kind,
+             'name': key.split('/')[2], 'amount': money_text(money.amount),
+             'of': money.of, 'text': money.text} for key, money in found]
+    if '--json' in options:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row in rows:
+        print(printable('%(time)s %(user)s %(kind)s %(name)s %(amount)s'
+                        % row + (row['of'] and ' of ' + row['of'])
+                        + (row['text'] and ' ' + row['text'])))
+
+
+PAY_VERBS = {                   # what it does, least and most words, options
+    'add': (pay_add, 2, 2, 'by reference currency text'),
+    'refund': (pay_refund, 2, 3, 'chargeback reference text'),
+    'list': (pay_list, 0, 1, 'json')}
+
+
+def account_addresses(server, idents):
+    """{account id: its address, ? if that cannot be read}."""
+    found = {ident: named(server, account_load(ident)) for ident in idents}
+    return {ident: account[1]['address'] if account else '?'
+            for ident, account in found.items()}
 
 
 def read_password():
@@ -10987,10 +11146,7 @@ def command_machine(args):
 def machine_owners(server):
     """{machine number: address of the account it belongs to}."""
     owners = server.run(owner_machines())
-    addresses = {}
-    for ident in set(owners.values()):
-        found = named(server, account_load(ident))
-        addresses[ident] = found[1]['address'] if found else '?'
+    addresses = account_addresses(server, set(owners.values()))
     return {number: addresses[ident] for number, ident in owners.items()}
 
 
@@ -11652,6 +11808,7 @@ COMMANDS = {
     'user': command_user,
     'machine': command_machine,
     'mail': command_mail,
+    'pay': command_pay,
     'serve': command_serve,
     'session': command_session,
     'rebuild': command_rebuild,
