@@ -51,6 +51,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     accounts, machines    who may register, and who did
     mail, links           what is to be mailed; what its reader may do
     ledger                what was used and paid, and what is left
+    reports               what a month was
     export                what is held about a person
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
@@ -4597,19 +4598,25 @@ def get_many(keys):
 def lines_encode(key, lines):
     """The object `key` of lines of words; the last one is a sum over all."""
     text = ''.join(' '.join(map(str, line)) + '\n' for line in lines).encode()
-    return text + b'sum %s\n' % sha256(key.encode() + b'\n' + text
-                                       ).hex().encode()
+    return text + lines_sum(key, text)
+
+
+def lines_sum(key, text):
+    return b'sum %s\n' % sha256(key.encode() + b'\n' + text).hex().encode()
 
 
 def lines_decode(key, data):
     """The lines in object `key`, lists of words; Damaged if altered."""
-    try:
-        lines = [line.split(' ') for line in data.decode('ascii').split('\n')]
-    except UnicodeDecodeError:
-        lines = []
-    if len(lines) < 2 or lines_encode(key, lines[:-2]) != data:
+    return [line.split(' ') for line in lines_text(key, data)]
+
+
+def lines_text(key, data):
+    """The lines in object `key`, not yet words; Damaged if altered."""
+    text = data[:-len(lines_sum('', b''))]
+    if text + lines_sum(key, text) != data or not text.isascii() or (
+            text and text[-1:] != b'\n'):
         raise Damaged('read', key, 'checksum does not match')
-    return lines[:-2]
+    return text.decode('ascii').split('\n')[:-1]
 
 
 # Usage of a day.
@@ -4653,10 +4660,16 @@ def usage_key(day, shard):
     return 'usage/%s/%s' % (day_text(day), shard)
 
 
-def usage_decode(day, shard, data):
-    """The Usage in object usage_key(day, shard); Damaged if it is none."""
+def usage_decode(day, shard, data, account=None):
+    """The Usage in object usage_key(day, shard); Damaged if it is none.  With
+    an account it has rows of that only, and no pieces of traffic.
+    """
     key = usage_key(day, shard)
-    lines = lines_decode(key, data)
+    lines = lines_text(key, data)
+    if account:
+        lines[2:] = [line for line in lines[2:]
+                     if line.startswith(account + ' ', 17)]
+    lines = [line.split(' ') for line in lines]
     try:
         if lines[0] != ['tarsnap-usage', '1'] or lines[1][0] != 'prices':
             raise ValueError('of another kind')
@@ -5074,6 +5087,31 @@ def closed_get(first, shard):
     return {line[0]: (int(line[1]), set(line[2:])) for line in lines}
 
 
+def month_usage(start, first, after, add, account=None):
+    """Steps: call `add` with each Usage of days `first` to `after` - 1 that
+    were billed, in order, of an account or of all; the last such day.
+    """
+    for day in range(max(first, start), after):
+        keys = [usage_key(day, shard) for shard in SHARDS]
+        datas = yield from get_many(keys)
+        if any(isinstance(data, NoObject) for data in datas):
+            return day - 1
+        for shard, data in zip(SHARDS, datas):
+            add(usage_decode(day, shard, data, account))
+    return after - 1
+
+
+class Spent:
+    """What accounts spent: {account: attodollars} of the Usage added."""
+
+    def __init__(self):
+        self.of = collections.Counter()
+
+    def add(self, usage):
+        for machine, row in usage.rows.items():
+            self.of[row.account] += sum(usage.amounts(machine))
+
+
 def month_close(start, first, after):
     """Steps: write the closings of a month, all of whose days, `first` to
     `after` - 1, have been billed; so have the months before.
@@ -5081,14 +5119,10 @@ def month_close(start, first, after):
     Entries count that were made before the month's end.  `start` is the first
     day that was billed at all.
     """
-    used = collections.Counter()
-    for day in range(max(first, start), after):
-        for shard in SHARDS:
-            usage = yield from usage_get(day, shard)
-            if usage is None:
-                raise NoObject('close', usage_key(day, shard))
-            for machine, row in usage.rows.items():
-                used[row.account] += sum(usage.amounts(machine))
+    spent = Spent()
+    last = yield from month_usage(start, first, after, spent.add)
+    if last < after - 1:
+        raise NoObject('close', 'usage/' + day_text(last + 1))
     keys = (yield ('list', 'pay/')) + (yield ('list', 'adjust/'))
     for shard in SHARDS:
         closed = {}
@@ -5096,16 +5130,21 @@ def month_close(start, first, after):
             closed = yield from closed_get(month_days(first - 1)[0], shard)
         sums = {account: (balance, set(digests))
                 for account, (balance, digests) in closed.items()}
-        for account in used:
-            if account[0] == shard:
-                balance, digests = sums.get(account, (0, set()))
-                sums[account] = balance - used[account], digests
+        month_spend(sums, {account: amount for account, amount
+                           in spent.of.items() if account[0] == shard})
         yield from month_add(sums, after, [
             key for key in keys if key.split('/')[1][0] == shard])
         yield from once(closed_key(first, shard), lines_encode(
             closed_key(first, shard),
             [(account, balance, *sorted(digests))
              for account, (balance, digests) in sorted(sums.items())]))
+
+
+def month_spend(sums, spent):
+    """Take from closing balances `sums` what accounts spent."""
+    for account, amount in spent.items():
+        balance, digests = sums.get(account, (0, set()))
+        sums[account] = balance - amount, digests
 
 
 def month_add(sums, after, keys):
@@ -5600,6 +5639,309 @@ def funds_missing(machine):
     yield from ledger_catch_up(account)
     balance = yield ('view', 'balance', account)
     return None if balance.money > 0 else balance
+
+
+##############################################################################
+# Reports
+#
+# What a month was for all accounts, or for one.  Made of days, entries and
+# closings alone, which never change: neither the view nor anything else that
+# a server or a bill could wait for is held meanwhile.  Where nothing is
+# charged, what was used comes from the logs.  All that reads is steps.
+##############################################################################
+
+# What is charged, as Usage.amounts() has it and the original's lists call it.
+CHARGES = ('Daily storage', 'Client->Server bandwidth',
+           'Server->Client bandwidth')
+# What was entered in a month: {account: amount at its begin}, [(key, Money)]
+# by time, and {account: closing balance}, None if it is not closed.
+Entered = collections.namedtuple('Entered', 'opening entries closed')
+# A line of a statement: a charge, with quantity and price, or an entry, with
+# None for these, its name and a text.  `amount` is what the balance grows by.
+Line = collections.namedtuple(
+    'Line', 'day machine kind quantity price amount name text')
+
+
+def month_parse(text):
+    """The first day of a month; ServerError if it is none."""
+    try:
+        return day_parse(text + '-01')
+    except ServerError:
+        raise ServerError('%s is not a month like 2026-11'
+                          % printable(text)) from None
+
+
+def closings(first, account=None):
+    """Steps: closing balances of a month, as in closed_get, of an account's
+    shard or of all; None if they are not whole.
+    """
+    found = {}
+    for shard in account[0] if account else SHARDS:
+        one = yield from closed_get(first, shard)
+        if one is None:
+            return None
+        found.update(one)
+    if account:
+        return {account: found[account]} if account in found else {}
+    return found
+
+
+def month_before(start, first, keys, account):
+    """Steps: what the closings of the month before day `first` say, or would
+    say if they were there; `keys` are all entries.
+    """
+    sums, begin = {}, month_days(first - 1)[0]
+    if start is not None and first > start:
+        sums = yield from closings(begin, account)
+        if sums is not None:
+            return sums
+        sums = yield from month_before(start, begin, keys, account)
+        spent = Spent()
+        yield from month_usage(start, begin, first, spent.add, account)
+        month_spend(sums, spent.of)
+    yield from month_add(sums, first, keys)
+    return sums
+
+
+def month_entered(start, first, account=None):
+    """Steps: the Entered of a month, of an account or of all."""
+    after, below = month_days(first)[1], '%s/' % account if account else ''
+    keys = (yield ('list', 'pay/' + below)) + (
+        yield ('list', 'adjust/' + below))
+    before = yield from month_before(start, first, keys, account)
+    closed = yield from closings(first, account)
+
+    def included(key, sums):
+        return money_digest(key) in sums.get(key.split('/')[1], (0, ()))[1]
+
+    new = [key for key in keys if not included(key, before) and (
+        closed is None or included(key, closed))]
+    entries = [(key, money_decode(key, data)) for key, data
+               in zip(new, (yield from get_many(new)))
+               if not isinstance(data, NoObject)]
+    return Entered(
+        {account: balance for account, (balance, _) in before.items()},
+        sorted([(key, money) for key, money in entries
+                if closed or money.time < after * DAY],
+               key=lambda entry: (entry[1].time, entry[0])),
+        closed and {account: balance
+                    for account, (balance, _) in closed.items()})
+
+
+class Tally:
+    """What an account used in a month: `add` its machines' days in order."""
+
+    __slots__ = ('machines', 'stored', 'up', 'down', 'day', 'held', 'amounts')
+
+    def __init__(self):
+        self.machines = set()
+        self.stored = 0             # byte-days
+        self.up = self.down = 0     # bytes
+        self.day = None             # the last one, and bytes live after it
+        self.held = 0
+        self.amounts = (0, 0, 0)    # as in Usage.amounts()
+
+    def add(self, day, machine, row, amounts=(0, 0, 0)):
+        if day != self.day:
+            self.day, self.held = day, 0
+        self.machines.add(machine)
+        self.held += row.bytes
+        self.stored += row.stored
+        self.up += row.up
+        self.down += row.down
+        self.amounts = tuple(map(sum, zip(self.amounts, amounts)))
+
+
+def logs_usage(first, after, add, account=None):
+    """Steps: as month_usage(), of the days that are over, from the logs: for
+    servers where nothing is charged.  Nobody noted what was sent.
+    """
+    after = min(after, (yield ('now',)) // DAY)
+    owners = yield from owner_versions()
+    machines = ['%016x' % number for number in (yield from machine_numbers())]
+    logs = yield from log_since(dict.fromkeys(machines, 0), after * DAY, {})
+    at = dict.fromkeys(logs, (0, 0, 0))     # entries passed, k, live bytes
+    for day in range(first, after):
+        usage = Usage(day, '-', Prices(0, 0, 0))
+        for machine, entries in logs.items():
+            owner = owner_at(owners.get(machine, ()), (day + 1) * DAY)
+            i, k, held = at[machine]
+            while i < len(entries) and entries[i][1] < day * DAY:
+                i, k, held = i + 1, entries[i][0], entries[i][2]
+            today = list(itertools.takewhile(
+                lambda entry: entry[1] < (day + 1) * DAY, entries[i:]))
+            stored = stored_days(today, held, day * DAY)
+            if today:
+                k, _, held, _ = today[-1]
+            at[machine] = i + len(today), k, held
+            if k and account in (None, owner):
+                usage.rows[machine] = Used(owner, k, held, stored, sum(
+                    entry[3] for entry in today), 0)
+        add(usage)
+    return after - 1
+
+
+def month_days_used(first, add, account=None):
+    """Steps: (first day, last day, True if they were charged) for which `add`
+    was called with a Usage; the last one is before the first if there is none.
+    """
+    after, start = month_days(first)[1], (yield from start_get())
+    if start is not None:
+        begin = max(first, start)
+        last = yield from month_usage(start, first, after, add, account)
+        if last >= begin:
+            return begin, last, True
+    return first, (yield from logs_usage(first, after, add, account)), False
+
+
+def month_head(first, days, entered):
+    """What a report says of its month, a dict of JSON values."""
+    begin, last, charged = days
+    return {'month': month_text(first), 'days': max(0, last + 1 - begin),
+            'first day': day_text(begin) if last >= begin else None,
+            'last day': day_text(last) if last >= begin else None,
+            'charged': charged, 'closed': entered.closed is not None}
+
+
+def closed_differ(first, entered, balances):
+    """Where closings say other than `balances` {account: attodollars}, which
+    days and entries make: a line for each.
+    """
+    closed = balances if entered.closed is None else entered.closed
+    return ['%s: %s has %s, but days and entries make %s' % (
+        closed_key(first, account[0]), account,
+        money_text(closed.get(account, 0)),
+        money_text(balances.get(account, 0)))
+        for account in sorted(closed.keys() | balances.keys())
+        if closed.get(account, 0) != balances.get(account, 0)]
+
+
+# A row of a month's report; all of REPORT_MONEY are attodollars.
+REPORT_BYTES = ('bytes average', 'bytes end', 'bytes up', 'bytes down')
+REPORT_CHARGES = ('storage', 'upload', 'download')
+REPORT_ENTRIES = {'payment': 'payments', 'refund': 'refunds',
+                  'chargeback': 'chargebacks', 'credit': 'credits',
+                  'adjustment': 'adjustments'}
+REPORT_MONEY = ('opening', *REPORT_CHARGES, *REPORT_ENTRIES.values(),
+                'closing')
+REPORT_SUMS = ('revenue', 'received', 'unpaid', 'prepaid')
+REPORT_FIELDS = ('account', 'user', 'machines', *REPORT_BYTES, *REPORT_MONEY)
+
+
+def month_report(first):
+    """Steps: (head, rows, totals, lines of what is wrong) of a month: dicts
+    with names of REPORT_FIELDS and more, for each account that is open or had
+    something then.  Machines of nobody are a row with account `-`.
+    """
+    tallies = {}
+
+    def add(usage):
+        for machine, row in usage.rows.items():
+            tallies.setdefault(row.account, Tally()).add(
+                usage.day, machine, row, usage.amounts(machine))
+
+    days = yield from month_days_used(first, add)
+    entered = yield from month_entered((yield from start_get()), first)
+    head = month_head(first, days, entered)
+    users = yield from accounts_newest()
+    after = month_days(first)[1] * DAY
+    idents = {ident for ident, user in users.items() if user and (
+        not user.get('closed') and user['created'] < after)}
+    idents.update(tallies, (ident for ident, balance
+                            in entered.opening.items() if balance),
+                  (money.account for _, money in entered.entries))
+    rows = {ident: report_row(ident, users.get(ident), head, days[1],
+                              tallies.get(ident), entered)
+            for ident in sorted(idents)}
+    for _, money in entered.entries:
+        rows[money.account][REPORT_ENTRIES[money.kind]] += money.amount
+        rows[money.account]['closing'] += money.amount
+    machines = set().union(*(tally.machines for tally in tallies.values()))
+    wrong = closed_differ(first, entered, {
+        ident: row['closing'] for ident, row in rows.items()})
+    rows = sorted(rows.values(), key=lambda row: (row['user'], row['account']))
+    return head, rows, report_totals(rows, len(machines)), wrong
+
+
+def report_row(ident, user, head, last, tally, entered):
+    """A row of month_report(), without what was entered."""
+    tally = tally or Tally()
+    row = dict.fromkeys(REPORT_FIELDS, 0)
+    row.update(
+        {'account': ident, 'user': user['address'] if user else '?',
+         'machines': len(tally.machines),
+         'bytes average': tally.stored // (head['days'] or 1),
+         'bytes end': tally.held if tally.day == last else 0,
+         'bytes up': tally.up, 'bytes down': tally.down,
+         'opening': entered.opening.get(ident, 0)},
+        **dict(zip(REPORT_CHARGES, tally.amounts)))
+    if ident == '-':
+        row['user'] = '-'
+    row['closing'] = row['opening'] - sum(tally.amounts)
+    return row
+
+
+def report_totals(rows, machines):
+    """Sums of rows; `revenue` is what was charged, `received` what was paid
+    less what went back, `unpaid` and `prepaid` what accounts owe and have.
+    """
+    totals = {name: sum(row[name] for row in rows)
+              for name in REPORT_BYTES + REPORT_MONEY}
+    totals.update({
+        'accounts': sum(row['account'] != '-' for row in rows),
+        'machines': machines,
+        'revenue': sum(totals[name] for name in REPORT_CHARGES),
+        'received': sum(totals[REPORT_ENTRIES[kind]] for kind in PAID),
+        'unpaid': sum(max(0, -row['closing']) for row in rows),
+        'prepaid': sum(max(0, row['closing']) for row in rows)})
+    return totals
+
+
+def accounts_newest():
+    """Steps: {id: account} of all, also closed ones; None for one that is
+    damaged, which is said.
+    """
+    newest, found = {}, {}
+    for key in (yield ('list', 'account/')):
+        newest.setdefault(key.split('/')[1], key)
+    newest.pop(DECOY, None)
+    for ident, data in zip(newest, (yield from get_many(
+            list(newest.values())))):
+        try:
+            found[ident] = versioned_decode(newest[ident], data)
+        except Damaged as e:
+            found[ident] = None
+            yield ('log', str(e))
+    return found
+
+
+def account_statement(account, first):
+    """Steps: (head, opening balance, [Line], closing balance, lines of what
+    is wrong) of an account's month; what was entered on a day is before what
+    was used.
+    """
+    lines = []
+
+    def add(usage):
+        for machine, row in sorted(usage.rows.items()):
+            for kind, quantity, price, amount in zip(
+                    CHARGES, (row.stored, row.up, row.down), usage.prices,
+                    usage.amounts(machine)):
+                if quantity:
+                    lines.append(Line(usage.day, machine, kind, quantity,
+                                      price, -amount, '', ''))
+
+    days = yield from month_days_used(first, add, account)
+    entered = yield from month_entered((yield from start_get()), first,
+                                       account)
+    lines += [Line(money.time // DAY, '', money.kind, None, None,
+                   money.amount, key.split('/')[2], money.text)
+              for key, money in entered.entries]
+    lines.sort(key=lambda line: (line.day, line.quantity is not None))
+    opening = entered.opening.get(account, 0)
+    closing = opening + sum(line.amount for line in lines)
+    return (month_head(first, days, entered), opening, lines, closing,
+            closed_differ(first, entered, {account: closing}))
 
 
 ##############################################################################
@@ -10750,6 +11092,8 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py machine SRV freeze | unfreeze MACHINE [ROLES]
        tarsnapd.py bill SRV [--dry-run] [--late]
        tarsnapd.py bill SRV --check [DAY]
+       tarsnapd.py report SRV [--month YYYY-MM] [--account NAME]
+                   [--json | --csv]
        tarsnapd.py mail SRV [--list | --dry-run | --text KIND |
                    --announce FILE]
        tarsnapd.py check [SRV] [--server HOST:PORT] [--key FILE] [--read]
@@ -11057,7 +11401,7 @@ def pay_add(server, options, name, dollars):
     amount = cents_parse(dollars)
     ident = account_find(server, name)['id']
     if not server.run(ledger_pay(ident, provider, reference, amount,
-                                 text=options.get('--text', ''),
+                                 text=printable(options.get('--text', '')),
                                  post=server.post)):
         say('%s-%s was entered before; nothing was changed'
             % (provider, reference))
@@ -11071,7 +11415,7 @@ def pay_refund(server, options, name, payment, dollars=None):
     ident = account_find(server, name)['id']
     new, amount = server.run(ledger_refund(
         ident, payment, kind, amount, options.get('--reference'),
-        options.get('--text', '')))
+        printable(options.get('--text', ''))))
     if not new:
         say('this %s was entered before; nothing was changed' % kind)
     print('%s %s' % (kind, money_text(amount)))
@@ -11549,6 +11893,189 @@ def bill_say(server, dry, late):
             days_left(balance, server.prices, server.perform(('now',)))))
 
 
+def command_report(args):
+    """What a month was; status 2 if its closing says other than its days."""
+    options, (path,) = take_options(
+        args, {'--month': True, '--account': True, '--json': False,
+               '--csv': False}, 1)
+    if {'--json', '--csv'} <= options.keys():
+        raise ServerError('a report is JSON or CSV, not both')
+    server = open_server(path)
+    try:
+        today = server.perform(('now',)) // DAY
+        first = month_days(month_days(today)[0] - 1)[0]
+        if '--month' in options:
+            first = month_parse(options['--month'])
+        if first > today:
+            raise ServerError('%s has not begun' % month_text(first))
+        how = 'json' if '--json' in options else (
+            'csv' if '--csv' in options else 'text')
+        if '--account' in options:
+            user = account_find(server, options['--account'])
+            found = server.run(account_statement(user['id'], first))
+            STATEMENTS[how](user, *found[:-1])
+        else:
+            found = server.run(month_report(first))
+            REPORTS[how](*found[:-1])
+    finally:
+        server.close()
+    for line in found[-1]:
+        say(line)
+    return 2 if found[-1] else 0
+
+
+def csv_print(rows):
+    """Print rows of words as CSV."""
+    import csv
+    csv.writer(sys.stdout, lineterminator='\n').writerows(rows)
+
+
+def csv_safe(text):
+    """What somebody else chose, so that no spreadsheet takes it for a formula:
+    those that begin like one get a quote in front.
+    """
+    text = printable(text)
+    return "'" + text if text.lstrip()[:1] in tuple(
+        '=+-@＝＋－＠') else text
+
+
+def table_print(rows, right):
+    """Print rows of words below each other; columns in `right` end there."""
+    rows = [[str(word) for word in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(
+            word.rjust(width) if i in right else word.ljust(width)
+            for i, (word, width) in enumerate(zip(row, widths))).rstrip())
+
+
+def money_fields(row):
+    """A row of a report whose amounts are dollars, all 18 digits."""
+    return {name: money_text(value) if name in REPORT_MONEY + REPORT_SUMS
+            else value for name, value in row.items()}
+
+
+def report_csv(head, rows, totals):
+    """A line for each account; sums are for the reader to make."""
+    csv_print([[name.replace(' ', '_') for name in REPORT_FIELDS]] + [
+        [csv_safe(value) if name == 'user' else value
+         for name, value in money_fields(row).items()] for row in rows])
+
+
+def report_json(head, rows, totals):
+    """One object: what month it is, sums, and accounts."""
+    print(json.dumps(dict(
+        stats_names(head), totals=stats_names(money_fields(totals)),
+        accounts=[stats_names(money_fields(row)) for row in rows]),
+        indent=1, ensure_ascii=False))
+
+
+def report_text(head, rows, totals):
+    """Sums, a word and its value on each line, and a table of accounts."""
+    month_say(head)
+    for name in ('accounts', 'machines') + REPORT_BYTES:
+        print('%s %d' % (name, totals[name]))
+    paid = head['charged'] or any(totals[name] for name in REPORT_MONEY)
+    for name in REPORT_MONEY + REPORT_SUMS if paid else ():
+        print('%s %s %s' % (name, money_short(totals[name]),
+                            money_text(totals[name])))
+    names = ['machines', *REPORT_BYTES]
+    table = [[row[name] for name in names] for row in rows]
+    if paid:
+        names += ['charged', 'received', 'balance']
+        for line, row in zip(table, rows):
+            line += map(money_short, (
+                sum(row[name] for name in REPORT_CHARGES),
+                sum(row[REPORT_ENTRIES[kind]] for kind in PAID),
+                row['closing']))
+    print()
+    table_print([names + ['user']] + [
+        line + [printable(row['user'])] for line, row in zip(table, rows)],
+        range(len(names)))
+
+
+def month_say(head):
+    """Which days a report is about, and where it is from."""
+    print('month %s%s' % (head['month'], head['closed'] * ', closed'))
+    if not head['days']:
+        print('days 0: none that is over was counted yet')
+        return
+    print('days %d: %s to %s, %s' % (
+        head['days'], head['first day'], head['last day'],
+        'charged' if head['charged'] else
+        'by the logs: nothing was charged, and downloads are not known'))
+
+
+def statement_text(user, head, opening, lines, closing):
+    """A line for each charge and entry, and the balance after it."""
+    print('account %s %s' % (user['id'], printable(user['address'])))
+    month_say(head)
+    rows, balance = [], opening
+    for line in lines:
+        balance += line.amount
+        rows.append([
+            day_text(line.day), line.machine or line.name, line.kind,
+            '' if line.quantity is None else line.quantity,
+            money_text(line.amount), money_text(balance),
+            printable(line.text)])
+    if head['charged'] or opening or any(line.amount for line in lines):
+        rows = [['', '', 'opening balance', '', '', money_text(opening), ''],
+                *rows,
+                ['', '', 'closing balance', '', '', money_text(closing), '']]
+    else:
+        rows = [row[:4] for row in rows]
+    print()
+    table_print(rows, range(3, 6))
+
+
+def statement_csv(user, head, opening, lines, closing):
+    """The list of the original service: days begin with the balance, charges
+    are positive.  What was entered has its kind for RECTYPE, its name for
+    TYPE, and the amount the balance grew by.
+    """
+    rows, balance = [('RECTYPE', 'DATE', 'MACHINE', 'TYPE', 'QUANTITY',
+                      'AMOUNT', 'BALANCE')], opening
+    day, end = month_parse(head['month']), head['last day']
+    if lines:
+        day = min(day, lines[0].day)
+    rows.append(balance_row(day, balance))
+    for line in lines:
+        if line.day != day:
+            day = line.day
+            rows.append(balance_row(day, balance))
+        balance += line.amount
+        if line.quantity is None:
+            rows.append((line.kind.capitalize(), day_text(day), '',
+                         csv_safe(line.name), '', money_text(line.amount),
+                         ''))
+        else:
+            rows.append(('Usage', day_text(day), line.machine, line.kind,
+                         line.quantity, money_text(-line.amount), ''))
+    rows.append(balance_row(max(day, day_parse(end) if end else day) + 1,
+                            balance))
+    csv_print(rows)
+
+
+def balance_row(day, balance):
+    return 'Balance', day_text(day), '', '', '', '', money_text(balance)
+
+
+def statement_json(user, head, opening, lines, closing):
+    """One object, amounts in dollars."""
+    print(json.dumps(dict(
+        {'account': user['id'], 'user': user['address']}, **stats_names(head),
+        opening=money_text(opening), closing=money_text(closing),
+        lines=[dict(line._asdict(), day=day_text(line.day),
+                    amount=money_text(line.amount),
+                    price=line.price and money_text(line.price))
+               for line in lines]), indent=1, ensure_ascii=False))
+
+
+REPORTS = {'text': report_text, 'json': report_json, 'csv': report_csv}
+STATEMENTS = {'text': statement_text, 'json': statement_json,
+              'csv': statement_csv}
+
+
 def command_mail(args):
     """Send the mail that is due; status 1 if not all went well."""
     options, (path,) = take_options(
@@ -11817,6 +12344,7 @@ COMMANDS = {
     'index-dump': command_index_dump,
     'bill': command_bill,
     'repair': command_repair,
+    'report': command_report,
     'stats': command_stats,
 }
 

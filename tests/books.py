@@ -358,10 +358,35 @@ class Books:
                                          expected[account])
             assert found == fresh.view.call('balances', ())
         fresh.view.remove()
+        self.reports(expected)
         first, last = self.start, self.now // DAY - 1
         for day in self.rng.sample(range(first, last), min(9, last - first)):
             wrong = self.run(tarsnapd.bill_check(day))
             assert wrong == [], wrong
+
+    def reports(self, expected):
+        """Each month begins as the one before ended and ends as its closing
+        and its statements say, and the last one as it is expected.
+        """
+        first, ended = tarsnapd.month_days(self.start)[0], {}
+        while first <= self.now // DAY:
+            _, rows, totals, wrong = self.run(tarsnapd.month_report(first))
+            assert wrong == [], wrong
+            begun = {row['account']: row['opening'] for row in rows}
+            for account, money in ended.items():
+                assert begun.get(account, 0) == money, (account, first)
+            ended = {row['account']: row['closing'] for row in rows}
+            assert sum(ended.values()) == (
+                totals['prepaid'] - totals['unpaid']) == (
+                totals['opening'] - totals['revenue'] + totals['received']
+                + totals['credits'] + totals['adjustments']), totals
+            account = self.rng.choice(self.accounts)
+            *_, closing, wrong = self.run(tarsnapd.account_statement(
+                account, first))
+            assert (closing, wrong) == (ended.get(account, 0), []), account
+            first = tarsnapd.month_days(first)[1]
+        for account in self.accounts:
+            assert ended.get(account, 0) == expected[account], account
 
     def charged(self):
         """{machine: bytes up} that all days together say, after each of

@@ -81,7 +81,7 @@ class ByHand(Clocked):
             '-0.01' + 16 * '0' + ' of bank-R17 rounding\n')
         rows = json.loads(self.good('pay', 'list', '--json'))
         self.assertEqual([row['of'] for row in rows], ['', 'bank-R17'])
-        self.assertEqual(rows[0]['text'], 'A\x1b[m')
+        self.assertEqual(rows[0]['text'], 'A?[m')
 
     def test_an_account_that_was_closed(self):
         """It is named by its id."""
