@@ -77,6 +77,8 @@ help:
 	@echo 'make bench-load        one server under many sessions'
 	@echo 'make bench-rebuild     the index of a million blocks made anew'
 	@echo 'make bench-login       whether time tells which users there are'
+	@echo 'make bench-cron [LOGS=dir] how well cronwatch groups lines of logs,'
+	@echo '                       and finds what is wrong in made mails'
 	@echo 'make lint              check sources and manual pages'
 	@echo 'make clean             remove what these make'
 	@echo 'PYTHON=... chooses the interpreter, VENV=... where one is made.'
@@ -111,6 +113,10 @@ bench: peers
 
 bench-quick: peers
 	@$(FIND) && exec "$$py" bench/compare.py --runs 1 $(BENCH)
+
+# LOGS: a directory with LogHub's samples, to measure the miner on.
+bench-cron:
+	@$(FIND) && exec "$$py" bench/cron.py $(LOGS:%=--logs %) $(BENCH)
 
 bench-growth bench-network bench-load bench-rebuild bench-login:
 	@$(FIND) && exec "$$py" bench/$(@:bench-%=%).py $(BENCH)
@@ -155,5 +161,6 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help demo test crash fuzz rot faults books model bench bench-quick \
-	bench-growth bench-network bench-load bench-rebuild bench-login tools \
+	bench-growth bench-network bench-load bench-rebuild bench-login \
+	bench-cron tools \
 	peers lint clean

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# SPDX-License-Identifier: BSD-2-Clause
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Months of a machine room's cron mail, made from a seed.
 
 What comes out are whole raw mails, as cron of Debian and FreeBSD, anacron,
@@ -1866,8 +1866,6 @@ TEXTUAL = {'error line': error_line, 'odd line': odd_line,
            'stale': stale, 'garbled': garbled, 'exit only': exit_only}
 TIMES = {'missing', 'late', 'off time', 'storm'}
 CLASSES = sorted(TEXTUAL) + sorted(NUMERIC) + sorted(TIMES)
-COMMON = {'error line', 'odd line', 'lost line', 'garbled', 'cut', 'broken',
-          'order', 'flood', 'missing', 'storm', 'late', 'off time'}
 LENGTHS = {'ramp': 9, 'stale': 4}       # runs that show it; others 1 to 3
 
 
@@ -1917,11 +1915,12 @@ class Story:
     after an upgrade.
     """
 
-    def __init__(self, job, days, learning):
+    def __init__(self, job, days, learning, first, used):
         self.job = job
+        self.used = used        # class -> faults so far, of all jobs
         self.rng = random.Random('%s %d story' % (job.seed, job.number))
         self.starts = list(moments(job.schedule, days))
-        self.begin = max(12, sum(1 for when in self.starts
+        self.begin = max(first, sum(1 for when in self.starts
                                  if (when - EPOCH).days < learning))
         self.daily = len(self.starts) / days
         self.faults = []        # that began
@@ -1968,14 +1967,15 @@ class Story:
             and run.seconds > 2 * plain.seconds)
 
     def start(self, when):
-        """Begin a fault, of the first class of a shuffle that can be."""
+        """Begin a fault, of a class that was rare so far and can be."""
         self.dice = self.rng.random()
-        for kind in sorted(CLASSES, key=lambda kind: self.rng.random()
-                           ** (1 if kind in COMMON else 2)):
+        for kind in sorted(CLASSES, key=lambda kind: self.used.get(kind, 0)
+                           + self.rng.random() * 3):
             run = self.attempt(kind, when, 0)
             if run is not None:
                 self.active = Fault(len(self.faults), self.job, kind)
                 self.faults.append(self.active)
+                self.used[kind] = self.used.get(kind, 0) + 1
                 self.left = 1 if kind == 'storm' else (
                     LENGTHS.get(kind) or self.rng.choice((1, 1, 1, 2, 3)))
                 self.rest = self.left + int(9 * self.daily) + 6
@@ -2049,19 +2049,19 @@ class Story:
 SELDOM = {'apticron', 'gitmirror', 'dnf'}       # mail only if there is news
 
 
-def corpus(seed, jobs=56, days=180, learning=45, kinds=None):
+def corpus(seed, jobs=56, days=180, learning=45, first=12, kinds=None):
     """Make `jobs` jobs, one of each kind in turn, and their mails.
 
     The same arguments give the same bytes.  No fault starts in the first
-    `learning` days.
+    `learning` days, nor in the `first` runs of a job.
     """
     names = sorted(kinds or KINDS)
     random.Random('%s kinds' % seed).shuffle(names)
     made = [Job(seed, number, KINDS[names[number % len(names)]], days)
             for number in range(jobs)]
-    faults, mails = [], []
+    faults, mails, used = [], [], {}
     for job in made:
-        story = Story(job, days, learning)
+        story = Story(job, days, learning, first, used)
         mails += story.mails()
         faults += story.faults
     mails.sort(key=lambda mail: (mail.time, mail.job))
