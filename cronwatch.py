@@ -101,34 +101,271 @@ def conf_read(path, tables):
 # a result, in bounded memory and time.  Knows nothing of what was before.
 ##############################################################################
 
+# What is read of a mail; of a longer one, only the length is known.
+HEAD_BYTES = 1 << 20
+# Lines that are looked at: the first and the last ones of a long mail.
+LINES_FIRST, LINES_LAST = 4000, 1000
+LINE_CHARS = 1000
+PARTS = 100             # of a multipart mail
+
 
 class Run:
     """One run of a job: what a mail says, or a command that was wrapped."""
 
-    __slots__ = ('key', 'name', 'at', 'lines', 'size', 'status', 'seconds',
-                 'raw')
+    __slots__ = ('key', 'name', 'at', 'lines', 'count', 'size', 'status',
+                 'seconds')
 
-    def __init__(self, key, name, at, lines, size, status=None, seconds=None,
-                 raw=b''):
+    def __init__(self, key, name, at, lines, count, size, status=None,
+                 seconds=None):
         self.key = key          # of the job, the same for all its runs
         self.name = name        # of the job, as people know it
         self.at = at            # epoch, when it came
-        self.lines = lines      # the text, decoded
+        self.lines = lines      # [(number from 1, text)], without empty ones
+        self.count = count      # lines of the mail, all of them
         self.size = size        # bytes of the mail, all of them
         self.status = status    # exit status, or None if not known
         self.seconds = seconds  # how long it took, or None
-        self.raw = raw          # the mail, or its beginning
 
 
-def mail_read(raw, now):
-    """The Run that the mail `raw` tells of."""
-    head, _, body = raw.partition(b'\n\n')
-    subject = ''
-    for line in head.decode('utf-8', 'replace').splitlines():
-        if line.lower().startswith('subject:'):
-            subject = line[8:].strip()
-    lines = body.decode('utf-8', 'replace').splitlines()
-    return Run(subject, subject, now, lines, len(raw), raw=raw)
+class Intake:
+    """All bytes of a stream: the beginning in memory, a long one on disk."""
+
+    def __init__(self, stream):
+        """Read `stream` to its end.  OSError where there is no room."""
+        self.head = stream.read(HEAD_BYTES)
+        self.size = len(self.head)
+        self.beyond = 0         # line ends behind head
+        self.spill = None       # a file with all of it, where head is not all
+        if self.size == HEAD_BYTES:
+            import tempfile
+            self.spill = tempfile.TemporaryFile()
+            block = self.head
+            while block:
+                self.spill.write(block)
+                block = stream.read(1 << 18)
+                self.size += len(block)
+                self.beyond += block.count(b'\n')
+
+    def blocks(self):
+        """All of it again, block by block."""
+        if self.spill is None:
+            yield self.head
+            return
+        self.spill.seek(0)
+        while True:
+            block = self.spill.read(1 << 18)
+            if not block:
+                return
+            yield block
+
+
+def text_lines(text, beyond=0):
+    """(lines, count) as in Run of decoded text.
+
+    Colours are dropped, and of a line that overwrote itself (progress) what
+    was left in the end is kept.
+    """
+    import re
+    if '\x1b' in text:
+        text = re.sub(r'\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*\x07?|.)',
+                      '', text)
+    # A lone surrogate cannot be kept in SQLite.
+    text = text.encode('utf-8', 'replace').decode('utf-8')
+    found = text.replace('\r\n', '\n').split('\n')
+    while found and not found[-1].strip():
+        found.pop()
+    count = len(found) + beyond
+    numbered = enumerate(found, 1)
+    if len(found) > LINES_FIRST + LINES_LAST:
+        numbered = list(numbered)
+        numbered[LINES_FIRST:-LINES_LAST] = []
+    lines = []
+    for number, line in numbered:
+        line = line.rstrip()
+        if '\r' in line:
+            line = line[line.rindex('\r') + 1:]
+        if line.strip():
+            lines.append((number, line[:LINE_CHARS].replace('\0', ' ')))
+    return lines, count
+
+
+def html_text(text):
+    """What a reader sees of HTML, roughly: a line for each block."""
+    import html
+    import re
+    text = re.sub(r'(?is)<(script|style|head)\b.*?(</\1\s*>|\Z)|<!--.*?-->',
+                  ' ', text)
+    text = re.sub(r'\s+', ' ', text)
+    text = re.sub(r'(?i)</t[dh]\s*>', ' ', text)
+    text = re.sub(r'(?i)<(br|hr|/?p|/?div|/?tr|/?li|/?h\d|/?table|/?pre)\b'
+                  r'[^>]*>', '\n', text)
+    text = html.unescape(re.sub(r'<[^>]*>', '', text))
+    return '\n'.join(line for line in map(str.strip, text.split('\n'))
+                     if line)
+
+
+def header_text(value):
+    """A header's value as one line of text, whatever is in it."""
+    if value is None:
+        return ''
+    text = str(value)
+    if '=?' in text:
+        from email.header import decode_header
+        pieces = []
+        try:
+            for piece, charset in decode_header(text):
+                if isinstance(piece, bytes):
+                    piece = decoded(piece, charset)
+                pieces.append(piece)
+            text = ''.join(pieces)
+        except ValueError:      # binascii.Error, HeaderParseError
+            pass
+    text = text.encode('utf-8', 'replace').decode('utf-8')
+    return ' '.join(text.replace('\0', ' ').split())
+
+
+def decoded(data, charset):
+    """Bytes as text: by their charset if it is one, and never an error."""
+    charset = (charset or 'us-ascii').lower()
+    if charset in ('us-ascii', 'ascii', 'utf-8', 'utf8', 'unknown-8bit'):
+        try:
+            return data.decode('utf-8')
+        except UnicodeDecodeError:
+            charset = 'utf-8' if charset.startswith('utf') else 'latin-1'
+    try:
+        return data.decode(charset, 'replace')
+    except (LookupError, UnicodeError, ValueError):
+        return data.decode('latin-1')
+
+
+def part_text(part):
+    """The text of one part that is no multipart."""
+    try:
+        data = part.get_payload(decode=True)
+    except (ValueError, LookupError):
+        data = None
+    if data is None:
+        data = str(part.get_payload()).encode('utf-8', 'replace')
+    text = decoded(data, part.get_param('charset') if isinstance(
+        part.get_param('charset'), str) else None)
+    if part.get_content_type() == 'text/html':
+        return html_text(text)
+    return text
+
+
+def message_text(message, left=None):
+    """The text of a mail: of alternatives the plain one, attachments named.
+
+    `left` is a list with the number of parts that may still be looked at.
+    """
+    left = [PARTS] if left is None else left
+    left[0] -= 1
+    if left[0] < 0:
+        return ''
+    kind = message.get_content_type()
+    if not message.is_multipart():
+        name = header_text(message.get_filename())
+        if name or not kind.startswith('text/'):
+            return '[attachment: %s %s]' % (kind, name)
+        return part_text(message)
+    parts = message.get_payload()
+    if kind == 'multipart/alternative':
+        for wanted in ('text/plain', None):
+            for part in parts:
+                if wanted in (None, part.get_content_type()):
+                    text = message_text(part, left)
+                    if text.strip():
+                        return text
+        return ''
+    return '\n'.join(message_text(part, left) for part in parts)
+
+
+def varying_masked(text):
+    """Of a subject or command, what is the same each time."""
+    import re
+    text = re.sub(r'(?i)\b(mon|tues?|wed(nes)?|thu(rs)?|fri|sat(ur)?|sun)'
+                  r'(day)?\b', '#', text)
+    text = re.sub(r'(?i)\b(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?'
+                  r'|july?|aug(ust)?|sep(t(ember)?)?|oct(ober)?'
+                  r'|nov(ember)?|dec(ember)?)\b', '#', text)
+    text = re.sub(r'(?i)\b(?=[0-9a-f-]*\d)[0-9a-f]{8}[0-9a-f-]*\b', '#', text)
+    text = re.sub(r'\d+([.:,/-]\d+)*', '#', text)
+    return re.sub(r'#([ ,]*#)+', '#', text)
+
+
+def name_host(message):
+    """The host that a mail is from, as its sender says."""
+    sender = header_text(message.get('From'))
+    host = sender.rpartition('@')[2].split('>')[0].split()
+    return host[0].lower() if host else ''
+
+
+def job_name(message, lines):
+    """(key, name, exit status or None) of the job that sent a mail.
+
+    Cron's subjects (Vixie cron and its kin: Debian, FreeBSD, cronie) name
+    user, host and command; Debian's adds (failed).  anacron names its job.
+    What a systemd unit reported begins with a line of systemctl status.  Any
+    other mail is known by sender and subject.
+    """
+    import re
+    subject = re.sub(r'(?i)^(re|fwd?):\s*', '',
+                     header_text(message.get('Subject')))
+    found = re.match(r'Cron <([^@>]*)@([^>]*)> (.*)$', subject)
+    if found:
+        user, host, command = found.groups()
+        failed = command.endswith(' (failed)')
+        if failed:
+            command = command[:-9]
+        return (' '.join(('cron', user, host, varying_masked(command))),
+                '%s@%s: %s' % (user, host, command), 1 if failed else None)
+    found = re.match(r"Anacron job '([^']*)' on (\S+)", subject)
+    if found:
+        return ('anacron %s %s' % found.groups(),
+                'anacron@%s: %s' % (found[2], found[1]), None)
+    host = name_host(message)
+    for _, line in lines[:3]:
+        found = re.match(
+            r'[^\w\s]?\s*(\S+\.(?:service|timer|mount|path|socket))'
+            r'(?: - |$)', line)
+        if found:
+            text = '\n'.join(line for _, line in lines[:40])
+            status = re.search(r'code=\w+, status=(\d+)', text)
+            return ('unit %s %s' % (host, found[1]),
+                    '%s: %s' % (host, found[1]),
+                    int(status[1]) if status else None)
+    sender = header_text(message.get('From'))
+    found = re.search(r'[^\s<>"]+@[^\s<>"]+', sender)
+    sender = (found[0] if found else sender).lower()
+    return ('mail %s %s' % (sender, varying_masked(subject)),
+            '%s: %s' % (sender, subject or '(no subject)'), None)
+
+
+def mail_parse(raw):
+    """The email.message.Message of bytes, whatever they are."""
+    from email.parser import BytesParser
+    return BytesParser().parsebytes(raw)
+
+
+def mail_date(message):
+    """Epoch of a mail's Date, or None."""
+    from email.utils import mktime_tz, parsedate_tz
+    try:
+        when = parsedate_tz(header_text(message.get('Date')))
+        return float(mktime_tz(when)) if when else None
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
+
+
+def mail_run(message, at, size, beyond=0):
+    """The Run that a mail tells of.
+
+    `size` and `beyond` are the bytes of all of it and the line ends that
+    were not read.
+    """
+    lines, count = text_lines(message_text(message), beyond)
+    key, name, status = job_name(message, lines)
+    return Run(key[:500], name[:200], at, lines, count, size, status)
 
 
 ##############################################################################
@@ -272,10 +509,50 @@ class Change:
 #
 # The run beside the runs before it: what is usual, and what is not.  Knows
 # nothing of files and of who is told.
+#
+# A run is observed (kinds of lines with count and place, numbers, texts),
+# compared with the Memory of its job, and then learned, but for what was not
+# as usual: that is held with the finding it led to.  The held part is learned
+# later if somebody says `ok`, or if it has been so for ADOPT_RUNS runs and
+# ADOPT_SECONDS and is no matter of life and death: a job that was changed
+# gives one alarm.  What a finding is about goes by its causes, such as
+# `missing 3f`: while one is open, its causes raise nothing more.
 ##############################################################################
 
 # How bad: a notice is only kept for the digest, the others are told.
 NOTICE, WARNING, CRITICAL = 'notice', 'warning', 'critical'
+SEVERITIES = (NOTICE, WARNING, CRITICAL)
+
+DAY = 86400.0
+RUNS = 400              # that are remembered of a job
+NUMBERS = 30000         # that are remembered of a job, roughly
+FORGET = 120 * DAY      # a kind of line that did not come for so long
+KINDS = 1500            # of lines of a job; beyond, the oldest are dropped
+FEATURES = 400          # numbers of one run that are looked at
+TEXTS = 8               # different texts in one place, or anything may come
+ENTITIES = 20           # lines of one kind in a run told apart by number
+
+LEARN_RUNS = 8          # before that a job is said to be learning
+ADOPT_RUNS = 6
+ADOPT_SECONDS = 4 * DAY
+
+# Words of lines that people want to see, and those that may be worth a look.
+STRONG = (
+    r'err(?:or|ors|no)?|fail(?:ed|ure|ures|s|ing)?|fatal\w*|panic\w*|denied|'
+    r'refused|corrupt\w*|abort\w*|cannot|can\'t|couldn\'t|could not|unable|'
+    r'unreachable|no space|read-only file|seg(?:mentation )?fault|'
+    r'core dumped|killed|out of memory|traceback|exception|invalid|'
+    r'not found|no such|missing|lost|timed? ?out|timeout|broken|degraded|'
+    r'critical|emergency|alert|unrecover\w*|uncorrect\w*|bad|mismatch\w*|'
+    r'expired?|reject\w*|conflicts?|stale|overflow\w*|exhausted|exceed\w*|'
+    r'damaged|unhealthy|offline|vulnerab\w*|violation|unauthori[sz]ed|'
+    r'disconnect\w*|inconsisten\w*|wrong|dead|crash\w*|hung|not ok')
+MILD = (r'warn(?:ing|ings)?|skip\w*|retry\w*|retries|deprecated|slow\w*|'
+        r'ignor\w*|delay\w*|unexpected|unknown|incomplete|partial\w*|'
+        r'dropped|not [a-z]+ed|problem\w*|suspicious|blocked|locked')
+GRAVE = (r'fatal|panic|corrupt\w*|no space|read-only file|out of memory|'
+         r'degraded|uncorrect\w*|unrecover\w*|i/o error|emergency|'
+         r'input/output error|failed disk|core dumped')
 
 
 class Finding:
@@ -310,6 +587,817 @@ class Finding:
     def as_json(self):
         return {name: getattr(self, name) for name in self.__slots__
                 if name != 'token'}
+
+
+class Evidence:
+    """One thing that is not as usual."""
+
+    __slots__ = ('cause', 'kind', 'severity', 'weight', 'reason', 'lines',
+                 'held')
+
+    def __init__(self, cause, kind, severity, weight, reason, lines=(),
+                 held=None):
+        self.cause = cause      # the same while it is the same trouble
+        self.kind = kind        # of Finding
+        self.severity = severity
+        self.weight = weight    # the heaviest one gives the reason
+        self.reason = reason
+        self.lines = list(lines)
+        self.held = held        # what is not learned
+
+
+class Words:
+    """Which lines say that something is wrong."""
+
+    def __init__(self):
+        import re
+        self.strong = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % STRONG, re.I)
+        self.mild = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % MILD, re.I)
+        self.grave = re.compile(r'(?<!\w)(?:%s)' % GRAVE, re.I)
+        # Names of files say nothing, nor do errors of which there are none.
+        self.names = re.compile(r'\S*/\S*|\S+\.(?:log|txt|conf|py|sh|gz)\b')
+        none = r'(?:0|no|none|without|zero|nil)'
+        self.none = re.compile(
+            r'(?<![\w.])%s (?:\w+ )?(?:%s|%s)(?![\w-])'
+            r'|(?<!\w)(?:%s|%s)(?:\(s\))?(?: \w+)? ?[:=] ?(?:0|none|no)'
+            r'(?![\w.])' % (none, STRONG, MILD, STRONG, MILD), re.I)
+
+    def found(self, line):
+        """(weight 0 to 3, sorted words) of a line."""
+        text = self.names.sub(' ', line)
+        words = self.strong.findall(text)
+        mild = self.mild.findall(text)
+        if not words and not mild:
+            return 0, []
+        text = self.none.sub(' ', text)
+        words = sorted({word.lower() for word in self.strong.findall(text)})
+        if words:
+            return 3 if self.grave.search(text) else 2, words
+        words = sorted({word.lower() for word in self.mild.findall(text)})
+        return (1, words) if words else (0, [])
+
+
+class Observed:
+    """What the miner sees in one run."""
+
+    def __init__(self, run, miner, words):
+        self.run = run
+        self.kinds = {}         # key -> [count, place, first (number, line)]
+        self.values = {}        # feature -> (value, (number, line))
+        self.texts = {}         # key.slot -> {text: (number, line)}
+        self.words = {}         # key -> {word: (number, line)}, weight > 0
+        self.weights = {}       # key -> the greatest weight of a line
+        several = {}            # key -> [(values, line), ...]
+        for line in run.lines:
+            key, values = miner.add(line[1])
+            kind = self.kinds.get(key)
+            if kind is None:
+                kind = self.kinds[key] = [0, len(self.kinds), line]
+            kind[0] += 1
+            if kind[0] == 1 or any(isinstance(value, str)
+                                   for value in values.values()):
+                weight, said = words.found(line[1])
+                if weight:
+                    self.weights[key] = max(weight, self.weights.get(key, 0))
+                    for word in said:
+                        self.words.setdefault(key, {}).setdefault(word, line)
+            if values and kind[0] <= 200:
+                several.setdefault(key, []).append((values, line))
+        for key, found in several.items():
+            self._numbers(key, found)
+        self.values['lines'] = (float(run.count), None)
+        if run.seconds is not None:
+            self.values['seconds'] = (float(run.seconds), None)
+
+    def _numbers(self, key, found):
+        """Name the numbers of the lines of one kind.
+
+        A line that comes once is known by its kind; several by the texts in
+        them (a mount point, a host) where those differ, else by their place.
+        """
+        names = ['']
+        if len(found) > 1:
+            names = ['@' + '|'.join(
+                value for value in values.values() if isinstance(value, str)
+            )[:80] for values, _ in found]
+            if len(set(names)) < len(names):
+                if len(found) > ENTITIES:
+                    return
+                names = ['#%d' % i for i in range(len(found))]
+        for name, (values, line) in zip(names, found):
+            for slot, value in values.items():
+                if isinstance(value, str):
+                    self.texts.setdefault('%s.%s' % (key, slot), {}) \
+                        .setdefault(value[:80], line)
+                elif len(self.values) < FEATURES and abs(value) < 1e300:
+                    self.values['%s.%s%s' % (key, slot, name)] = (value, line)
+
+
+class Memory:
+    """What is known of one job; `data` is JSON."""
+
+    def __init__(self, data=None):
+        self.data = data or {
+            'n': 0,         # runs so far; a run is known by its number
+            'at': [],       # when the last ones came
+            'odd': [],      # runs that were not learned, or at a wrong time
+            'new': [],      # runs with a new kind of line
+            'newbad': [],   # runs with one that had a bad word
+            'status': {},   # exit status -> last run
+            'kinds': {},    # key -> see kind()
+            'texts': {},    # key.slot -> {text: last run}, None: anything
+            'values': {},   # feature -> [[run, ...], [value, ...]]
+            'open': {},     # finding -> {causes, since, at, held}
+            'told': {},     # cause -> [epoch of each finding, ...]
+            'bad': [],      # causes that somebody called bad
+            'fine': [],     # causes that somebody called ok
+        }
+        for name, value in self.data.items():
+            setattr(self, name, value)
+
+    def dump(self):
+        for name in self.data:
+            self.data[name] = getattr(self, name)
+        return self.data
+
+    @property
+    def first(self):
+        """Number of the oldest run that is remembered."""
+        return self.n - len(self.at)
+
+    def kind(self, key):
+        """What is known of a kind of line: runs it was in, counts and places
+        there, runs that say nothing of it, bad words seen in it, when last
+        seen, the last line of it.
+        """
+        return self.kinds.setdefault(key, {
+            'n': [], 'c': [], 'p': [], 'b': [], 'w': [], 't': 0, 's': ''})
+
+    def always(self, key, within=60):
+        """In how many of the last runs it was, if in all of them; else 0."""
+        kind = self.kinds[key]
+        if not kind['n']:
+            return 0
+        start = max(kind['n'][0], self.n - within, self.first)
+        blind = sum(1 for n in set(kind['b']) | set(self.odd) if n >= start)
+        hits = sum(1 for n in kind['n'] if n >= start)
+        return hits if hits >= self.n - start - blind else 0
+
+    def trim(self):
+        """Forget what is old."""
+        numbers = sum(len(column[0]) for column in self.values.values()) \
+            + sum(len(kind['n']) for kind in self.kinds.values())
+        keep = min(RUNS, max(30, int(
+            NUMBERS * len(self.at) / max(numbers, 1))))
+        if len(self.at) > keep:
+            del self.at[:-keep]
+        first, now = self.first, self.at[-1]
+        for name in ('odd', 'new', 'newbad'):
+            setattr(self, name, [n for n in getattr(self, name)
+                                 if n >= first])
+        for feature, (runs, values) in list(self.values.items()):
+            cut = 0
+            while cut < len(runs) and runs[cut] < first:
+                cut += 1
+            del runs[:cut], values[:cut]
+            # What came once and never again is no feature of this job.
+            if not runs or (len(runs) == 1 and runs[0] < self.n - 40):
+                del self.values[feature]
+        for key, kind in list(self.kinds.items()):
+            cut = 0
+            while cut < len(kind['n']) and kind['n'][cut] < first:
+                cut += 1
+            if cut:
+                del kind['n'][:cut], kind['c'][:cut], kind['p'][:cut]
+            kind['b'] = [n for n in kind['b'] if n >= first]
+            if not kind['n'] and kind['t'] < now - FORGET:
+                del self.kinds[key]
+        if len(self.kinds) > KINDS:
+            oldest = sorted(self.kinds, key=lambda k: self.kinds[k]['t'])
+            for key in oldest[:-KINDS]:
+                del self.kinds[key]
+        for slot, texts in list(self.texts.items()):
+            if slot.partition('.')[0] not in self.kinds:
+                del self.texts[slot]
+        for cause, times in list(self.told.items()):
+            times = [at for at in times if at > now - FORGET]
+            if times:
+                self.told[cause] = times
+            else:
+                del self.told[cause]
+
+
+def amount(value):
+    """A number as people write it."""
+    if value == int(value) and abs(value) < 1e6:
+        return '%d' % value
+    if abs(value) >= 1e6:
+        for power, unit in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M')):
+            if abs(value) >= power:
+                return '%.3g%s' % (value / power, unit)
+    return '%.3g' % value
+
+
+def period(seconds):
+    """A length of time as people say it."""
+    for unit, name in ((DAY * 7, 'week'), (DAY, 'day'), (3600, 'hour'),
+                       (60, 'minute')):
+        if seconds >= 1.5 * unit:
+            return '%.3g %ss' % (round(seconds / unit, 0 if seconds > 9 * unit
+                                       else 1), name)
+    return '%d seconds' % seconds
+
+
+def quoted(text, most=100):
+    """A line within a sentence."""
+    text = ' '.join(text.split())
+    return '"%s"' % (text if len(text) <= most else text[:most - 3] + '...')
+
+
+def median(values):
+    values = sorted(values)
+    middle = len(values) // 2
+    if len(values) % 2:
+        return values[middle]
+    return (values[middle - 1] + values[middle]) / 2
+
+
+def scaled(value, scale):
+    """A number on the scale on which its chance is alike up and down."""
+    import math
+    if scale == 'count':                # Poisson: one standard deviation is 1
+        return 2 * math.sqrt(max(value, 0) + 0.375)
+    if scale == 'log':
+        return math.log1p(max(value, 0))
+    return value
+
+
+def out_of_range(values, value, scale, doubt):
+    """How far `value` is out of the range of `values`: 0 within, 1 and more
+    if it is beyond what may be expected; negative for too small.
+
+    Half of the range that was seen is added on each side, more while few
+    values are known.  For a normal distribution that is one false alarm in
+    some ten thousand values, with 8 values known as with 100.
+    """
+    known = [scaled(one, scale) for one in values]
+    low, high = min(known), max(known)
+    middle = median(known)
+    if scale == 'count':
+        least = 3.5 if high > low else 2.5
+    elif scale == 'log':
+        least = 0.35
+    else:
+        least = max(abs(middle) * 0.03, 1.5)
+    margin = doubt * max((high - low) * 0.5 * (1 + 8 / len(known)), least)
+    place = scaled(value, scale)
+    if place > high:
+        return (place - high) / margin
+    if place < low:
+        return (place - low) / margin
+    return 0.0
+
+
+class Judge:
+    """Compares one run with the memory of its job."""
+
+    def __init__(self, memory, miner, observed, words):
+        self.memory = memory
+        self.miner = miner
+        self.observed = observed
+        self.run = observed.run
+        self.words = words
+        self.evidence = []
+        self.whole = False      # nothing of this run is like it was
+        # A job that was often wrongly said to be unusual is believed less.
+        recent = sum(1 for cause, times in memory.told.items()
+                     if cause not in memory.bad
+                     for at in times if at > self.run.at - 60 * DAY)
+        self.doubt = 1 + 0.25 * min(recent, 6)
+
+    def judge(self):
+        """The list of Evidence, the heaviest first."""
+        self.status()
+        if self.memory.n >= 3:
+            self.length()
+        if not self.whole:
+            self.new_lines()
+            self.missing_lines()
+            self.counts()
+            self.numbers()
+            self.order()
+        self.time()
+        fine = set(self.memory.fine)
+        for one in self.evidence:
+            if one.cause in self.memory.bad:
+                one.severity = max(one.severity, WARNING,
+                                   key=SEVERITIES.index)
+        self.evidence = [one for one in self.evidence
+                         if one.cause not in fine]
+        self.evidence.sort(key=lambda one: (
+            -SEVERITIES.index(one.severity), -one.weight))
+        return self.evidence
+
+    def say(self, *args, **kwargs):
+        self.evidence.append(Evidence(*args, **kwargs))
+
+    def status(self):
+        status = self.run.status
+        known = self.memory.status
+        if str(status) in known or status in (None, 0):
+            return
+        usual = ''
+        if known:
+            usual = ', where %s is usual' % ' or '.join(
+                'no failure' if name == 'None' else name
+                for name in sorted(known))
+        text = 'killed by signal %d' % -status if status < 0 \
+            else 'exit status %d' % status
+        self.say('status %s' % status, 'status', CRITICAL
+                 if self.memory.n >= LEARN_RUNS and '0' in known
+                 else WARNING, 100, text + usual)
+
+    def length(self):
+        """A mail without text, or ten times as long as ever."""
+        runs, values = self.memory.values.get('lines', ([], []))
+        count = self.observed.values['lines'][0]
+        if len(values) < 4:
+            return
+        least, most = min(values), max(values)
+        if not self.run.lines and least > 0:
+            self.whole = True
+            self.say('empty', 'length', WARNING, 90,
+                     'the mail is empty; usually it has %s lines'
+                     % self.range(values))
+        elif count > 10 * most and count > 40:
+            self.whole = True
+            self.say('long', 'length', WARNING, 60, '%d lines, usually %s'
+                     % (count, self.range(values)),
+                     self.worst_lines())
+        elif len(values) >= 12 and least >= 10 and count < least / 5:
+            self.say('short', 'length', WARNING, 30, '%d lines, usually %s'
+                     % (count, self.range(values)))
+
+    def worst_lines(self):
+        """Of a mail that is much too long, what is new, the worst first."""
+        new = [(-self.observed.weights.get(key, 0), place, line)
+               for key, (_, place, line) in self.observed.kinds.items()
+               if key not in self.memory.kinds]
+        return [line for _, _, line in sorted(new)[:10]]
+
+    @staticmethod
+    def range(values):
+        """The usual range in words: without the rarest 5 % on each side."""
+        values = sorted(values)
+        cut = len(values) // 20
+        low, high = values[cut], values[-1 - cut]
+        if low == high:
+            return amount(low)
+        return '%s to %s' % (amount(low), amount(high))
+
+    def novelty(self, runs):
+        """Share of runs with a new kind of line, and how many it is of."""
+        considered = min(60, max(0, self.memory.n - 5))
+        found = sum(1 for n in set(runs)
+                    if n >= max(5, self.memory.n - considered))
+        return (found + 0.5) / (considered + 1), considered
+
+    def new_lines(self):
+        memory, observed = self.memory, self.observed
+        rate, runs = self.novelty(memory.new)
+        badrate, _ = self.novelty(memory.newbad)
+        for key, (count, place, line) in observed.kinds.items():
+            weight = observed.weights.get(key, 0)
+            said = list(observed.words.get(key, {}))
+            kind = memory.kinds.get(key)
+            cause = 'new ' + key
+            if kind is not None:
+                # A known kind of line with a bad word it never had.
+                said = [word for word in said if word not in kind['w']]
+                if not said or len(kind['n']) < 3:
+                    continue
+                line = observed.words[key][said[0]]
+                weight = self.words.found(line[1])[0]
+                cause = 'word %s %s' % (key, said[0])
+            severity = NOTICE
+            if weight >= 2 and (badrate < 0.2 or weight > 2):
+                severity = CRITICAL if weight > 2 else WARNING
+            elif weight == 1 and runs >= 5 and rate < 0.15:
+                severity = WARNING
+            elif runs >= 10 and rate * self.doubt < 0.05:
+                severity = WARNING
+            if memory.n < 3 and weight < 2:
+                continue
+            if memory.n == 0 and weight >= 2 and len(observed.kinds) > 12:
+                severity = NOTICE
+            times = '' if count == 1 else ' (%d times)' % count
+            what = 'a new kind of line'
+            if memory.n == 0:
+                what = 'the first mail of this job'
+            if said and weight:
+                what += ' says "%s"' % said[0]
+            self.say(cause, 'new line', severity, 50 + 12 * weight,
+                     '%s%s: %s' % (what, times, quoted(line[1])), [line],
+                     held=[count, place])
+
+    def missing_lines(self):
+        memory, observed = self.memory, self.observed
+        gone = []
+        for key, kind in memory.kinds.items():
+            if key in observed.kinds or 'missing ' + key in memory.fine:
+                continue
+            runs = memory.always(key)
+            if runs >= 12:
+                gone.append((runs, key, kind,
+                             'in each of the last %d mails' % runs))
+                continue
+            season = self.seasonal(key, kind)
+            if season:
+                gone.append((runs, key, kind, season))
+        gone.sort(key=lambda one: -one[0])
+        for runs, key, kind, when in gone:
+            reason = '%s is missing; it was %s' % (quoted(kind['s']), when)
+            if len(gone) > 1:
+                reason = '%d lines are missing that were always there, as %s' \
+                    % (len(gone), quoted(kind['s']))
+            self.say('missing ' + key, 'missing line', WARNING,
+                     55 + min(len(gone), 10), reason, [(None, kind['s'])])
+
+    def seasonal(self, key, kind):
+        """If a line comes on such a day each time: when, in words."""
+        memory = self.memory
+        if len(kind['n']) < 5 or memory.n - kind['n'][-1] > 100:
+            return None
+        now = time.localtime(self.run.at)
+        had = set(kind['n'])
+        blind = set(kind['b']) | set(memory.odd)
+        for index, words in ((6, 'each %s' % time.strftime('%A', now)),
+                             (2, 'on each %d. of a month' % now[2])):
+            same = other = hits = 0
+            for n in range(max(memory.first, kind['n'][0]), memory.n):
+                if n in blind:
+                    continue
+                if time.localtime(memory.at[n - memory.first])[index] \
+                        == now[index]:
+                    same += 1
+                    hits += n in had
+                else:
+                    other += n in had
+            if hits >= 5 and hits == same and other * 5 < hits:
+                return words
+        return None
+
+    def counts(self):
+        """How often each kind of line came."""
+        memory = self.memory
+        for key, (count, _, line) in self.observed.kinds.items():
+            kind = memory.kinds.get(key)
+            if kind is None or len(kind['n']) < 5:
+                continue
+            values = list(kind['c'])
+            start = kind['n'][0]
+            runs = memory.n - start
+            if runs < 10:
+                continue
+            values += [0] * max(0, runs - len(values) - len(kind['b']))
+            far = out_of_range(values, count, 'count', self.doubt)
+            usual = 'usually %s times' % self.range(values)
+            constant = min(values) == max(values)
+            weight = self.observed.weights.get(key, 0)
+            severity = None
+            if constant and count != values[0] and len(values) >= 15:
+                severity = WARNING if count < values[0] \
+                    or count > 1.5 * values[0] + 1 or weight else NOTICE
+            elif abs(far) > 1:
+                severity = WARNING
+            elif weight > 1 and far > 0.6:
+                severity = WARNING
+            if severity:
+                self.say('count ' + key, 'count', severity, 40 + 10 * weight
+                         + min(abs(far), 5), '%d times, %s: %s'
+                         % (count, usual, quoted(line[1])), [line],
+                         held=count)
+
+    def numbers(self):
+        """The numbers within lines, and the duration."""
+        told = set()
+        for feature, (value, line) in self.observed.values.items():
+            if feature == 'lines':
+                continue
+            runs, values = self.memory.values.get(feature, ((), ()))
+            if len(values) < 8:
+                continue
+            key = feature.partition('.')[0]
+            if key in told:
+                continue
+            found = self.number(feature, runs, values, value, line)
+            if found:
+                told.add(key)
+                severity, weight, reason = found
+                self.say('value ' + feature,
+                         'duration' if feature == 'seconds' else 'value',
+                         severity, weight, reason,
+                         [line] if line else [], held=value)
+
+    def number(self, feature, runs, values, value, line):
+        """(severity, weight, reason) if one number is not as usual."""
+        low, high = min(values), max(values)
+        usual = self.range(values)
+        if feature == 'seconds':
+            far = out_of_range(values, value, 'log', self.doubt)
+            if abs(far) > 1 and (abs(value - high) > 60 if far > 0
+                                 else low - value > 10):
+                return WARNING, 35, 'it took %s, usually %s' % (
+                    period(value), ' to '.join(sorted({
+                        period(low), period(high)}, key=len)))
+            return None
+        weight = self.observed.weights.get(feature.partition('.')[0], 0)
+        where = '%s, usually %s: %s' % (amount(value), usual,
+                                        quoted(line[1]))
+        if low == high:
+            if value == low:
+                return None
+            return self.constant(values, value, weight, where)
+        scale = 'log' if low >= 0 and high >= 20 and not (
+            high <= 100 and '%' in line[1]) else 'linear'
+        if low >= 0 and high < 20 and all(one == int(one) for one in values):
+            scale = 'count'
+        far = out_of_range(values, value, scale, self.doubt)
+        if abs(far) > 1:
+            steps = self.steps(values, value)
+            if steps is not None and abs(steps) <= 1:
+                return None
+            return WARNING, 45 + min(abs(far), 5), where
+        steps = self.steps(values, value)
+        if steps is not None and abs(steps) > 1:
+            return WARNING, 42, '%s after %s, a step as never before: %s' % (
+                amount(value), amount(values[-1]), quoted(line[1]))
+        return self.full(runs, values, value, line) \
+            or self.stuck(values, value, line)
+
+    def constant(self, values, value, weight, where):
+        if len(values) < 15:
+            return None
+        if values[0] == 0:
+            if self.words.found(where)[0] or len(values) >= 60:
+                return WARNING, 44, where
+            return NOTICE, 20, where
+        if abs(values[0]) < 1000 and values[0] == int(values[0]):
+            return WARNING, 43, where
+        return NOTICE, 20, where
+
+    def steps(self, values, value):
+        """How far a step is out of the range of steps, for a number that
+        goes on from where it was (disk use); None if it does not.
+        """
+        if len(values) < 12:
+            return None
+        steps = [b - a for a, b in zip(values, values[1:])]
+        if max(map(abs, steps)) * 2.5 > max(values) - min(values):
+            return None
+        return out_of_range(steps, value - values[-1], 'linear', self.doubt)
+
+    def full(self, runs, values, value, line):
+        """A share that grows and will be 100 % within two weeks."""
+        if not 80 <= value <= 100 or '%' not in line[1] \
+                or value <= max(values) or len(values) < 10:
+            return None
+        memory = self.memory
+        past = [(memory.at[n - memory.first], one)
+                for n, one in zip(runs, values) if n >= memory.first][-30:]
+        if not past or self.run.at <= past[0][0]:
+            return None
+        speed = (value - past[0][1]) / (self.run.at - past[0][0])
+        if speed <= 0 or value < 90 \
+                or (100 - value) / speed > 14 * DAY:
+            return None
+        return WARNING, 46, '%s%% and growing: full in about %s: %s' % (
+            amount(value), period(max((100 - value) / speed, 3600)),
+            quoted(line[1]))
+
+    def stuck(self, values, value, line):
+        """A number that was another one each time stands still."""
+        past = values[-60:]
+        if len(past) < 20 or past[-1] != value or past[-2] != value:
+            return None
+        before = past[:-2]
+        if any(a == b for a, b in zip(before, before[1:])):
+            return None
+        return WARNING, 41, '%s for the third time; it was another number ' \
+            'each time before: %s' % (amount(value), quoted(line[1]))
+
+    def order(self):
+        """Lines that always came one after the other, the other way round."""
+        memory, observed = self.memory, self.observed
+        fixed = [key for key in observed.kinds
+                 if key in memory.kinds and len(memory.kinds[key]['n']) >= 12]
+        if len(fixed) > 60:
+            fixed = fixed[:60]
+        places = {}
+        for a, b in zip(fixed, fixed[1:]):
+            for key in (a, b):
+                if key not in places:
+                    kind = memory.kinds[key]
+                    places[key] = dict(zip(kind['n'], kind['p']))
+            both = [n for n in places[a] if n in places[b]]
+            if len(both) >= 12 and all(
+                    places[b][n] < places[a][n] for n in both):
+                first = observed.kinds[a][2]
+                second = observed.kinds[b][2]
+                self.say('order %s %s' % (a, b), 'order', WARNING, 25,
+                         '%s comes before %s; it was the other way round in '
+                         'the last %d mails' % (
+                             quoted(first[1], 60), quoted(second[1], 60),
+                             len(both)), [first, second])
+                return
+
+    def believed(self):
+        """When the runs came that came as they should."""
+        memory = self.memory
+        odd = set(memory.odd)
+        return [at for n, at in enumerate(memory.at, memory.first)
+                if n not in odd]
+
+    def time(self):
+        """A mail at an hour, on a day or so soon as never before."""
+        times = self.believed()
+        if len(times) < 10:
+            return
+        now = self.run.at
+        gaps = [b - a for a, b in zip(times, times[1:])]
+        clock = time.strftime('%H:%M', time.localtime(now))
+        day = time.strftime('%A', time.localtime(now))
+        if median(gaps) > 0.9 * DAY:
+            mine = day_seconds(now)
+            known = [day_seconds(at) for at in times[-90:]]
+            away = min(min(abs(mine - one), DAY - abs(mine - one))
+                       for one in known)
+            spread = sorted(min((one - known[-1]) % DAY,
+                                (known[-1] - one) % DAY) for one in known)
+            if away > max(5400, 2 * spread[-1 - len(spread) // 20]):
+                self.say('time', 'time', WARNING, 28,
+                         'it came at %s, usually about %s' % (
+                             clock, time.strftime('%H:%M', time.localtime(
+                                 times[-1]))))
+                return
+            days = {time.localtime(at)[6] for at in times}
+            if time.localtime(now)[6] not in days and len(days) <= 5 \
+                    and times[-1] - times[0] > 35 * DAY:
+                self.say('time', 'time', WARNING, 28,
+                         'it came on a %s, as never before' % day)
+                return
+        least = min(gaps[-60:])
+        if least > 600 and now - times[-1] < 0.3 * least:
+            self.say('time', 'time', WARNING, 27,
+                     'it came again after %s, usually after %s' % (
+                         period(now - times[-1]), period(median(gaps))))
+
+
+def day_seconds(at):
+    """Seconds since midnight, as the clock on the wall shows it."""
+    now = time.localtime(at)
+    return now[3] * 3600.0 + now[4] * 60 + now[5]
+
+
+def next_due(memory):
+    """(due, usual gap): when a mail of this job is missed; None if never.
+
+    What followed on runs at the same hour of the same weekday says it, else
+    on runs at the same hour, else all runs.
+    """
+    odd = set(memory.odd)
+    times = [at for n, at in enumerate(memory.at, memory.first)
+             if n not in odd]
+    if len(times) < 4 or not memory.at:
+        return None
+    last = memory.at[-1]
+    pairs = [(a, b - a) for a, b in zip(times, times[1:])]
+    usual = median([gap for _, gap in pairs[-60:]])
+    if len(pairs) < (3 if usual > 20 * DAY else 5 if usual > 5 * DAY else 8):
+        return None
+    hour, day = day_seconds(last), time.localtime(last)[6]
+    near = [(at, gap) for at, gap in pairs if min(
+        abs(day_seconds(at) - hour),
+        DAY - abs(day_seconds(at) - hour)) < 5400]
+    same = [gap for at, gap in near if time.localtime(at)[6] == day]
+    if len(same) < 4 or usual > 5 * DAY:
+        same = [gap for _, gap in near]
+    if len(same) < 6 or usual > 5 * DAY:
+        same = [gap for _, gap in pairs]
+    same = sorted(same[-60:])
+    most = same[-1 - len(same) // 20]
+    grace = max(600, 0.1 * most)
+    if most > 3 * median(same):         # it comes when it likes
+        if len(pairs) < 15:
+            return None
+        grace = 1.5 * same[-1]
+    return last + most + grace, median(same)
+
+
+def run_learn(memory, observed, evidence):
+    """Take a run into memory, but for what was not as usual."""
+    run, n = observed.run, memory.n
+    causes = {one.cause for one in evidence if one.severity != NOTICE}
+    memory.at.append(run.at)
+    memory.n += 1
+    if not causes & {'status %s' % run.status}:
+        memory.status[str(run.status)] = n
+    if causes & {'empty', 'long'}:
+        memory.odd.append(n)
+        memory.trim()
+        return
+    if 'time' in causes:
+        memory.odd.append(n)
+    if any(cause.startswith('order ') for cause in causes):
+        ordered = False
+    else:
+        ordered = True
+    for one in evidence:
+        if one.cause.startswith(('new ', 'word ')):
+            worded = one.weight > 70
+            (memory.newbad if worded else memory.new).append(n)
+    for key, (count, place, line) in observed.kinds.items():
+        if 'new ' + key in causes:
+            continue
+        kind = memory.kind(key)
+        kind['t'], kind['s'] = run.at, line[1][:160]
+        for word in observed.words.get(key, ()):
+            if word not in kind['w'] \
+                    and 'word %s %s' % (key, word) not in causes:
+                kind['w'].append(word)
+        if 'count ' + key in causes:
+            kind['b'].append(n)
+            continue
+        kind['n'].append(n)
+        kind['c'].append(count)
+        kind['p'].append(place if ordered else -1)
+    for cause in causes:
+        if cause.startswith('missing '):
+            memory.kind(cause[8:])['b'].append(n)
+    for feature, (value, _) in observed.values.items():
+        if 'value ' + feature in causes:
+            continue
+        column = memory.values.setdefault(feature, [[], []])
+        column[0].append(n)
+        column[1].append(value)
+    for slot, texts in observed.texts.items():
+        known = memory.texts.setdefault(slot, {})
+        if known is not None:
+            known.update(dict.fromkeys(texts, n))
+            if len(known) > TEXTS:
+                memory.texts[slot] = None
+    memory.trim()
+
+
+def cause_learn(memory, cause, held):
+    """Take what was held for a cause into memory: it is normal.
+
+    `held` is [[run number, what], ...].
+    """
+    word, _, rest = cause.partition(' ')
+    runs = [n for n, _ in held]
+    if word == 'new':
+        kind = memory.kind(rest)
+        for n, what in held:
+            if what and n not in kind['n']:
+                kind['n'].append(n)
+                kind['c'].append(what[0])
+                kind['p'].append(what[1])
+        kind['t'] = max(kind['t'], memory.at[-1])
+    elif word == 'word':
+        key, _, said = rest.partition(' ')
+        if said not in memory.kind(key)['w']:
+            memory.kind(key)['w'].append(said)
+    elif word == 'missing':
+        kind = memory.kind(rest)
+        kind['b'] = [n for n in kind['b'] if n not in runs]
+    elif word == 'count':
+        kind = memory.kind(rest)
+        kind['b'] = [n for n in kind['b'] if n not in runs]
+        merge(held, kind['n'], kind['c'], kind['p'])
+    elif word == 'value':
+        merge(held, *memory.values.setdefault(rest, [[], []]))
+    elif word == 'status':
+        memory.status[rest] = memory.n
+    elif word == 'time':
+        memory.odd = [n for n in memory.odd if n not in runs]
+    else:                       # order, empty, long, short
+        if cause not in memory.fine:
+            memory.fine.append(cause)
+
+
+def merge(held, runs, values, places=None):
+    """Put held values where they belong by the number of their run."""
+    for n, value in held:
+        if value is None or n in runs:
+            continue
+        place = len(runs)
+        while place and runs[place - 1] > n:
+            place -= 1
+        runs.insert(place, n)
+        values.insert(place, value)
+        if places is not None:
+            places.insert(place, -1)
 
 
 ##############################################################################
