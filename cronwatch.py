@@ -290,6 +290,9 @@ def varying_masked(text):
                   r'|nov(ember)?|dec(ember)?)\b', '#', text)
     text = re.sub(r'(?i)\b(?=[0-9a-f-]*\d)[0-9a-f]{8}[0-9a-f-]*\b', '#', text)
     text = re.sub(r'\d+([.:,/-]\d+)*', '#', text)
+    text = re.sub(r'(?i)\b(ok|success(ful(ly)?)?|succeeded|completed?|fail'
+                  r'(ed|ure)?|errors?|warnings?|critical|problems?)\b', '#',
+                  text)
     return re.sub(r'#([ ,]*#)+', '#', text)
 
 
@@ -365,6 +368,9 @@ def mail_run(message, at, size, beyond=0):
     """
     lines, count = text_lines(message_text(message), beyond)
     key, name, status = job_name(message, lines)
+    if key.startswith('mail '):         # the subject says something, too
+        lines.insert(0, (0, 'Subject: ' + header_text(
+            message.get('Subject'))[:LINE_CHARS]))
     return Run(key[:500], name[:200], at, lines, count, size, status)
 
 
@@ -436,27 +442,75 @@ class Miner:
 # keeps something says so in a SCHEMA of its own.
 ##############################################################################
 
+STATE_VERSION = 1
 STATE_SCHEMA = '''
 CREATE TABLE IF NOT EXISTS job(
     id INTEGER PRIMARY KEY,
     key TEXT NOT NULL UNIQUE,
     name TEXT NOT NULL,
-    seen REAL NOT NULL,             -- when its last mail came
-    due REAL,                       -- when check misses the next, if ever
-    memory BLOB NOT NULL);          -- what was learned
-CREATE INDEX IF NOT EXISTS job_due ON job(due);
+    runs INTEGER NOT NULL,
+    seen REAL NOT NULL,     -- when its last mail came
+    due REAL,               -- when check misses the next one, if ever
+    usual REAL,             -- the interval that is usual then
+    miner BLOB NOT NULL,    -- zlib of Miner.dumps()
+    memory BLOB NOT NULL);  -- zlib of JSON of a Memory
+CREATE INDEX IF NOT EXISTS job_due ON job(due) WHERE due IS NOT NULL;
 CREATE TABLE IF NOT EXISTS finding(
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    job INTEGER NOT NULL REFERENCES job,
+    job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
     at REAL NOT NULL,
     kind TEXT NOT NULL,
     severity TEXT NOT NULL,
     reason TEXT NOT NULL,
-    lines TEXT NOT NULL,            -- JSON: [[number or null, text], ...]
-    token TEXT NOT NULL,            -- unguessable; a reply must know it
-    ended REAL);                    -- recovered, or told to be normal
-CREATE INDEX IF NOT EXISTS finding_open ON finding(job) WHERE ended IS NULL;
+    also TEXT NOT NULL,     -- JSON: [further reasons]
+    lines TEXT NOT NULL,    -- JSON: [[number or null, text], ...]
+    causes TEXT NOT NULL,   -- JSON: {cause: [[run, what was held], ...]}
+    token TEXT NOT NULL,    -- unguessable, a reply must know it
+    ended REAL);            -- recovered, or told to be normal
+CREATE INDEX IF NOT EXISTS finding_job ON finding(job);
+CREATE INDEX IF NOT EXISTS finding_at ON finding(at);
+CREATE TABLE IF NOT EXISTS mail(
+    id INTEGER PRIMARY KEY,
+    job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    at REAL NOT NULL,
+    finding INTEGER,        -- that it led to
+    lines BLOB NOT NULL);   -- zlib of JSON: [[number, text], ...]
+CREATE INDEX IF NOT EXISTS mail_job ON mail(job, at);
+CREATE TABLE IF NOT EXISTS fact(
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL);
 '''
+
+MAILS = 4               # that are kept of each job
+MAILS_RAISED = 8        # and of those that led to a finding
+MAIL_LINES = 600        # of each
+
+
+class Change:
+    """A transaction that writes; rolled back if left by an exception."""
+
+    def __init__(self, db):
+        self.db = db
+
+    def __enter__(self):
+        self.db.execute('BEGIN IMMEDIATE')
+
+    def __exit__(self, kind, *_):
+        self.db.execute('ROLLBACK' if kind else 'COMMIT')
+
+
+def packed(value):
+    """A text or what JSON can hold, small."""
+    import json
+    import zlib
+    if not isinstance(value, str):
+        value = json.dumps(value, separators=(',', ':'))
+    return zlib.compress(value.encode(), 1)
+
+
+def unpacked(blob):
+    import zlib
+    return zlib.decompress(blob).decode()
 
 
 class State:
@@ -472,36 +526,141 @@ class State:
         self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
         self.db.row_factory = sqlite3.Row
         self.db.execute('PRAGMA foreign_keys = ON')
-        if not self.db.execute('PRAGMA user_version').fetchone()[0]:
+        version = self.db.execute('PRAGMA user_version').fetchone()[0]
+        if not version:
             self.db.executescript(
                 'BEGIN IMMEDIATE;' + STATE_SCHEMA + ALARM_SCHEMA
-                + 'PRAGMA user_version = 1; COMMIT;')
+                + 'PRAGMA user_version = %d; COMMIT;' % STATE_VERSION)
+        elif version != STATE_VERSION:
+            raise Error('%s was made by another version of cronwatch' % path)
 
     def change(self):
         return Change(self.db)
 
+    def close(self):
+        self.db.close()
+
+    def fact(self, name, default=None):
+        """Something small that is kept, a str."""
+        row = self.db.execute('SELECT value FROM fact WHERE name = ?',
+                              (name,)).fetchone()
+        return default if row is None else row[0]
+
+    def fact_set(self, name, value):
+        self.db.execute('INSERT OR REPLACE INTO fact VALUES (?, ?)',
+                        (name, str(value)))
+
+    def job(self, key):
+        return self.db.execute('SELECT * FROM job WHERE key = ?',
+                               (key,)).fetchone()
+
+    def jobs_named(self, words):
+        """Rows of the jobs whose id is `words` or whose name has it."""
+        if words.isdigit():
+            rows = self.db.execute('SELECT * FROM job WHERE id = ?',
+                                   (int(words),)).fetchall()
+            if rows:
+                return rows
+        return [row for row in self.db.execute(
+            'SELECT * FROM job ORDER BY name')
+            if words.lower() in row['name'].lower()]
+
+    def job_keep(self, row, run, memory, miner, now):
+        """Keep what is known of a job; the id of its row."""
+        due = next_due(memory) or (None, None)
+        values = (run.name, memory.n, run.at, due[0], due[1],
+                  packed(miner.dumps()), packed(memory.dump()))
+        if row is not None:
+            self.db.execute(
+                'UPDATE job SET name = ?, runs = ?, seen = ?, due = ?,'
+                ' usual = ?, miner = ?, memory = ? WHERE id = ?',
+                values + (row['id'],))
+            return row['id']
+        return self.db.execute(
+            'INSERT INTO job(name, runs, seen, due, usual, miner, memory,'
+            ' key) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
+            values + (run.key,)).lastrowid
+
+    def memory(self, row):
+        """(Memory, Miner) of a job's row; new ones for None."""
+        if row is None:
+            return Memory(), Miner()
+        import json
+        return (Memory(json.loads(unpacked(row['memory']))),
+                Miner(unpacked(row['miner'])))
+
+    def memory_keep(self, number, memory):
+        self.db.execute('UPDATE job SET memory = ? WHERE id = ?',
+                        (packed(memory.dump()), number))
+
     def finding(self, number):
         """The Finding of that number; Error if there is none."""
+        return Finding.of(self.finding_row(number))
+
+    def finding_row(self, number):
         row = self.db.execute(
             'SELECT finding.*, job.name FROM finding JOIN job'
             ' ON job.id = finding.job WHERE finding.id = ?',
             (number,)).fetchone()
         if row is None:
-            raise Error('no finding %s' % number)
-        return Finding.of(row)
+            raise Error('there is no finding %s' % number)
+        return row
 
+    def finding_add(self, job, at, evidence, ended=None):
+        """Keep a finding of the list `evidence`, the heaviest first."""
+        import json
+        first = evidence[0]
+        lines, seen = [], set()
+        for one in evidence:
+            for line in one.lines:
+                if tuple(line) not in seen and len(lines) < 50:
+                    seen.add(tuple(line))
+                    lines.append(line)
+        also = []
+        for one in evidence[1:]:
+            if one.reason not in also + [first.reason]:
+                also.append(one.reason)
+        number = self.db.execute(
+            'INSERT INTO finding(job, at, kind, severity, reason, also,'
+            ' lines, causes, token, ended) VALUES (?,?,?,?,?,?,?,?,?,?)',
+            (job, at, first.kind, first.severity, first.reason,
+             json.dumps(also[:20]), json.dumps(lines),
+             json.dumps({one.cause: [[one.run, one.held]]
+                         for one in evidence}),
+             os.urandom(8).hex(), ended)).lastrowid
+        return self.finding(number)
 
-class Change:
-    """A transaction that writes; rolled back if left by an exception."""
+    def finding_end(self, number, now):
+        self.db.execute('UPDATE finding SET ended = ? WHERE id = ?'
+                        ' AND ended IS NULL', (now, number))
 
-    def __init__(self, db):
-        self.db = db
+    def mail_add(self, job, run, finding):
+        """Keep the text of a mail, and no longer that of older ones."""
+        lines = run.lines
+        if len(lines) > MAIL_LINES:
+            lines = lines[:MAIL_LINES // 2] + lines[-MAIL_LINES // 2:]
+        self.db.execute(
+            'INSERT INTO mail(job, at, finding, lines) VALUES (?, ?, ?, ?)',
+            (job, run.at, finding, packed(lines)))
+        for raised, most in (('', MAILS), ('NOT', MAILS_RAISED)):
+            self.db.execute(
+                'DELETE FROM mail WHERE job = ? AND finding IS %s NULL AND id'
+                ' NOT IN (SELECT id FROM mail WHERE job = ? AND finding IS %s'
+                ' NULL ORDER BY at DESC, id DESC LIMIT ?)' % (raised, raised),
+                (job, job, most))
 
-    def __enter__(self):
-        self.db.execute('BEGIN IMMEDIATE')
+    def mail_of(self, finding):
+        """Lines [[number, text], ...] of the mail of a finding, or []."""
+        import json
+        row = self.db.execute('SELECT lines FROM mail WHERE finding = ?',
+                              (finding,)).fetchone()
+        return json.loads(unpacked(row[0])) if row else []
 
-    def __exit__(self, kind, *_):
-        self.db.execute('ROLLBACK' if kind else 'COMMIT')
+    def forget(self, now):
+        """Drop findings of long ago."""
+        self.db.execute('DELETE FROM finding WHERE at < ? AND ended IS NOT'
+                        ' NULL AND id NOT IN (SELECT finding FROM alarm)',
+                        (now - 400 * DAY,))
 
 
 ##############################################################################
@@ -563,10 +722,10 @@ class Finding:
     """
 
     __slots__ = ('id', 'job', 'at', 'kind', 'severity', 'reason', 'lines',
-                 'token', 'ended')
+                 'token', 'ended', 'also')
 
     def __init__(self, id, job, at, kind, severity, reason, lines, token,
-                 ended=None):
+                 ended=None, also=()):
         self.id = id            # number in the state file
         self.job = job          # name of the job
         self.at = at            # epoch
@@ -576,13 +735,14 @@ class Finding:
         self.lines = lines      # [[number in the mail or None, text], ...]
         self.token = token      # what a reply must know
         self.ended = ended      # epoch of recovery or of `ok`, or None
+        self.also = also        # what else was not as usual, in sentences
 
     @classmethod
     def of(cls, row):
         import json
         return cls(row['id'], row['name'], row['at'], row['kind'],
                    row['severity'], row['reason'], json.loads(row['lines']),
-                   row['token'], row['ended'])
+                   row['token'], row['ended'], json.loads(row['also']))
 
     def as_json(self):
         return {name: getattr(self, name) for name in self.__slots__
@@ -593,7 +753,7 @@ class Evidence:
     """One thing that is not as usual."""
 
     __slots__ = ('cause', 'kind', 'severity', 'weight', 'reason', 'lines',
-                 'held')
+                 'held', 'run')
 
     def __init__(self, cause, kind, severity, weight, reason, lines=(),
                  held=None):
@@ -604,6 +764,7 @@ class Evidence:
         self.reason = reason
         self.lines = list(lines)
         self.held = held        # what is not learned
+        self.run = None         # number of the run, set when it is judged
 
 
 class Words:
@@ -711,6 +872,7 @@ class Memory:
             'told': {},     # cause -> [epoch of each finding, ...]
             'bad': [],      # causes that somebody called bad
             'fine': [],     # causes that somebody called ok
+            'patience': 1,  # how much longer than usual a mail may take
         }
         for name, value in self.data.items():
             setattr(self, name, value)
@@ -924,7 +1086,7 @@ class Judge:
         if len(values) < 4:
             return
         least, most = min(values), max(values)
-        if not self.run.lines and least > 0:
+        if least > 0 and not any(number for number, _ in self.run.lines):
             self.whole = True
             self.say('empty', 'length', WARNING, 90,
                      'the mail is empty; usually it has %s lines'
@@ -1199,7 +1361,8 @@ class Judge:
                 if key not in places:
                     kind = memory.kinds[key]
                     places[key] = dict(zip(kind['n'], kind['p']))
-            both = [n for n in places[a] if n in places[b]]
+            both = [n for n, place in places[a].items()
+                    if place >= 0 and places[b].get(n, -1) >= 0]
             if len(both) >= 12 and all(
                     places[b][n] < places[a][n] for n in both):
                 first = observed.kinds[a][2]
@@ -1291,7 +1454,8 @@ def next_due(memory):
         if len(pairs) < 15:
             return None
         grace = 1.5 * same[-1]
-    return last + most + grace, median(same)
+    return last + max(most + grace, memory.patience * median(same)), \
+        median(same)
 
 
 def run_learn(memory, observed, evidence):
@@ -1386,6 +1550,27 @@ def cause_learn(memory, cause, held):
             memory.fine.append(cause)
 
 
+def cause_unlearn(memory, cause, held):
+    """Take what led to a finding out of memory: it is not normal."""
+    word, _, rest = cause.partition(' ')
+    if word == 'new':
+        memory.kinds.pop(rest, None)
+    elif word == 'word':
+        key, _, said = rest.partition(' ')
+        if key in memory.kinds and said in memory.kinds[key]['w']:
+            memory.kinds[key]['w'].remove(said)
+    elif word == 'status':
+        memory.status.pop(rest, None)
+    elif word == 'value' and rest in memory.values:
+        runs, values = memory.values[rest]
+        for n, _ in held:
+            if n in runs:
+                del values[runs.index(n)]
+                runs.remove(n)
+    if cause in memory.fine:
+        memory.fine.remove(cause)
+
+
 def merge(held, runs, values, places=None):
     """Put held values where they belong by the number of their run."""
     for n, value in held:
@@ -1462,23 +1647,251 @@ class Watch:
         self.state = State(path)
         self.conf = conf_read(os.devnull, OPTIONS) if conf is None else conf
         self.clock = clock
+        self._words = None
 
-    def deliver(self, raw, now=None):
+    def deliver(self, raw, now=None, size=None, beyond=0):
         """Judge and learn the mail `raw`; the list of Findings to be told.
 
-        Durable on return.
+        `raw` may be the beginning of a mail of `size` bytes with `beyond`
+        line ends more.  Durable on return.  A reply to an alarm is obeyed.
         """
-        return []
+        now = self.clock() if now is None else now
+        size = len(raw) if size is None else size
+        if len(raw) > HEAD_BYTES:
+            beyond += raw.count(b'\n', HEAD_BYTES)
+            raw = raw[:HEAD_BYTES]
+        message = mail_parse(raw)
+        if self.reply(message, now):
+            return []
+        return self.take(mail_run(message, now, size, beyond))
+
+    def learn(self, raw, at):
+        """Learn a mail of the past; True if it is not older than known."""
+        message = mail_parse(raw[:HEAD_BYTES])
+        run = mail_run(message, at, len(raw), raw.count(b'\n', HEAD_BYTES))
+        row = self.state.job(run.key)
+        if row is not None and run.at <= row['seen']:
+            return False
+        self.take(run, tell=False)
+        return True
+
+    def take(self, run, tell=True):
+        """Judge and learn a Run; the list of Findings to be told."""
+        if self._words is None:
+            self._words = Words()
+        state = self.state
+        with state.change():
+            row = state.job(run.key)
+            memory, miner = state.memory(row)
+            if memory.at:
+                run.at = max(run.at, memory.at[-1] + 0.001)
+            observed = Observed(run, miner, self._words)
+            evidence = Judge(memory, miner, observed, self._words).judge()
+            for one in evidence:
+                one.run = memory.n
+            fresh = self._open_go_on(memory, run, evidence)
+            run_learn(memory, observed, evidence)
+            self._persist(memory, run)
+            number = state.job_keep(row, run, memory, miner, run.at)
+            finding = self._found(number, memory, run, fresh, tell)
+            if finding is not None:
+                state.memory_keep(number, memory)
+            state.mail_add(number, run, finding.id if finding else None)
+        if finding is None or finding.severity == NOTICE or not tell:
+            return []
+        return [finding]
+
+    def _found(self, job, memory, run, fresh, tell):
+        """Keep what is new of the evidence as one Finding; it or None."""
+        if not fresh:
+            return None
+        loud = [one for one in fresh if one.severity != NOTICE]
+        finding = self.state.finding_add(
+            job, run.at, loud or fresh, None if loud else run.at)
+        if loud:
+            memory.open[str(finding.id)] = {
+                'since': memory.n - 1, 'at': run.at,
+                'strong': any(one.kind == 'status' or one.weight > 70
+                              for one in loud),
+                'held': {one.cause: [[one.run, one.held]] for one in loud}}
+            for one in loud:
+                memory.told.setdefault(one.cause, []).append(run.at)
+            if tell:
+                raise_alarm(self.state, finding, run.at)
+        return finding
+
+    def _open_go_on(self, memory, run, evidence):
+        """What the run says of open findings; the evidence that is new."""
+        present = {one.cause: one for one in evidence
+                   if one.severity != NOTICE}
+        covered = set()
+        for name, entry in list(memory.open.items()):
+            if 'absent' in entry['held']:
+                self._end(memory, name, run.at, 'it came after all, after %s'
+                          % period(run.at - memory.at[-1]))
+                continue
+            still = [cause for cause in entry['held'] if cause in present]
+            if not still:
+                self._recovered(memory, name, entry, run)
+                continue
+            kinds = {present[cause].kind for cause in still}
+            if 'missing line' in kinds or 'length' in kinds:
+                covered |= {one.cause for one in evidence
+                            if one.kind in ('missing line', 'order')}
+            for cause in still:
+                covered.add(cause)
+                entry['held'][cause].append(
+                    [memory.n, present[cause].held])
+        return [one for one in evidence if one.cause not in covered]
+
+    def _recovered(self, memory, name, entry, run):
+        """A run without any of a finding's causes.  What is harmless, or was
+        told again and again and nobody minded, is normal from now on.
+        """
+        for cause, held in entry['held'].items():
+            often = len(memory.told.get(cause, ())) >= 3
+            harmless = cause.startswith('new ') and not entry['strong']
+            if (often or harmless) and cause not in memory.bad:
+                cause_learn(memory, cause, held)
+        self._end(memory, name, run.at, 'as usual again')
+
+    def _persist(self, memory, run):
+        """What has been so for long is normal from now on."""
+        for name, entry in list(memory.open.items()):
+            if memory.n - entry['since'] < ADOPT_RUNS or entry['strong'] \
+                    or run.at - entry['at'] < ADOPT_SECONDS:
+                continue
+            if any(cause in memory.bad for cause in entry['held']):
+                continue
+            for cause, held in entry['held'].items():
+                cause_learn(memory, cause, held)
+            self._end(memory, name, run.at, 'it has been so for %d mails and '
+                      'is taken as normal now' % (memory.n - entry['since']))
+
+    def _end(self, memory, name, now, why):
+        del memory.open[name]
+        self.state.finding_end(int(name), now)
+        end_alarm(self.state, self.state.finding(int(name)), now, why)
 
     def check(self, now=None):
-        """The list of Findings of mails that did not come by `now`."""
-        return []
+        """The list of Findings of mails that did not come by `now`.
+
+        If many jobs are silent at once, there is one for all of them: it is
+        the machine, or its mail.
+        """
+        now = self.clock() if now is None else now
+        state, findings = self.state, []
+        with state.change():
+            rows = state.db.execute(
+                'SELECT * FROM job WHERE due < ? ORDER BY due',
+                (now,)).fetchall()
+            many = len(rows) >= 4
+            for row in rows:
+                finding = self._absent(row, rows if many else [row], now)
+                if not many or not findings:
+                    raise_alarm(state, finding, now)
+                    findings.append(finding)
+            state.fact_set('checked', now)
+            state.forget(now)
+        return findings
+
+    def _absent(self, row, rows, now):
+        """Keep the finding that a job's mail did not come."""
+        memory, _ = self.state.memory(row)
+        reason = 'no mail since %s; usually one comes after %s' % (
+            time.strftime('%a %H:%M, %d %b', time.localtime(row['seen'])),
+            period(row['usual']))
+        lines = []
+        if len(rows) > 1:
+            reason = '%d jobs sent no mail, as %s: is it the machine, or ' \
+                'its mail?' % (len(rows), quoted(row['name'], 60))
+            lines = [(None, one['name']) for one in rows]
+        one = Evidence('absent', 'absent', WARNING, 95, reason, lines)
+        one.run = memory.n
+        finding = self.state.finding_add(row['id'], now, [one])
+        memory.open[str(finding.id)] = {
+            'since': memory.n, 'at': now, 'strong': True,
+            'held': {'absent': [[memory.n, None]]}}
+        self.state.memory_keep(row['id'], memory)
+        self.state.db.execute('UPDATE job SET due = NULL WHERE id = ?',
+                              (row['id'],))
+        return finding
 
     def ok(self, number, now=None):
         """What finding `number` is about is normal from now on."""
+        now = self.clock() if now is None else now
+        with self.state.change():
+            row, memory, causes = self._causes(number)
+            for cause, held in causes.items():
+                if cause == 'absent':
+                    memory.patience = max(memory.patience, 1.2 * (
+                        now - row['seen']) / max(row['usual'] or DAY, 60))
+                else:
+                    cause_learn(memory, cause, held)
+                memory.told.pop(cause, None)
+                if cause in memory.bad:
+                    memory.bad.remove(cause)
+            if str(number) in memory.open:
+                self._end(memory, str(number), now, 'somebody said that it '
+                          'is normal')
+            self.state.memory_keep(row['id'], memory)
 
     def bad(self, number, now=None):
         """Finding `number` was right: never learn this as normal."""
+        with self.state.change():
+            row, memory, causes = self._causes(number)
+            for cause, held in causes.items():
+                cause_unlearn(memory, cause, held)
+                if cause not in memory.bad:
+                    memory.bad.append(cause)
+            self.state.memory_keep(row['id'], memory)
+
+    def _causes(self, number):
+        """(job's row, Memory, {cause: held}) of a finding."""
+        import json
+        found = self.state.finding_row(number)
+        row = self.state.db.execute('SELECT * FROM job WHERE id = ?',
+                                    (found['job'],)).fetchone()
+        memory, _ = self.state.memory(row)
+        causes = json.loads(found['causes'])
+        if str(number) in memory.open:
+            causes.update(memory.open[str(number)]['held'])
+        return row, memory, causes
+
+    def reply(self, message, now):
+        """Obey a reply to the mail of an alarm: ok or bad as its first word.
+        True if it was one.  Who replies proves himself by the token in the
+        Message-ID, which only those know who got the alarm.
+        """
+        named = '%s %s' % (message.get('In-Reply-To', ''),
+                           message.get('References', ''))
+        if '<cronwatch.' not in named:
+            return False
+        import re
+        for number, token in re.findall(r'<cronwatch\.(\d+)\.([0-9a-f]{16})@',
+                                        named):
+            try:
+                finding = self.state.finding(int(number))
+            except Error:
+                continue
+            if finding.token != token:
+                continue
+            lines, _ = text_lines(message_text(message))
+            word = lines[0][1].split()[0].lower().strip('.,!') \
+                if lines else ''
+            if word == 'ok':
+                self.ok(finding.id, now)
+            elif word == 'bad':
+                self.bad(finding.id, now)
+            else:
+                continue
+            return True
+        return False
+
+
+def finding_message_id(finding, host):
+    """The Message-ID of the mail about a finding, which a reply names."""
+    return '<cronwatch.%d.%s@%s>' % (finding.id, finding.token, host)
 
 
 ##############################################################################
