@@ -45,17 +45,20 @@ BENCH =
 TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
 	cpio:cpio \
 	sshd:openssh-server cc:gcc systemd-socket-activate:systemd \
-	stunnel4:stunnel4 spiped:spiped strace:strace node:nodejs npm:npm
+	stunnel4:stunnel4 spiped:spiped strace:strace \
+	apache2:apache2 node:nodejs npm:npm
 
 # What the benchmark compares with.
 PEERS = restic:restic borg:borgbackup rclone:rclone openssl:openssl
 
-SOURCES = *.py bench/*.py contrib/*.py tests/*.py
+SOURCES = *.py bench/*.py cgi-bin/*.py cgi-bin/*.cgi contrib/*.py tests/*.py
 
 help:
 	@echo 'make demo [DIR=...]    back DIR up, restore it and compare, by'
 	@echo '                       directory and over the network;'
 	@echo '                       STORE=s3 keeps it all in a bucket'
+	@echo 'make web               the account pages under an Apache of their own,'
+	@echo '                       with a sample account'
 	@echo 'make test [TESTS=...]  run the tests'
 	@echo 'make crash [CRASH=...] kill and cut the power at any call, for ten'
 	@echo '                       minutes; nothing may be lost'
@@ -85,6 +88,9 @@ help:
 
 demo:
 	@$(FIND) && exec "$$py" contrib/demo.py $(STORE:%=--%) $(DIR)
+
+web: tools
+	@$(FIND) && exec "$$py" tests/webpeer.py
 
 test: tools
 	@$(FIND) && exec "$$py" tests/run.py $(TESTS)
@@ -160,7 +166,8 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test crash fuzz rot faults books model bench bench-quick \
+.PHONY: help demo web test crash fuzz rot faults books model bench \
+	bench-quick \
 	bench-growth bench-network bench-load bench-rebuild bench-login \
 	bench-cron tools \
 	peers lint clean

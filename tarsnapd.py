@@ -52,6 +52,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     mail, links           what is to be mailed; what its reader may do
     ledger                what was used and paid, and what is left
     reports               what a month was
+    site                  what the account pages know of the server
     export                what is held about a person
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
@@ -3681,14 +3682,21 @@ def account_login(address, secret):
     return good, account if good else made_up
 
 
-def account_verifier(password, salt):
+def account_verifier(password, salt, cost=SCRYPT):
     """What an account keeps of a password, as a dict of JSON values."""
-    log_n, r, p = SCRYPT
+    log_n, r, p = cost
     key = hashlib.scrypt(password, salt=salt, n=1 << log_n, r=r, p=p,
                          maxmem=256 * MIB, dklen=32)
     stored = sha256(hmac.digest(key, b'client', 'sha256'))
     return {'salt': salt.hex(), 'logN': log_n, 'r': r, 'p': p,
             'stored': stored.hex()}
+
+
+def account_right(account, password):
+    """True if it is the password of an account, which may be made up."""
+    verifier = account_verifier(password, bytes.fromhex(account['salt']), [
+        account[name] for name in ('logN', 'r', 'p')])
+    return hmac.compare_digest(verifier['stored'], account['stored'])
 
 
 def account_address_check(address):
@@ -3810,8 +3818,19 @@ def owner_get(number):
     return found and found[1]['account']
 
 
-def owner_set(number, ident):
-    """Steps: the machine belongs to account `ident` from now on."""
+def owned_prefix(ident):
+    """Where it is told which machines an account may have: a list that is
+    short, while owner/ is long and decides.
+    """
+    return 'owned/%s/' % ident
+
+
+def owner_set(number, ident, name=''):
+    """Steps: the machine, called `name`, belongs to account `ident` from now
+    on.
+    """
+    place = '%s%016x' % (owned_prefix(ident), number)
+    yield ('put', place, versioned_encode(place, {'name': name}))
     found = yield from versioned_get(owner_prefix(number))
     if found and found[1]['account'] == ident:
         return
@@ -3821,6 +3840,16 @@ def owner_set(number, ident):
     if not created:
         raise ServerError('machine %016x is being moved by somebody else'
                           % number)
+
+
+def owned_machines(ident):
+    """Steps: {machine, 16 digits: its name} of an account."""
+    keys, found = (yield ('list', owned_prefix(ident))), {}
+    for key in keys:
+        machine = key.rpartition('/')[2]
+        if (yield from owner_get(int(machine, 16))) == ident:
+            found[machine] = (yield from summed_get(key))['name']
+    return found
 
 
 def owner_machines():
@@ -3989,7 +4018,7 @@ def machine_create(user, name, keys, days=0):
         raise Damaged('read', place, 'names a machine with other keys')
     found = (yield from account_get(user)) if user else None
     if found and not (yield ('list', owner_prefix(number))):
-        yield from owner_set(number, found[1]['id'])
+        yield from owner_set(number, found[1]['id'], name)
     return number
 
 
@@ -5187,6 +5216,8 @@ class View:
     end at nine dollars.
     """
 
+    SCHEMA, VERSION = VIEW_SCHEMA, VIEW_VERSION
+
     def __init__(self, path):
         self.path = path
         self.lock = threading.Lock()
@@ -5220,7 +5251,7 @@ class View:
         try:
             db.execute('PRAGMA journal_mode = WAL').fetchall()
             db.execute('PRAGMA synchronous = NORMAL')
-            tables_make(db, VIEW_SCHEMA, VIEW_VERSION)
+            tables_make(db, self.SCHEMA, self.VERSION)
             os.chmod(self.path, 0o600)
         except (sqlite3.Error, OSError):
             db.close()
@@ -5238,6 +5269,11 @@ class View:
             unlink_quietly(self.path + suffix)
 
     # What steps may wish; `run` is of an open transaction.
+
+    @staticmethod
+    def from_the_start(run):
+        """True for a view of more than the last closings and after them."""
+        return False
 
     @staticmethod
     def places(run):
@@ -5261,11 +5297,13 @@ class View:
 
     @staticmethod
     def apply(run, usage, size, charge=True):
-        """Add the Usage of a shard's next day, or only what is held then."""
+        """Add the Usage of a shard's next day, or only what is held then;
+        False if another process was faster.
+        """
         last = run('SELECT day FROM shards WHERE shard = ?', (usage.shard,)
                    ).fetchone()
         if last != (usage.day - charge,):
-            return                      # another process was faster
+            return False
         run('UPDATE shards SET day = ?, size = ? WHERE shard = ?',
             (usage.day, size, usage.shard))
         run('DELETE FROM held WHERE shard = ?', (usage.shard,))
@@ -5282,6 +5320,7 @@ class View:
                          (account,)).fetchone() or (0,)
             run('REPLACE INTO sums VALUES (?, ?)',
                 (account, str(int(before[0]) - amount)))
+        return True
 
     @staticmethod
     def entries_lack(run, account, keys):
@@ -5365,7 +5404,7 @@ def view_load(start):
     count = collections.Counter(
         key.split('/')[1] for key in (yield ('list', 'closed/')))
     whole = [month for month, n in count.items() if n == len(SHARDS)]
-    if not whole:
+    if not whole or (yield ('view', 'from_the_start')):
         yield ('view', 'load', start - 1, {})
         return
     first, after = month_days(day_parse(max(whole) + '-01'))
@@ -5942,6 +5981,29 @@ def account_statement(account, first):
     closing = opening + sum(line.amount for line in lines)
     return (month_head(first, days, entered), opening, lines, closing,
             closed_differ(first, entered, {account: closing}))
+
+
+##############################################################################
+# Site
+#
+# What the account pages must know of a server whose directory they cannot
+# read: it is said among the accounts, where both can.  Versioned.
+##############################################################################
+
+SITE = 'site/'
+
+
+def site_get():
+    """Steps: what was said last, a dict; empty if nothing was."""
+    found = yield from versioned_get(SITE)
+    return found[1] if found else {}
+
+
+def site_put(facts):
+    """Steps: say it, unless it was said already."""
+    found = yield from versioned_get(SITE)
+    if found is None or found[1] != facts:
+        yield from versioned_put(SITE, found[0] + 1 if found else 0, facts)
 
 
 ##############################################################################
@@ -7694,7 +7756,9 @@ class Scrub:
                 if ident and not (yield ('list', account_prefix(ident))):
                     self._say(key, '', 'names account %s, which is missing'
                               % ident)
-        for prefix in ('mail/', 'link/'):
+        for key in (yield ('list', 'site/')):
+            yield from self._versioned(key)
+        for prefix in ('mail/', 'link/', 'owned/', 'session/'):
             for key in (yield ('list', prefix)):
                 yield from self._summed(key)
         yield from self._ledger()
@@ -8119,7 +8183,7 @@ STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner', 'mail', 'link', 'ledger',
                   'usage', 'traffic', 'pay', 'adjust', 'closed',
-                  'standing'}
+                  'standing', 'owned', 'site', 'session'}
 
 CONF = '''\
 # tarsnapd.conf(5)
@@ -8158,19 +8222,22 @@ def size_parse(text):
     return int(digits) * unit
 
 
-def conf_read(path):
-    """The [server] section of a server directory's configuration, a dict."""
+def conf_read(path, name='tarsnapd.conf', section='server',
+              options=CONF_OPTIONS):
+    """The [server] section of a server directory's configuration, a dict; or
+    a section, which may have these `options`, of another file.
+    """
     import configparser
     parser = configparser.ConfigParser(interpolation=None)
-    name = os.path.join(path, 'tarsnapd.conf')
+    name = os.path.join(path, name)
     try:
         parser.read_string(read_file(name).decode('utf-8'), name)
-        section = dict(parser['server'])
+        section = dict(parser[section])
     except (configparser.Error, KeyError, UnicodeDecodeError) as e:
         raise ServerError('%s: %s' % (name, ' '.join(str(e).split()))) from e
     except OSError as e:
         raise ServerError('%s: %s' % (name, e.strerror)) from None
-    unknown = set(section) - CONF_OPTIONS
+    unknown = set(section) - options
     if unknown:
         raise ServerError('%s: unknown option %s' % (name, min(unknown)))
     if section.get('s3-secret-key') and os.stat(name).st_mode & 0o077:
@@ -8513,6 +8580,7 @@ GUESSES = {
     'pair': (3, 8 * 3600),          # above that, by each of these
     'machines': (1000, 60),         # that an account registers
     'challenges': (200, 10),        # asked for by an address
+    'mails': (10, 360),             # that an address has us send
 }
 FRIEND = 90 * DAY       # seconds for which an address is not strange
 MOST_DEBTS = 200000     # rows that are kept
@@ -8570,15 +8638,14 @@ class Guesses:
                     self._owe(who[name], now + min(debt + each, most * each))
             return seconds
 
-    def ask(self, address, now):
+    def ask(self, address, now, what='challenges'):
         """Seconds to wait until a challenge may be asked for, or 0."""
-        who = self._who(address, '')['challenges']
+        who = self._who(address, '')[what]
         with self._transaction(now):
-            debts = {'challenges': self._debt(who, 'challenges', now)}
-            seconds = self._wait(debts, 'challenges') if address else 0
+            debts = {what: self._debt(who, what, now)}
+            seconds = self._wait(debts, what) if address else 0
             if not seconds:
-                self._owe(who, now + debts['challenges']
-                          + GUESSES['challenges'][1])
+                self._owe(who, now + debts[what] + GUESSES[what][1])
             return seconds
 
     def forgive(self, address, user, now):
@@ -8606,7 +8673,7 @@ class Guesses:
         user = user.lower().encode('utf-8', 'replace')
         return {name: hmac.digest(self.secret, b'\0'.join(
             (name.encode(), place * (name not in ('account', 'machines')),
-             user * (name not in ('address', 'challenges')))),
+             user * (name not in ('address', 'challenges', 'mails')))),
             'sha256')[:16]
             for name in ('friend', *GUESSES)}
 
@@ -8778,6 +8845,14 @@ class Server:
     def fingerprint(self):
         """What keys are pinned to: 64 hex digits."""
         return sha256(self.identity_public).hex()
+
+    def facts(self):
+        """What the account pages may know, as of site_put."""
+        return {'fingerprint': self.fingerprint(),
+                'prices': self.prices and list(self.prices),
+                'amnesty': self.amnesty, 'delete-delay': self.delete_delay,
+                'service': self.post.service if self.post else 'tarsnapd',
+                'url': self.post.url if self.post else None}
 
     def vouch(self, cert_hash):
         """The identity's signature in the first frame."""
@@ -11252,7 +11327,8 @@ def user_close(server, name):
 def user_move_machine(server, machine, name):
     number = machine_need(server, machine)
     _, account = server.run(account_need(name))
-    server.run(owner_set(number, account['id']))
+    server.run(owner_set(number, account['id'],
+                         server.run(machine_load(number)).name))
 
 
 def user_list(server):
@@ -11850,6 +11926,8 @@ def command_bill(args):
         if server.read_only and '--dry-run' not in options:
             raise ServerError('%s: the store is read-only' % server.path)
         bill_say(server, '--dry-run' in options, '--late' in options)
+        if '--dry-run' not in options:
+            server.run(site_put(server.facts()))
         return 0
     finally:
         server.close()
@@ -12163,7 +12241,7 @@ def command_serve(args):
     scrub_conf(server.conf)
     clean_conf(server.conf)
     server.certificate_load()
-    decoys_ready(server)
+    said_ready(server)
     context = None
     if not server.conf.get('front-certificate'):
         context = tls_context(path)
@@ -12180,9 +12258,9 @@ def command_serve(args):
         serve_one(server, listener, context, Strangers())
 
 
-def decoys_ready(server):
+def said_ready(server):
     """Make decoys in a store that has accounts from before there were any,
-    or that has lost them.
+    or that has lost them; and say what the account pages must know.
 
     Where they cannot be made, to know users by the time it takes is easier,
     and no reason not to serve.
@@ -12191,6 +12269,7 @@ def decoys_ready(server):
         return
     try:
         server.run(decoys_make())
+        server.run(site_put(server.facts()))
     except StoreError as e:
         server.complain(str(e))
 

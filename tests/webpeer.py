@@ -1,0 +1,314 @@
+#!/usr/bin/env python3
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
+"""A real Apache with the account pages, on a loopback port.
+
+`Site` makes a server directory, accounts in a directory of their own beside
+it, and a copy of the sources as one installs them, and starts Apache by the
+configuration in contrib/ as a user who owns nothing else: as root another
+one than ours, so that what he cannot read is what the pages cannot read.
+`Browser` keeps cookies, and fills in forms that it is shown.
+
+Run as a program (`make web`) it shows a filled sample account until it is
+interrupted, with a server that machines can register at; mail is printed.
+"""
+
+import collections
+import html.parser
+import http.client
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+import tarsnapd                                         # noqa: E402
+from lab import no_fsync                                # noqa: E402
+from s3peers import SECONDS, free_ports                 # noqa: E402
+from tarsnapd import ATTO, DAY                          # noqa: E402
+
+NOBODY = 65534                  # a user and group who own nothing
+SEARCH = os.environ['PATH'] + ':/usr/sbin:/sbin'
+PRICES = 'storage-price = 250\nupload-price = 250\ndownload-price = 250\n'
+
+
+def python():
+    """An interpreter that another user may run, too."""
+    path = os.path.realpath(sys.executable)
+    where = os.path.dirname(path)
+    while os.getuid() == 0 and where != '/':
+        if not os.stat(where).st_mode & 0o001:
+            return '/usr/bin/python3'
+        where = os.path.dirname(where)
+    return sys.executable
+
+
+class Site:
+    """Apache with the account pages: `port`, `root`, `srv`, `accounts`,
+    `web`, log().
+
+    `cleanup` is an addCleanup or addClassCleanup of unittest.  `conf` is
+    appended to tarsnapd.conf, `web` to web.conf.
+    """
+
+    def __init__(self, cleanup, conf=PRICES, web='', listen=None):
+        self.apache = shutil.which('apache2', path=SEARCH)
+        self.user = NOBODY if os.getuid() == 0 else os.getuid()
+        base = tempfile.TemporaryDirectory(prefix='web-', dir='/tmp')
+        cleanup(base.cleanup)
+        self.root = base.name
+        os.chmod(self.root, 0o755)
+        self.srv, self.accounts, self.web = (
+            os.path.join(self.root, name) for name in (
+                'srv', 'accounts', 'web'))
+        self.port, = free_ports(1)
+        self.url = 'http://127.0.0.1:%d/' % self.port
+        self._server(conf)
+        self._install(web)
+        self.child = None
+        cleanup(self.close)
+        self.start()
+
+    def _server(self, conf):
+        os.mkdir(self.accounts)
+        os.chown(self.accounts, -1, self.user if os.getuid() == 0 else -1)
+        os.chmod(self.accounts, 0o2770)
+        tarsnapd.server_create(self.srv, {'listen': '127.0.0.1:9279',
+                                          'accounts': self.accounts})
+        tarsnapd.certificate_renew(self.srv)
+        with open(os.path.join(self.srv, 'tarsnapd.conf'), 'a') as file:
+            file.write('mail-from = Sample Backups <backup@example.org>\n'
+                       'web-url = %sconfirm.cgi\n%s' % (self.url, conf))
+        self.server = tarsnapd.Server(self.srv)
+        self.server.run(tarsnapd.decoys_make())
+        self.server.run(tarsnapd.site_put(self.server.facts()))
+
+    def _install(self, web):
+        """Copy the sources, and compile them as their user cannot."""
+        lib, self.python = os.path.join(self.root, 'lib'), python()
+        shutil.copytree(os.path.join(ROOT, 'cgi-bin'),
+                        os.path.join(lib, 'cgi-bin'),
+                        ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(os.path.join(ROOT, 'tarsnapd.py'), lib)
+        for name in os.listdir(os.path.join(lib, 'cgi-bin')):
+            os.chmod(os.path.join(lib, 'cgi-bin', name),
+                     0o755 if name.endswith('.cgi') else 0o644)
+        subprocess.run([self.python, '-m', 'compileall', '-q', lib],
+                       check=True)
+        for name in ('web', 'run', 'log'):
+            path = os.path.join(self.root, name)
+            os.mkdir(path, 0o700)
+            os.chown(path, self.user, -1)
+        os.mkdir(os.path.join(self.root, 'bin'), 0o755)
+        os.symlink(self.python, os.path.join(self.root, 'bin', 'python3'))
+        with open(os.path.join(self.web, 'web.conf'), 'w') as file:
+            file.write('[web]\naccounts = %s\nserver = %s\n%s' % (
+                self.accounts, 'backup.example.org:9279', web))
+        os.chown(file.name, self.user, -1)
+        os.chmod(file.name, 0o600)
+
+    def start(self, *more):
+        """Start Apache by the files in contrib/; wait until it answers."""
+        argv = [self.apache, '-DFOREGROUND', '-DWEB_PLAIN', '-f',
+                os.path.join(self.root, 'httpd.conf')]
+        for name in ('httpd', 'site'):
+            source = 'tarsnap-web%s.conf' % {'httpd': '-httpd'}.get(name, '')
+            shutil.copy(os.path.join(ROOT, 'contrib', source),
+                        os.path.join(self.root, name + '.conf'))
+        for name, value in (
+                ('LISTEN', '127.0.0.1:%d' % self.port),
+                ('RUN', self.file('run')), ('LOG', self.file('log')),
+                ('SITE', self.file('site.conf')),
+                ('CGI', self.file('lib/cgi-bin')), ('DIR', self.web),
+                ('PATH', self.file('bin') + ':/usr/bin:/bin')):
+            argv += ['-C', 'Define WEB_%s %s' % (name, value)]
+        if os.getuid() == 0:
+            argv[:0] = ['setpriv', '--reuid', str(self.user), '--regid',
+                        str(self.user), '--clear-groups']
+        self.child = subprocess.Popen(
+            argv + list(more), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd='/',
+            env={'PATH': SEARCH})
+        end = time.monotonic() + SECONDS
+        while True:
+            try:
+                Browser(self).get('style.css')
+                return
+            except OSError:
+                if self.child.poll() is not None or time.monotonic() > end:
+                    raise AssertionError('no Apache: %s %s' % (
+                        self.child.stderr.read(), self.log())) from None
+                time.sleep(0.05)
+
+    def file(self, name):
+        return os.path.join(self.root, name)
+
+    def log(self, name='error'):
+        try:
+            with open(self.file('log/%s.log' % name)) as file:
+                return file.read()
+        except FileNotFoundError:
+            return ''
+
+    def run(self, steps):
+        return self.server.run(steps)
+
+    def account(self, address='ann@example.org', password=b'correct horse'):
+        """A new account; its id."""
+        return self.run(tarsnapd.account_create(address, password))
+
+    def close(self):
+        if self.child:
+            self.child.terminate()
+            self.child.wait(SECONDS)
+            self.child.stderr.close()
+            self.child = None
+        self.server.close()
+
+
+class Form(html.parser.HTMLParser):
+    """The forms of a page: [(action, {name: value})]."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.forms = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == 'form':
+            self.forms.append((attrs['action'], {}))
+        elif tag in ('input', 'button', 'select') and attrs.get('name'):
+            self.forms[-1][1][attrs['name']] = attrs.get('value') or ''
+
+
+Page = collections.namedtuple('Page', 'status headers text')
+
+
+class Browser:
+    """Keeps cookies.  get() and post() return a Page and follow nothing;
+    go() follows, and send() fills in a form of the last page.
+    """
+
+    def __init__(self, site):
+        self.site = site
+        self.cookies = {}
+        self.page = None
+        self.here = ''
+
+    def ask(self, method, path, body=None, headers=()):
+        connection = http.client.HTTPConnection('127.0.0.1', self.site.port,
+                                                timeout=SECONDS)
+        headers = dict(headers)
+        if self.cookies:
+            headers.setdefault('Cookie', '; '.join(
+                '%s=%s' % pair for pair in self.cookies.items()))
+        try:
+            connection.request(method, '/' + path, body, headers)
+            answer = connection.getresponse()
+            text = answer.read().decode('utf-8')
+        finally:
+            connection.close()
+        for line in answer.headers.get_all('Set-Cookie', ()):
+            name, _, value = line.partition(';')[0].partition('=')
+            self.cookies[name] = value
+            if not value:
+                del self.cookies[name]
+        self.page, self.here = Page(answer.status, answer.headers,
+                                    text), path
+        return self.page
+
+    def get(self, path, **headers):
+        return self.ask('GET', path, None, headers)
+
+    def post(self, path, fields, **headers):
+        headers.setdefault('Content-Type',
+                           'application/x-www-form-urlencoded')
+        return self.ask('POST', path, urllib.parse.urlencode(fields),
+                        headers)
+
+    def follow(self):
+        while self.page.status == 303:
+            self.get(self.page.headers['Location'])
+        return self.page
+
+    def go(self, path):
+        self.get(path)
+        return self.follow()
+
+    def send(self, action, **fields):
+        """Fill in and send the form of the page that goes to `action`."""
+        for there, values in Form(self.page.text).forms:
+            if there == action:
+                self.post(action, dict(values, **fields))
+                return self.follow()
+        raise AssertionError('no form %s in %s' % (action, self.page.text))
+
+    def login(self, address='ann@example.org', password='correct horse'):
+        self.go('account.html')
+        return self.send('manage.cgi', address=address, password=password)
+
+
+def sample(site, ident, days, machines=3, until=None):
+    """Give an account `machines` and `days` of usage up to yesterday, or to
+    day `until`: written as ledger objects, as `bill` writes them.
+    """
+    store, now = site.server, int(time.time())
+    last = now // DAY - 1 if until is None else until
+    start = last - days + 1
+    store.run(tarsnapd.start_make(start))
+    names = ('www1.example.org', 'mail', 'laptop', 'db-replica')
+    numbers = ['%016x' % (0x1a2b3c4d5e6f7081 * (i + 1) % (1 << 64))
+               for i in range(machines)]
+    for i, number in enumerate(numbers):
+        store.run(tarsnapd.owner_set(
+            int(number, 16), ident, names[i] if i < 4 else 'host%d' % i))
+    prices = store.prices or tarsnapd.Prices(0, 0, 0)
+    size = [2 * 10 ** 9 * (i + 1) for i in range(machines)]
+    for day in range(start, last + 1):
+        usages = {shard: tarsnapd.Usage(day, shard, prices._replace(
+            storage=tarsnapd.price_of_day(prices.storage, day)))
+            for shard in tarsnapd.SHARDS}
+        for i, number in enumerate(numbers):
+            up = 10 ** 7 * (1 + (day * (i + 3)) % 5) if (
+                i != 2 or day < last - 12) else 0
+            size[i] += up // 2
+            usages[number[0]].rows[number] = tarsnapd.Used(
+                ident, day - start + 1, size[i], size[i], up,
+                10 ** 8 if (day + i) % 11 == 0 else 0)
+        with no_fsync():
+            for usage in usages.values():
+                store.perform(('put', usage.key(), usage.encode()))
+    return numbers
+
+
+def pay(site, ident, reference, dollars, kind='payment'):
+    site.run(tarsnapd.ledger_pay(ident, 'bank', reference, dollars * ATTO,
+                                 kind))
+
+
+def show():
+    """A site with a sample account, until it is interrupted."""
+    import contextlib
+    with contextlib.ExitStack() as stack:
+        site = Site(stack.callback)
+        ident = site.account()
+        sample(site, ident, 60)
+        pay(site, ident, '2026-0711', 20)
+        print('The account pages are at %s\nlog in as ann@example.org with '
+              'the password "correct horse".\nControl-C ends it.' % site.url,
+              flush=True)
+        while site.child.poll() is None:
+            time.sleep(1)
+
+
+if __name__ == '__main__':
+    try:
+        show()
+    except KeyboardInterrupt:
+        pass
