@@ -29,11 +29,13 @@ Map of this file, bottom up:
     Alarms          who is told, how, and until when
     Watch           a mail from arrival to alarm; feedback
     Reports         what it believes, and why
-    Delivery        whatever happens, the mail is not lost
     Commands        the command line
 """
 
+import contextlib
+import hmac
 import os
+import re
 import sys
 import time
 
@@ -133,28 +135,19 @@ class Intake:
 
     def __init__(self, stream):
         """Read `stream` to its end.  OSError where there is no room."""
-        self.head = b''
-        self.size = 0
+        self.head = stream.read(HEAD_BYTES)
+        self.size = len(self.head)
         self.beyond = 0         # line ends behind head
         self.spill = None       # a file with all of it, where head is not all
-        parts = []
-        while self.size < HEAD_BYTES:
-            block = stream.read(HEAD_BYTES)
-            if not block:
-                self.head = b''.join(parts)
-                return
-            parts.append(block)
-            self.size += len(block)
-        import tempfile
-        whole = b''.join(parts)
-        self.head = whole[:HEAD_BYTES]
-        self.beyond = whole.count(b'\n', HEAD_BYTES)
-        self.spill = tempfile.TemporaryFile()
-        while whole:
-            self.spill.write(whole)
-            whole = stream.read(1 << 18)
-            self.size += len(whole)
-            self.beyond += whole.count(b'\n')
+        if self.size == HEAD_BYTES:
+            import tempfile
+            self.spill = tempfile.TemporaryFile()
+            block = self.head
+            while block:
+                self.spill.write(block)
+                block = stream.read(1 << 18)
+                self.size += len(block)
+                self.beyond += block.count(b'\n')
 
     def blocks(self):
         """All of it again, block by block."""
@@ -358,12 +351,6 @@ def mail_parse(raw):
     """The email.message.Message of bytes, whatever they are."""
     from email.parser import BytesParser
     return BytesParser().parsebytes(raw)
-
-
-def mail_read(raw, at):
-    """The Run that the mail `raw`, or its beginning, tells of."""
-    return mail_run(mail_parse(raw[:HEAD_BYTES]), at, len(raw),
-                    raw.count(b'\n', HEAD_BYTES))
 
 
 def mail_date(message):
@@ -673,40 +660,11 @@ class State:
         return json.loads(unpacked(row[0])) if row else []
 
     def forget(self, now):
-        """Drop findings of long ago."""
+        """Drop alarms and findings of long ago."""
+        alarms_forget(self, now - 400 * DAY)
         self.db.execute('DELETE FROM finding WHERE at < ? AND ended IS NOT'
-                        ' NULL AND id NOT IN (SELECT finding FROM alarm)',
-                        (now - 400 * DAY,))
-
-
-def finding_text(state, finding):
-    """What a mail about a finding says: the lines concerned, marked in their
-    mail, and what else was not as usual.
-    """
-    wanted = {number for number, _ in finding.lines if number is not None}
-    said = ['- ' + reason for reason in finding.also]
-    if said:
-        said = ['Also:'] + said + ['']
-    gone = [text for number, text in finding.lines if number is None]
-    if gone and finding.kind != 'absent':
-        said += ['Missing:'] + ['- ' + text for text in gone[:20]] + ['']
-    elif gone:
-        said += gone[:50] + ['']
-    lines = state.mail_of(finding.id)
-    if lines:
-        said.append('The mail, what is unusual marked with >:')
-    near = {number + i for number in wanted for i in range(-4, 5)}
-    last = None
-    for place, (number, text) in enumerate(lines):
-        if len(lines) > 60 and number not in near and place >= 10 * (
-                not wanted):
-            continue
-        if last is not None and number > last + 1 and len(lines) > 60:
-            said.append('    ...')
-        said.append('%s%4d  %s' % ('> ' if number in wanted else '  ',
-                                   number, text[:300]))
-        last = number
-    return '\n'.join(said)
+                        ' NULL AND id NOT IN (SELECT finding FROM alarm'
+                        ' WHERE finding IS NOT NULL)', (now - 400 * DAY,))
 
 
 ##############################################################################
@@ -1632,24 +1590,75 @@ def merge(held, runs, values, places=None):
 
 
 ##############################################################################
-# Alarms
+# Alarms: what is kept
 #
-# Who is told of a finding, how, and until when.  An alarm is kept in the
-# state file before anything is sent.  Knows nothing of mails that came and of
-# why something was found.
+# An alarm is kept before anything is sent, in the transaction of what raised
+# it.  From then on it is steps: one person told in one way at one time, until
+# somebody answers.  Knows nothing of mails that came and of why something was
+# found.
+#
+#     alarm     open -> acked -> over; its steps are due at base + after
+#     step      who is told, how and when; notice is NULL until then
+#     notice    one message or call, which may be about several alarms:
+#               ready -> trying -> sent | failed | dropped
 ##############################################################################
 
 ALARM_SCHEMA = '''
 CREATE TABLE IF NOT EXISTS alarm(
-    id INTEGER PRIMARY KEY,
-    finding INTEGER NOT NULL UNIQUE REFERENCES finding,
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    finding INTEGER UNIQUE          -- NULL: of a script
+        REFERENCES finding ON DELETE SET NULL,
+    cause TEXT,                     -- a script's name for it
+    severity TEXT NOT NULL,
+    title TEXT NOT NULL,            -- one line
+    body TEXT NOT NULL,             -- what else there is to say
     at REAL NOT NULL,
-    acknowledged REAL);
+    base REAL NOT NULL,             -- what steps count their time from
+    planned INTEGER NOT NULL DEFAULT 0,
+    times INTEGER NOT NULL DEFAULT 1,
+    state TEXT NOT NULL DEFAULT 'open',
+    ended REAL,                     -- when it was acked or over
+    who TEXT,                       -- acked it
+    why TEXT);                      -- how it was acked, or why it is over
+CREATE INDEX IF NOT EXISTS alarm_open ON alarm(state, base);
+CREATE TABLE IF NOT EXISTS step(
+    id INTEGER PRIMARY KEY,
+    alarm INTEGER NOT NULL REFERENCES alarm,
+    kind TEXT NOT NULL,             -- raise, over
+    after REAL NOT NULL,            -- seconds
+    person TEXT NOT NULL,
+    way TEXT NOT NULL,              -- mail, sms, call
+    notice INTEGER REFERENCES notice);
+CREATE INDEX IF NOT EXISTS step_alarm ON step(alarm);
+CREATE INDEX IF NOT EXISTS step_notice ON step(notice);
+CREATE INDEX IF NOT EXISTS step_over ON step(alarm)
+    WHERE kind = 'over' AND notice IS NULL;
+CREATE TABLE IF NOT EXISTS notice(
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,
+    person TEXT NOT NULL,
+    way TEXT NOT NULL,
+    address TEXT NOT NULL,
+    code TEXT NOT NULL,             -- what an answer names it by
+    text TEXT NOT NULL DEFAULT '',  -- of an SMS, to know it again
+    state TEXT NOT NULL DEFAULT 'ready',
+    tries INTEGER NOT NULL DEFAULT 0,
+    tried REAL,                     -- when the last try began
+    next REAL NOT NULL,             -- when there is something to do
+    sid TEXT,                       -- Twilio's name for it
+    said TEXT);                     -- what was wrong
+CREATE INDEX IF NOT EXISTS notice_next ON notice(next)
+    WHERE state IN ('ready', 'trying');
+CREATE INDEX IF NOT EXISTS notice_sid ON notice(sid);
+CREATE TABLE IF NOT EXISTS stopped(number TEXT PRIMARY KEY, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS heard(sid TEXT PRIMARY KEY, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS probe(
+    cause TEXT PRIMARY KEY,
+    bad INTEGER NOT NULL);          -- times in a row
+CREATE TABLE IF NOT EXISTS alarm_secret(value BLOB NOT NULL);
 '''
 
-# Options of the configuration file that are ours.
-ALARM_OPTIONS = {
-}
+RANKS = {name: rank for rank, name in enumerate(SEVERITIES)}
 
 
 def raise_alarm(state, finding, now):
@@ -1657,8 +1666,14 @@ def raise_alarm(state, finding, now):
 
     Runs within the transaction of the finding.  alarms_send sends.
     """
-    state.db.execute('INSERT OR IGNORE INTO alarm(finding, at) VALUES (?, ?)',
-                     (finding.id, now))
+    body = '\n'.join([*finding.also, ''] * bool(finding.also) + [
+        text if number is None else '%d: %s' % (number, text)
+        for number, text in finding.lines])
+    state.db.execute(
+        'INSERT OR IGNORE INTO alarm(finding, severity, title, body, at, base)'
+        ' VALUES (?, ?, ?, ?, ?, ?)',
+        (finding.id, finding.severity, alarm_line(
+            '%s: %s' % (finding.job, finding.reason)), body, now, now))
 
 
 def end_alarm(state, finding, now, why):
@@ -1666,14 +1681,1296 @@ def end_alarm(state, finding, now, why):
     after all`), or somebody said that it is normal: stop calling, and tell
     those who were told.  Runs within a transaction; sends nothing.
     """
-    state.db.execute('UPDATE alarm SET acknowledged = ? WHERE finding = ?'
-                     ' AND acknowledged IS NULL', (now, finding.id))
+    for alarm, in state.db.execute(
+            "SELECT id FROM alarm WHERE finding = ? AND state != 'over'",
+            (finding.id,)).fetchall():
+        alarm_over(state, alarm, now, why)
 
 
-def alarms_send(state, conf, now):
+def alarm_raise(state, severity, cause, text, now):
+    """Keep an alarm of a script; its number.  Runs within a transaction.
+
+    While one of the same cause is not over, it is that one: a worse one is
+    told anew, any other is only counted.
+    """
+    title, _, body = text.strip().partition('\n')
+    title, body = alarm_line(title), body.strip('\n')
+    old = cause and state.db.execute(
+        "SELECT id, severity, state FROM alarm WHERE cause = ?"
+        " AND state != 'over'", (cause,)).fetchone()
+    if not old:
+        return state.db.execute(
+            'INSERT INTO alarm(cause, severity, title, body, at, base)'
+            ' VALUES (?, ?, ?, ?, ?, ?)',
+            (cause, severity, title, body, now, now)).lastrowid
+    state.db.execute('UPDATE alarm SET times = times + 1 WHERE id = ?',
+                     (old['id'],))
+    if RANKS[severity] > RANKS[old['severity']]:
+        state.db.execute('DELETE FROM step WHERE alarm = ? AND notice IS NULL',
+                         (old['id'],))
+        state.db.execute(
+            "UPDATE alarm SET severity = ?, title = ?, body = ?, base = ?,"
+            " planned = 0, state = 'open', ended = NULL WHERE id = ?",
+            (severity, title, body, now, old['id']))
+    return old['id']
+
+
+def alarm_over(state, alarm, now, why):
+    """Alarm number `alarm` is over.  Runs within a transaction."""
+    state.db.execute(
+        "UPDATE alarm SET state = 'over', ended = ?, base = ?, why = ?"
+        " WHERE id = ?", (now, now, why, alarm))
+    alarm_tell_over(state, alarm)
+
+
+def alarm_tell_over(state, alarm):
+    """Steps that tell who was told of an alarm that it is over, once."""
+    state.db.execute(
+        "INSERT INTO step(alarm, kind, after, person, way)"
+        " SELECT DISTINCT step.alarm, 'over', 0, step.person, step.way"
+        " FROM step JOIN alarm ON alarm.id = step.alarm"
+        " JOIN notice ON notice.id = step.notice"
+        " WHERE step.alarm = ? AND alarm.state = 'over'"
+        " AND step.kind = 'raise' AND step.way IN ('mail', 'sms')"
+        " AND notice.state = 'sent' AND NOT EXISTS (SELECT * FROM step AS old"
+        " WHERE old.alarm = step.alarm AND old.kind = 'over'"
+        " AND old.person = step.person AND old.way = step.way)", (alarm,))
+
+
+def alarms_take(state, alarms, who, how, now):
+    """Somebody takes care of the alarms, so that nobody is told of them from
+    now on; the numbers of those that were open.  Runs within a transaction.
+    """
+    return [number for number in dict.fromkeys(alarms) if state.db.execute(
+        "UPDATE alarm SET state = 'acked', ended = ?, who = ?, why = ?"
+        " WHERE id = ? AND state = 'open'",
+        (now, who, how, number)).rowcount]
+
+
+def alarm_ack(state, alarms, who, how, now):
+    """alarms_take in a transaction: durable on return."""
+    with state.change():
+        return alarms_take(state, alarms, who, how, now)
+
+
+def alarms_forget(state, before):
+    """Drop alarms that were over by then.  Runs within a transaction."""
+    state.db.execute(
+        "DELETE FROM step WHERE alarm IN (SELECT id FROM alarm"
+        " WHERE state = 'over' AND ended < ?)", (before,))
+    state.db.execute("DELETE FROM alarm WHERE state = 'over' AND ended < ?",
+                     (before,))
+    state.db.execute('DELETE FROM notice WHERE next < ? AND id NOT IN (SELECT'
+                     ' notice FROM step WHERE notice IS NOT NULL)', (before,))
+
+
+def alarm_line(text):
+    """Text as one line of characters that can be seen."""
+    return ' '.join(''.join(c if c.isprintable() else ' '
+                            for c in text).split())
+
+
+##############################################################################
+# Alarms: configuration
+#
+# Who may be told and how.  What is secret stands in a file of its own,
+# `secrets` beside the state, which nobody else may read.
+##############################################################################
+
+WAYS = ('mail', 'sms', 'call')
+NUMBER = r'\+[1-9][0-9]{6,14}'
+SECRETS = ('twilio-token', 'mail-password')
+
+
+class Person:
+    """Who is told: name, {way: address}, hours of quiet, zone."""
+
+    def __init__(self, text):
+        self.name, *words = text.split() or ['']
+        self.ways, self.quiet, self.zone = {}, None, None
+        if not self.name or '=' in self.name:
+            raise ValueError('a name comes first, then way=address')
+        for word in words:
+            name, _, value = word.partition('=')
+            if name == 'mail' and re.fullmatch(r'[^@\s<>,;"]+@[^@\s<>,;"]+',
+                                               value):
+                self.ways[name] = value
+            elif name in ('sms', 'call') and re.fullmatch(NUMBER, value):
+                self.ways[name] = value
+            elif name == 'quiet':
+                self.quiet = hours_parse(value)
+            elif name == 'zone':
+                import zoneinfo
+                try:
+                    self.zone = zoneinfo.ZoneInfo(value)
+                except (ValueError, OSError, LookupError):
+                    raise ValueError('no time zone %s' % value) from None
+            else:
+                raise ValueError('%s is not mail=ADDRESS, sms=+NUMBER, '
+                                 'call=+NUMBER, quiet=HH:MM-HH:MM or '
+                                 'zone=NAME' % word)
+
+    def awake(self, now):
+        """When the person may be woken: `now`, or the end of the quiet."""
+        import datetime
+        if self.quiet is None:
+            return now
+        first, last = self.quiet
+        local = datetime.datetime.fromtimestamp(now, self.zone)
+        minute = local.hour * 60 + local.minute
+        inside = (first <= minute < last if first < last
+                  else minute >= first or minute < last)
+        if not inside:
+            return now
+        end = local.replace(hour=last // 60, minute=last % 60, second=0,
+                            microsecond=0)
+        if minute >= last:
+            end += datetime.timedelta(days=1)
+        return end.timestamp()
+
+
+def hours_parse(text):
+    """(first, last) minute of the day of HH:MM-HH:MM."""
+    found = re.fullmatch(r'(\d\d?):(\d\d)-(\d\d?):(\d\d)', text)
+    numbers = [int(number) for number in found.groups()] if found else [99]
+    if not found or max(numbers[::2]) > 23 or max(numbers[1::2]) > 59:
+        raise ValueError('%s is not HH:MM-HH:MM' % text)
+    return numbers[0] * 60 + numbers[1], numbers[2] * 60 + numbers[3]
+
+
+def between(least, most):
+    """A parser of numbers from `least` to `most`."""
+    def parse(text):
+        if not re.fullmatch(r'\d{1,6}', text) or not (
+                least <= int(text) <= most):
+            raise ValueError('%s is not a number from %d to %d' % (
+                text, least, most))
+        return int(text)
+    return parse
+
+
+def one_of(*words):
+    """A parser of one of some words."""
+    def parse(text):
+        if text not in words:
+            raise ValueError('%s is not one of %s' % (text, ', '.join(words)))
+        return text
+    return parse
+
+
+def url_parse(text):
+    """An https URL; on this machine itself http will do."""
+    import urllib.parse
+    parts = urllib.parse.urlsplit(text)
+    if not parts.hostname or parts.query or parts.fragment or not (
+            parts.scheme == 'https' or parts.scheme == 'http'
+            and parts.hostname in ('localhost', '127.0.0.1', '::1')):
+        raise ValueError('%s is not an https URL' % text)
+    return text.rstrip('/')
+
+
+def host_parse(text):
+    """HOST or HOST:PORT."""
+    if not re.fullmatch(r'[^:\s]+(:\d{1,5})?', text):
+        raise ValueError('%s is not HOST or HOST:PORT' % text)
+    return text
+
+
+def number_parse(text):
+    if not re.fullmatch(NUMBER, text):
+        raise ValueError('%s is not a number like +15550100' % text)
+    return text
+
+
+ALARM_OPTIONS = {
+    'person': (Person, []),                     # in the order they are told
+    'alarm-minutes': (between(1, 1440), 10),    # from one step to the next
+    'alarm-calls': (between(0, 20), 2),         # to each person, each round
+    'alarm-rounds': (between(1, 20), 3),
+    'alarm-sms': (one_of(*RANKS), WARNING),     # what is worth an SMS
+    'alarm-call': (one_of(*RANKS), CRITICAL),   # what is worth a call
+    'alarm-segments': (between(1, 6), 2),       # most parts of an SMS
+    'alarm-url': (url_parse, None),             # where alarm.cgi is
+    'mail-from': (str, None),
+    'mail-smtp': (host_parse, None),            # HOST or HOST:PORT
+    'mail-tls': (one_of('starttls', 'tls', 'no'), 'starttls'),
+    'mail-ca-bundle': (str, None),
+    'mail-user': (str, None),
+    'mail-sendmail': (str, '/usr/sbin/sendmail'),
+    'twilio-account': (str, None),
+    'twilio-number': (number_parse, None),      # ours
+    'twilio-api': (url_parse, 'https://api.twilio.com'),
+}
+
+
+def secrets_read(state):
+    """{name: value} of the file of secrets; Error if others can read it."""
+    path = os.path.join(os.path.dirname(state.path), 'secrets')
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(path).st_mode & 0o077:
+            raise Error('%s: others can read it; chmod 600' % path)
+    return conf_read(path, [{name: (str, None) for name in SECRETS}])
+
+
+def alarm_token(state, purpose, number):
+    """What whoever answers notice `number` must know: 32 hex digits.
+
+    Made from a secret that never leaves the state file, for one purpose.
+    """
+    found = state.db.execute('SELECT value FROM alarm_secret').fetchone()
+    if found is None:
+        with state.change():
+            state.db.execute(
+                'INSERT INTO alarm_secret SELECT ? WHERE NOT EXISTS'
+                ' (SELECT * FROM alarm_secret)', (os.urandom(32),))
+        found = state.db.execute('SELECT value FROM alarm_secret').fetchone()
+    return hmac.digest(found[0], ('%s %d' % (purpose, number)).encode(),
+                       'sha256')[:16].hex()
+
+
+def alarm_url(state, conf, purpose, number):
+    """The address at which `purpose` (l a link, k a key, s how a message
+    fared) of notice `number` is answered; None if we can not be reached.
+    """
+    return conf['alarm-url'] and '%s?%s=%d.%s' % (
+        conf['alarm-url'], purpose, number,
+        alarm_token(state, purpose, number))
+
+
+##############################################################################
+# Alarms: texts
+#
+# What a person reads or hears.  An SMS is cut to the parts that were paid
+# for: 160 of the letters of GSM 03.38 or 70 of UTF-16; of several, which need
+# a header each, 153 or 67, and no letter of two is cut apart.
+##############################################################################
+
+GSM = set('@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !"#¤%&\'()*+,-./0123456789:;<=>?'
+          '¡ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÑÜ§¿abcdefghijklmnopqrstuvwxyzäöñüà')
+GSM_TWO = set('\f^{}\\[~]|€')       # an escape and a letter
+PLAIN = str.maketrans({'‘': "'", '’': "'", '“': '"', '”': '"', '–': '-',
+                       '—': '-', '…': '...', '\xa0': ' ', '`': "'",
+                       '\t': ' ', '•': '*', '«': '"', '»': '"'})
+
+
+def sms_parts(text):
+    """How many parts an SMS of that text has."""
+    if all(c in GSM or c in GSM_TWO for c in text):
+        widths, whole, part = [1 + (c in GSM_TWO) for c in text], 160, 153
+    else:
+        widths, whole, part = [1 + (c > '\uffff') for c in text], 70, 67
+    if sum(widths) <= whole:
+        return 1
+    parts, room = 1, part
+    for width in widths:
+        if width > room:
+            parts, room = parts + 1, part
+        room -= width
+    return parts
+
+
+def sms_fit(text, tail, most):
+    """`text`, cut if need be, and `tail` in at most `most` parts."""
+    text, tail = alarm_line(text).translate(PLAIN), tail.translate(PLAIN)
+    if sms_parts(text + tail) <= most:
+        return text + tail
+    low, high = 0, min(len(text), 160 * most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sms_parts(text[:middle].rstrip() + '...' + tail) <= most:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low].rstrip() + '...' + tail
+
+
+def alarms_headline(alarms):
+    """What alarms are about, the worst first, in a line."""
+    worst = max(alarms, key=lambda alarm: RANKS[alarm['severity']])
+    more = len(alarms) - 1
+    return '%s %s%s' % (
+        worst['severity'].upper() if worst['state'] != 'over' else 'OVER',
+        worst['title'], '' if not more else
+        ' (and %d more alarm%s)' % (more, 's'[:more > 1]))
+
+
+def sms_text(conf, notice, alarms):
+    """The text of an SMS, with what to answer at its end."""
+    tail = ' Reply ACK %s' % notice['code'] if (
+        notice['kind'] == 'raise') else ''
+    return sms_fit(alarms_headline(alarms), tail, conf['alarm-segments'])
+
+
+def call_text(state, conf, notice, alarms):
+    """TwiML: what a call says, twice, and the key that stops it."""
+    from xml.sax.saxutils import escape, quoteattr
+    spoken = escape(alarms_headline(alarms)[:400])
+    url = alarm_url(state, conf, 'k', notice['id'])
+    if url is None:
+        return '<Response>%s</Response>' % (
+            '<Say>Alarm. %s</Say><Pause length="1"/>' % spoken * 2)
+    gather = ('<Gather numDigits="1" timeout="8" method="POST" action=%s>'
+              '<Say>Alarm. %s. Press 1 to take care of it.</Say></Gather>'
+              % (quoteattr(url), spoken))
+    return ('<Response>%s<Say>No key was pressed.</Say></Response>'
+            % (gather * 2))
+
+
+def mail_text(state, conf, notice, alarms):
+    """The EmailMessage of a notice.
+
+    Its Message-ID is the same whenever it is sent again, and holds the
+    finding's number and token, so that a reply to it can be told.
+    """
+    import email.message
+    import email.policy
+    import email.utils
+    import socket
+    sender = conf['mail-from'] or 'cronwatch@%s' % socket.getfqdn()
+    message = email.message.EmailMessage(email.policy.SMTP)
+    message['From'] = sender
+    message['To'] = notice['address']
+    message['Subject'] = alarms_headline(alarms)[:200]
+    message['Date'] = email.utils.formatdate(notice['next'], localtime=True)
+    message['Message-ID'] = '<cronwatch.%d.%s@%s>' % (
+        notice['id'], '.'.join(
+            [alarm_token(state, 'm', notice['id'])[:12]] + [
+                '%d-%s' % (alarm['finding'], alarm['token'])
+                for alarm in alarms[:4] if alarm['finding']]),
+        sender.rpartition('@')[2].strip('>'))
+    message['Auto-Submitted'] = 'auto-generated'
+    message['X-Cronwatch'] = notice['kind']
+    text = '\n\n'.join(mail_part(alarm) for alarm in alarms) + '\n'
+    url = alarm_url(state, conf, 'l', notice['id'])
+    if url and notice['kind'] == 'raise':
+        text += '\nTo take care of it, so that nobody else is told:\n%s\n' % (
+            url)
+    message.set_content(text, cte='quoted-printable')
+    return message
+
+
+def mail_part(alarm):
+    """What a mail says of one alarm."""
+    lines = [alarm['title'], '%s alarm %d, since %s' % (
+        alarm['severity'], alarm['id'], time.strftime(
+            '%A %d %B, %H:%M', time.localtime(alarm['at'])))]
+    if alarm['state'] == 'over':
+        return '\n'.join(lines + ['over: %s' % alarm['why']])
+    if alarm['body']:
+        lines += ['', alarm['body'][:20000]]
+    lines += ['', 'cronwatch ack %-8d I take care of it' % alarm['id']]
+    if alarm['finding']:
+        lines += ['cronwatch ok %-9d it is normal from now on'
+                  % alarm['finding'],
+                  'cronwatch bad %-8d it is not' % alarm['finding']]
+    return '\n'.join(lines)
+
+
+##############################################################################
+# Alarms: ways out
+#
+# One function each for mail, SMS and call.  It returns when the thing has
+# been taken, with the other side's name for it, or raises what may follow:
+# Later (it was not taken), Unclear (it may have been), Refused (never).
+##############################################################################
+
+SEND_SECONDS = 30           # for an answer
+
+
+class Later(Exception):
+    """It was not taken now; `seconds` to wait if the other side said so."""
+
+    def __init__(self, text, seconds=0):
+        super().__init__(text)
+        self.seconds = seconds
+
+
+class Unclear(Exception):
+    """Nobody knows whether it was taken."""
+
+
+class Refused(Exception):
+    """It will not be taken; `code` is Twilio's number for why."""
+
+    def __init__(self, text, code=None):
+        super().__init__(text)
+        self.code = code
+
+
+def mail_send(state, conf, notice, alarms):
+    """By SMTP, or by the local mail program where no server is given."""
+    import subprocess
+    message = mail_text(state, conf, notice, alarms)
+    if conf['mail-smtp']:
+        return smtp_send(state, conf, message)
+    sender = message['From'].addresses[0].addr_spec
+    try:
+        done = subprocess.run(
+            [conf['mail-sendmail'], '-i', '-f', sender, notice['address']],
+            input=message.as_bytes(policy=message.policy.clone(linesep='\n')),
+            capture_output=True, timeout=SEND_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise Unclear('%s hangs' % conf['mail-sendmail']) from None
+    except OSError as e:
+        raise Later('%s: %s' % (conf['mail-sendmail'], e.strerror)) from None
+    if done.returncode:
+        raise Later('%s: exit status %d' % (
+            conf['mail-sendmail'], done.returncode))
+
+
+def smtp_send(state, conf, message):
+    """To the configured server, over TLS unless it says no."""
+    import smtplib
+    import ssl
+    secure = ssl.create_default_context(cafile=conf['mail-ca-bundle'])
+    host, _, port = conf['mail-smtp'].partition(':')
+    port = int(port or {'starttls': 587, 'tls': 465, 'no': 25}[
+        conf['mail-tls']])
+    sent = False
+    try:
+        if conf['mail-tls'] == 'tls':
+            server = smtplib.SMTP_SSL(host, port, timeout=SEND_SECONDS,
+                                      context=secure)
+        else:
+            server = smtplib.SMTP(host, port, timeout=SEND_SECONDS)
+        with contextlib.closing(server):
+            if conf['mail-tls'] == 'starttls':
+                server.starttls(context=secure)
+            if conf['mail-user']:
+                server.login(conf['mail-user'],
+                             secrets_read(state)['mail-password'] or '')
+            sent = True
+            server.send_message(message)
+    except smtplib.SMTPRecipientsRefused as e:
+        (code, text), = e.recipients.values()
+        raise (Refused if code >= 500 else Later)('%d %s' % (
+            code, alarm_line(text.decode('utf-8', 'replace')))) from None
+    except smtplib.SMTPResponseException as e:
+        code, text = e.smtp_code, e.smtp_error
+        text = text.decode('utf-8', 'replace') if isinstance(
+            text, bytes) else str(text)
+        lost = code >= 500 and isinstance(e, (
+            smtplib.SMTPSenderRefused, smtplib.SMTPDataError))
+        raise (Refused if lost else Later)('%d %s' % (
+            code, alarm_line(text))) from None
+    except (OSError, smtplib.SMTPException) as e:
+        raise (Unclear if sent else Later)(alarm_line(str(e))) from None
+
+
+def twilio_ask(state, conf, path, form=None):
+    """The JSON that Twilio answers to a form, or to a question."""
+    import base64
+    import http.client
+    import json
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+    secret = secrets_read(state)['twilio-token']
+    if not (conf['twilio-account'] and conf['twilio-number'] and secret):
+        raise Later('twilio-account, twilio-number or the secret '
+                    'twilio-token is not configured')
+    request = urllib.request.Request(
+        '%s/2010-04-01/Accounts/%s/%s' % (
+            conf['twilio-api'], conf['twilio-account'], path),
+        None if form is None else urllib.parse.urlencode(form).encode(),
+        {'Authorization': 'Basic ' + base64.b64encode(('%s:%s' % (
+            conf['twilio-account'], secret)).encode()).decode()})
+    try:
+        with urllib.request.urlopen(request, timeout=SEND_SECONDS) as answer:
+            return json.loads(answer.read(10 ** 7))
+    except urllib.error.HTTPError as e:
+        raise twilio_fault(e) from None
+    except urllib.error.URLError as e:
+        # It is wrapped so only up to where the request has been sent.
+        raise (Unclear if isinstance(e.reason, TimeoutError) else Later)(
+            alarm_line(str(e.reason))) from None
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise Unclear(alarm_line('%s %s' % (type(e).__name__, e))) from None
+
+
+def twilio_fault(error):
+    """What to make of an HTTPError: Later, Unclear or Refused."""
+    import http.client
+    import json
+    code, text = None, error.reason
+    try:
+        found = json.loads(error.read(10 ** 5))
+        code, text = found['code'], found['message']
+    except (OSError, ValueError, LookupError, TypeError,
+            http.client.HTTPException):
+        pass
+    text = alarm_line('%d %s %s' % (error.code, code or '', text))[:300]
+    if error.code >= 500:
+        return Unclear(text)
+    if error.code == 429:
+        wait = error.headers.get('Retry-After', '')
+        return Later(text, min(int(wait), 600) if wait.isdigit() else 0)
+    # Who we are can be mended, whom we call and what we say can not.
+    return Later(text) if error.code in (401, 403, 404, 407, 408) else (
+        Refused(text, code))
+
+
+def twilio_send(state, conf, notice, alarms):
+    """An SMS or a call; Twilio's name for it."""
+    form = {'To': notice['address'], 'From': conf['twilio-number']}
+    url = alarm_url(state, conf, 's', notice['id'])
+    if url:
+        form['StatusCallback'] = url
+    if notice['way'] == 'sms':
+        form['Body'] = notice['text']
+        found = twilio_ask(state, conf, 'Messages.json', form)
+    else:
+        form['Twiml'] = call_text(state, conf, notice, alarms)
+        form['Timeout'] = '30'
+        found = twilio_ask(state, conf, 'Calls.json', form)
+    return str(found.get('sid', ''))
+
+
+def twilio_find(state, conf, notice):
+    """Twilio's name for a notice that it may have taken, or None.
+
+    An SMS is known by its text, in which the code is.  A call can only be
+    known by whom it went to and when: it is one of ours that we have not
+    heard of yet, and there is at most one, since nobody is called anew before
+    the last one is clear.
+    """
+    import email.utils
+    import urllib.parse
+    kind = 'Messages' if notice['way'] == 'sms' else 'Calls'
+    found = twilio_ask(state, conf, '%s.json?%s' % (kind, (
+        urllib.parse.urlencode({'To': notice['address'],
+                                'From': conf['twilio-number'],
+                                'PageSize': 100}))))
+    for one in found[kind.lower()]:
+        made = email.utils.parsedate_to_datetime(one['date_created'])
+        if (one['direction'].startswith('outbound')
+                and made.timestamp() > notice['tried'] - CLOCK_SECONDS
+                and (kind == 'Calls' or letters(one['body'])
+                     == letters(notice['text']))
+                and not state.db.execute('SELECT * FROM notice WHERE sid = ?',
+                                         (one['sid'],)).fetchone()):
+            return one['sid']
+    return None
+
+
+def letters(text):
+    """What no gateway changes of a text."""
+    return [c for c in text or '' if c.isalnum()]
+
+
+SENDERS = {'mail': mail_send, 'sms': twilio_send, 'call': twilio_send}
+
+##############################################################################
+# Alarms: escalation
+#
+# One process at a time, who holds a lock that the kernel takes back from the
+# dead.  What it is about to send is written down first.  What is found
+# `trying` under the lock was begun by somebody who died, or nobody knows what
+# became of it: it is sent again only if Twilio, asked a while later, does not
+# know it.
+#
+# What remains: a message that Twilio took but lists only after SETTLE seconds
+# goes out twice, and so does a mail whose server was lost between taking it
+# and saying so, with the same Message-ID.
+##############################################################################
+
+SETTLE = 60                 # seconds after which Twilio lists what it took
+CLOCK_SECONDS = 300         # Twilio's clock may be that far behind ours
+TRIES = 9                   # the last about half an hour after the first
+
+
+def alarms_send(state, conf, now, complain=lambda line: None):
     """Send what is due.  Called after each delivery and check, outside of any
     transaction; never raises for what a network or a mail program does.
+    `complain` is told of what failed, in lines.
     """
+    import fcntl
+    if not alarms_due(state, now):
+        return
+    with contextlib.ExitStack() as stack:
+        lock = os.open(os.path.join(os.path.dirname(state.path),
+                                    'alarms.lock'),
+                       os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return                      # somebody is at it
+        seen = set()
+        while True:
+            alarms_fold(state, conf, now)
+            notice = state.db.execute(
+                "SELECT * FROM notice WHERE state IN ('ready', 'trying')"
+                " AND next <= ? AND id NOT IN (%s) ORDER BY way = 'mail', id"
+                % ','.join(map(str, seen)), (now,)).fetchone()
+            if notice is None:
+                return
+            seen.add(notice['id'])
+            notice_do(state, conf, notice, now, complain)
+
+
+def alarms_due(state, now):
+    """True if alarms_send may have something to do."""
+    return any(state.db.execute(text, {'now': now}).fetchone() for text in (
+        "SELECT * FROM alarm WHERE state = 'open' AND planned = 0",
+        "SELECT * FROM notice WHERE state IN ('ready', 'trying')"
+        " AND next <= :now",
+        "SELECT * FROM alarm JOIN step ON step.alarm = alarm.id"
+        " WHERE state = 'open' AND notice IS NULL AND base + after <= :now",
+        "SELECT * FROM step JOIN alarm ON alarm.id = step.alarm"
+        " WHERE step.kind = 'over' AND notice IS NULL"))
+
+
+def alarms_fold(state, conf, now):
+    """Turn what is due into notices, one for each person and way."""
+    with state.change():
+        for alarm in state.db.execute(
+                "SELECT * FROM alarm WHERE planned = 0"
+                " AND state = 'open'").fetchall():
+            alarm_plan(state, conf, alarm)
+        due = {}
+        for alarm in state.db.execute(
+                "SELECT DISTINCT alarm.* FROM alarm JOIN step ON step.alarm ="
+                " alarm.id AND step.notice IS NULL WHERE base + after <= ?"
+                " AND (kind = 'raise' AND state = 'open'"
+                " OR kind = 'over' AND state = 'over') ORDER BY alarm.id",
+                (now,)).fetchall():
+            for step in steps_due(state, conf, alarm, now):
+                due.setdefault((step['kind'], step['person'], step['way']),
+                               []).append(step)
+        for key, steps in due.items():
+            notice_make(state, conf, *key, steps, now)
+
+
+def alarm_plan(state, conf, alarm):
+    """Write the steps of an alarm."""
+    rank, seconds = RANKS[alarm['severity']], 60 * conf['alarm-minutes']
+    ways = [way for way in ('sms', 'mail')
+            if way == 'mail' or rank >= RANKS[conf['alarm-sms']]]
+    calls = conf['alarm-calls'] * (rank >= RANKS[conf['alarm-call']])
+    people = conf['person'] if rank else conf['person'][:1]
+    rows, after = [], 0
+    for number in range(conf['alarm-rounds'] if calls else 1):
+        for person in people:
+            told = [way for way in ways if way in person.ways]
+            rows += [(after, person.name, way) for way in told]
+            after += seconds * bool(told)
+            for _ in range(calls if 'call' in person.ways else 0):
+                rows.append((after, person.name, 'call'))
+                after += seconds
+    state.db.executemany(
+        "INSERT INTO step(alarm, kind, after, person, way)"
+        " VALUES (%d, 'raise', ?, ?, ?)" % alarm['id'], rows)
+    state.db.execute('UPDATE alarm SET planned = 1 WHERE id = ?',
+                     (alarm['id'],))
+
+
+def steps_due(state, conf, alarm, now):
+    """The next steps of an alarm, of one moment, that go out now.
+
+    If that is later than it was meant, all that follows is later, too: who
+    was asleep gets no SMS and calls all at once.
+    """
+    kind = 'over' if alarm['state'] == 'over' else 'raise'
+    people = {person.name: person for person in conf['person']}
+    going, moment, wake = [], None, now
+    for step in state.db.execute(
+            'SELECT * FROM step WHERE alarm = ? AND kind = ? AND notice'
+            ' IS NULL AND after <= ? ORDER BY after, id',
+            (alarm['id'], kind, now - alarm['base'])).fetchall():
+        person = people.get(step['person'])
+        if person is None or step['way'] not in person.ways:
+            state.db.execute('DELETE FROM step WHERE id = ?', (step['id'],))
+        elif state.db.execute(
+                "SELECT * FROM notice WHERE person = ? AND way = ? AND"
+                " state = 'trying'", (step['person'], step['way'])
+                ).fetchone():
+            pass                # until that is clear, or it is overtaken
+        elif moment in (None, step['after']):
+            moment = step['after']
+            if step['way'] == 'mail' or (
+                    kind == 'raise' and alarm['severity'] == CRITICAL):
+                going.append(step)
+            elif person.awake(now) > now:
+                wake = max(wake, person.awake(now))
+            else:
+                going.append(step)
+    if moment is not None:
+        state.db.execute('DELETE FROM step WHERE alarm = ? AND kind = ? AND'
+                         ' notice IS NULL AND after < ?',
+                         (alarm['id'], kind, moment))
+        state.db.execute('UPDATE alarm SET base = ? WHERE id = ?',
+                         (wake - moment, alarm['id']))
+    return going
+
+
+def notice_make(state, conf, kind, person, way, steps, now):
+    """The notice of steps to one person in one way: one that could not be
+    sent yet, or a new one.  Runs within a transaction.
+    """
+    import secrets
+    number, = state.db.execute(
+        "SELECT max(id) FROM notice WHERE kind = ? AND person = ? AND way = ?"
+        " AND state = 'ready'", (kind, person, way)).fetchone()
+    if number is None:
+        taken = {code for code, in state.db.execute(
+            'SELECT code FROM notice WHERE next > ?', (now - 14 * 86400,))}
+        code = None
+        while code is None or code in taken:
+            code = '%04d' % secrets.randbelow(10000)
+        address, = [one.ways[way] for one in conf['person']
+                    if one.name == person]
+        number = state.db.execute(
+            'INSERT INTO notice(kind, person, way, address, code, next)'
+            ' VALUES (?, ?, ?, ?, ?, ?)',
+            (kind, person, way, address, code, now)).lastrowid
+    state.db.executemany('UPDATE step SET notice = %d WHERE id = ?' % number,
+                         [(step['id'],) for step in steps])
+
+
+def notice_alarms(state, number):
+    """The alarms that a notice is about."""
+    return state.db.execute(
+        'SELECT DISTINCT alarm.*, finding.token FROM alarm JOIN step'
+        ' ON step.alarm = alarm.id LEFT JOIN finding'
+        ' ON finding.id = alarm.finding WHERE step.notice = ?'
+        ' ORDER BY alarm.id', (number,)).fetchall()
+
+
+def notice_do(state, conf, notice, now, complain):
+    """One try to bring a notice to its end."""
+    try:
+        if notice['state'] == 'trying' and notice_settle(
+                state, conf, notice, now):
+            return
+        # Who has answered meanwhile is not told.
+        want = 'open' if notice['kind'] == 'raise' else 'over'
+        alarms = [alarm for alarm in notice_alarms(state, notice['id'])
+                  if alarm['state'] == want]
+        if not alarms:
+            return notice_end(state, notice, now, 'dropped')
+        if notice['way'] == 'sms' and state.db.execute(
+                'SELECT * FROM stopped WHERE number = ?',
+                (notice['address'],)).fetchone():
+            raise Refused('the number said STOP')
+        notice = notice_try(state, conf, notice, alarms, now)
+        sid = SENDERS[notice['way']](state, conf, notice, alarms)
+        notice_end(state, notice, now, 'sent', sid)
+    except Refused as e:
+        if e.code == 21610:
+            number_stop(state, notice['address'], now)
+        notice_end(state, notice, now, 'failed', said=str(e))
+        complain('%s to %s: %s' % (notice['way'], notice['person'], e))
+    except (Later, Unclear, Error) as e:
+        notice_again(state, notice, now, e)
+        complain('%s to %s: %s' % (notice['way'], notice['person'], e))
+
+
+def notice_settle(state, conf, notice, now):
+    """Find out what became of a try; False if nothing did."""
+    if notice['way'] == 'mail':
+        return False
+    try:
+        sid = twilio_find(state, conf, notice)
+    except (Later, Unclear, Refused, Error) as e:
+        raise Unclear(str(e)) from None
+    if sid:
+        notice_end(state, notice, now, 'sent', sid)
+    elif now < notice['tried'] + SETTLE:
+        notice_wait(state, notice, notice['tried'] + SETTLE)
+    else:
+        return False
+    return True
+
+
+def notice_try(state, conf, notice, alarms, now):
+    """Write down that a notice is about to be sent; the notice then."""
+    text = sms_text(conf, notice, alarms) if notice['way'] == 'sms' else ''
+    with state.change():
+        state.db.execute(
+            "UPDATE notice SET state = 'trying', tries = tries + 1,"
+            " tried = ?, text = ? WHERE id = ?", (now, text, notice['id']))
+    return state.db.execute('SELECT * FROM notice WHERE id = ?',
+                            (notice['id'],)).fetchone()
+
+
+def notice_wait(state, notice, until):
+    """Nothing is to be done for a notice before `until`."""
+    with state.change():
+        state.db.execute('UPDATE notice SET next = ? WHERE id = ?',
+                         (until, notice['id']))
+
+
+def notice_again(state, notice, now, fault):
+    """A notice was not taken, or nobody knows: when to look at it again."""
+    if notice['tries'] >= TRIES and not isinstance(fault, Unclear):
+        return notice_end(state, notice, now, 'failed', said=str(fault))
+    wait = max(min(600, 5 * 2 ** notice['tries']),
+               getattr(fault, 'seconds', 0))
+    unclear = isinstance(fault, Unclear)
+    with state.change():
+        state.db.execute(
+            'UPDATE notice SET state = ?, next = ?, said = ? WHERE id = ?',
+            ('trying' if unclear else 'ready', now + wait,
+             str(fault), notice['id']))
+
+
+def notice_end(state, notice, now, end, sid=None, said=None):
+    """A notice has come to its end; where it failed, the next step is due."""
+    with state.change():
+        state.db.execute(
+            'UPDATE notice SET state = ?, sid = coalesce(?, sid), said = ?'
+            ' WHERE id = ?', (end, sid, said, notice['id']))
+        for alarm in notice_alarms(state, notice['id']):
+            if end == 'sent' and notice['kind'] == 'raise':
+                alarm_tell_over(state, alarm['id'])
+            elif end == 'failed' and notice['kind'] == 'raise':
+                alarm_hurry(state, alarm, notice['way'], now)
+
+
+def alarm_hurry(state, alarm, way, now):
+    """Somebody could not be told: what comes next comes now.
+
+    A mail wakes nobody, so it only matters if nothing else was sent.
+    """
+    if way == 'mail' and state.db.execute(
+            "SELECT * FROM step JOIN notice ON notice.id = step.notice"
+            " WHERE alarm = ? AND notice.way != 'mail'"
+            " AND state IN ('ready', 'trying', 'sent')",
+            (alarm['id'],)).fetchone():
+        return
+    state.db.execute(
+        "UPDATE alarm SET base = min(base, ? - (SELECT min(after) FROM step"
+        " WHERE alarm = alarm.id AND kind = 'raise' AND notice IS NULL))"
+        " WHERE id = ? AND state = 'open' AND EXISTS (SELECT * FROM step"
+        " WHERE alarm = alarm.id AND kind = 'raise' AND notice IS NULL)",
+        (now, alarm['id']))
+
+
+def number_stop(state, number, now):
+    """No SMS may go to `number` any more."""
+    with state.change():
+        state.db.execute('INSERT OR IGNORE INTO stopped VALUES (?, ?)',
+                         (number, now))
+
+
+##############################################################################
+# Alarms: answers
+#
+# What comes back over the web, through any CGI server: alarm.cgi.  Everything
+# but the links in mails must be signed by Twilio; whatever is not as it should
+# be gets one and the same refusal.  The public address is that of the
+# configuration: what a front makes of host and scheme is not believed.
+##############################################################################
+
+ANSWER_MOST = 65536         # bytes of a form; an SMS has 1600 letters at most
+STOP_WORDS = {'STOP', 'STOPALL', 'UNSUBSCRIBE', 'CANCEL', 'END', 'QUIT',
+              'REVOKE', 'OPTOUT'}
+START_WORDS = {'START', 'YES', 'UNSTOP'}
+ACK_WORDS = {'ACK', 'OK', 'MINE'}
+DEAD_STATUS = {'failed', 'undelivered'}
+
+PAGE = '''\
+<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Alarm</title>
+%s
+</html>
+'''
+PAGE_HEAD = '''\
+Content-Type: text/html; charset=utf-8
+Content-Security-Policy: default-src 'none'; form-action 'self'; \
+frame-ancestors 'none'; base-uri 'none'
+Referrer-Policy: no-referrer
+'''
+TWIML_HEAD = 'Content-Type: text/xml; charset=utf-8\n'
+
+
+class Forbidden(Exception):
+    """Not said why, to nobody."""
+
+
+def twilio_signature(secret, url, form):
+    """X-Twilio-Signature for a form that is posted to `url`.
+
+    https://www.twilio.com/docs/usage/security: the URL, then each name and
+    value once, sorted by name and value, nothing between them.
+    """
+    import base64
+    text = url + ''.join(name + value for name, value in sorted(set(form)))
+    return base64.b64encode(hmac.digest(
+        secret.encode(), text.encode(), 'sha1')).decode()
+
+
+def twilio_urls(url):
+    """`url` with its port and without it: Twilio signs either."""
+    import urllib.parse
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc.rpartition('@')[2]
+    bare = host[:-len(':%d' % parts.port)] if parts.port else host
+    port = parts.port or {'https': 443, 'http': 80}[parts.scheme]
+    user = parts.netloc[:len(parts.netloc) - len(host)]
+    return [parts._replace(netloc=user + name).geturl()
+            for name in (bare, '%s:%d' % (bare, port))]
+
+
+def twilio_form(state, conf, environ, stdin):
+    """The form that Twilio posted, a list of pairs; Forbidden if another."""
+    import urllib.parse
+    length = environ.get('CONTENT_LENGTH') or ''
+    secret = secrets_read(state)['twilio-token']
+    given = environ.get('HTTP_X_TWILIO_SIGNATURE', '')
+    if (environ.get('REQUEST_METHOD') != 'POST' or not secret
+            or not length.isdecimal() or len(length) > 5
+            or int(length) > ANSWER_MOST or not environ.get(
+                'CONTENT_TYPE', '').startswith(
+                'application/x-www-form-urlencoded')):
+        raise Forbidden
+    try:
+        form = urllib.parse.parse_qsl(
+            stdin.read(int(length)).decode('ascii'), keep_blank_values=True,
+            errors='strict', max_num_fields=200)
+    except ValueError:
+        raise Forbidden from None
+    url, query = conf['alarm-url'], environ.get('QUERY_STRING', '')
+    good = [hmac.compare_digest(
+        twilio_signature(secret, one, form).encode(), given.encode())
+        for one in twilio_urls(url + '?' * bool(query) + query)]
+    values = dict(form)
+    if not any(good) or values.get('AccountSid') != conf['twilio-account']:
+        raise Forbidden
+    return values
+
+
+def alarm_answer(state, conf, environ, stdin, now):
+    """(head, body) of the answer to a CGI request.
+
+    Durable when it returns: an answer that was acknowledged stays so.
+    """
+    query = environ.get('QUERY_STRING', '')
+    found = re.fullmatch(r'([kls])=(\d{1,12})\.([0-9a-f]{32})', query)
+    if not conf['alarm-url'] or query and not found:
+        raise Forbidden
+    if not found:
+        return sms_answer(state, conf, twilio_form(
+            state, conf, environ, stdin), now)
+    purpose, number, token = found.groups()
+    notice = state.db.execute('SELECT * FROM notice WHERE id = ?',
+                              (int(number),)).fetchone()
+    if not hmac.compare_digest(alarm_token(
+            state, purpose, int(number)), token) or notice is None:
+        raise Forbidden
+    if purpose == 'l':
+        return link_answer(state, environ, notice, now)
+    form = twilio_form(state, conf, environ, stdin)
+    if form.get('To') != notice['address']:
+        raise Forbidden
+    if purpose == 'k':
+        return key_answer(state, conf, notice, form, now)
+    return status_answer(state, notice, form, now)
+
+
+def twiml(verb='', text=''):
+    """An answer that makes Twilio say or send something, or nothing."""
+    from xml.sax.saxutils import escape
+    inside = verb and '<%s>%s</%s>' % (verb, escape(text), verb)
+    return TWIML_HEAD, ('<?xml version="1.0" encoding="UTF-8"?>'
+                        '<Response>%s</Response>' % inside)
+
+
+def sms_answer(state, conf, form, now):
+    """Somebody sent an SMS; who is unknown gets no answer.
+
+    What answers by itself must not be answered: so only what was understood
+    is.
+    """
+    sender, text = form.get('From'), form.get('Body', '').upper()
+    names = [person.name for person in conf['person'] if sender in (
+        person.ways.get('sms'), person.ways.get('call'))]
+    if not names or form.get('To') != conf['twilio-number']:
+        return twiml()
+    words, optout = re.findall(r'\w+', text), form.get('OptOutType')
+    with state.change():
+        if not state.db.execute(
+                'INSERT OR IGNORE INTO heard VALUES (?, ?)',
+                (form.get('MessageSid'), now)).rowcount:
+            return twiml()              # a replay
+        state.db.execute('DELETE FROM heard WHERE at < ?', (now - 90 * 86400,))
+        if optout == 'STOP' or words[:1] and words[0] in STOP_WORDS:
+            state.db.execute('INSERT OR IGNORE INTO stopped VALUES (?, ?)',
+                             (sender, now))
+            return twiml()
+        if optout == 'START' or words[:1] and words[0] in START_WORDS:
+            state.db.execute('DELETE FROM stopped WHERE number = ?', (sender,))
+            return twiml()
+        codes = [word for word in words if re.fullmatch('[0-9]{4}', word)]
+        if not codes and not (words and words[0] in ACK_WORDS):
+            return twiml()
+        alarms = [alarm for notice in state.db.execute(
+            "SELECT * FROM notice WHERE kind = 'raise' AND person IN (%s)"
+            % ', '.join('?' * len(names)), names).fetchall()
+            if not codes or notice['code'] in codes
+            for alarm in notice_alarms(state, notice['id'])]
+        taken = alarms_take(state, [alarm['id'] for alarm in alarms],
+                            names[0], 'SMS', now)
+    told = [alarm for alarm in alarms if alarm['id'] in taken] or (
+        alarms[-1:] if codes else [])
+    return twiml('Message', sms_fit(
+        'Yours: ' + ', '.join(sorted({alarm['title'] for alarm in told}))
+        if told else 'No such alarm is open.', '', 1))
+
+
+def key_answer(state, conf, notice, form, now):
+    """Somebody pressed a key while we called."""
+    if notice['way'] != 'call' or notice['sid'] not in (
+            None, form.get('CallSid')):
+        raise Forbidden
+    alarms = notice_alarms(state, notice['id'])
+    if form.get('Digits') != '1':
+        return TWIML_HEAD, call_text(state, conf, notice, alarms)
+    alarm_ack(state, [alarm['id'] for alarm in alarms], notice['person'],
+              'phone', now)
+    return twiml('Say', 'Thank you. It is yours. Good bye.')
+
+
+def status_answer(state, notice, form, now):
+    """Twilio tells what became of a message or a call.
+
+    It may tell before its answer to our request has come, and where that is
+    lost.
+    """
+    name = 'MessageS' if notice['way'] == 'sms' else 'CallS'
+    sid, status = form.get(name + 'id'), form.get(name + 'tatus')
+    if not sid or not status or notice['sid'] not in (None, sid):
+        raise Forbidden
+    code = form.get('ErrorCode', '')
+    if code == '21610':
+        number_stop(state, notice['address'], now)
+    if status in DEAD_STATUS:
+        if notice['state'] != 'failed':
+            notice_end(state, notice, now, 'failed', sid, ' '.join(
+                ['Twilio:', status, code]).strip())
+    elif notice['state'] == 'trying':
+        notice_end(state, notice, now, 'sent', sid)
+    return twiml()
+
+
+def link_answer(state, environ, notice, now):
+    """The link in a mail.  Programs follow links: only its button counts."""
+    from html import escape
+    alarms = notice_alarms(state, notice['id'])
+    method = environ.get('REQUEST_METHOD')
+    if method == 'POST':
+        alarm_ack(state, [alarm['id'] for alarm in alarms], notice['person'],
+                  'link', now)
+        alarms = notice_alarms(state, notice['id'])
+    elif method not in ('GET', 'HEAD'):
+        raise Forbidden
+    lines = ['<h1>%s</h1>' % escape(alarm['title']) + (
+        '' if alarm['state'] == 'open' else '<p>%s' % escape(
+            'It is over: %s' % alarm['why'] if alarm['state'] == 'over' else
+            '%s takes care of it.' % alarm['who'])) for alarm in alarms]
+    if any(alarm['state'] == 'open' for alarm in alarms):
+        lines.append('<form method="post"><button>I take care of it</button>'
+                     '</form>')
+    return PAGE_HEAD, PAGE % '\n'.join(lines)
+
+
+def command_callback(state, conf, args):
+    """One CGI request, from the environment and standard input."""
+    status = '200 OK'
+    try:
+        head, body = alarm_answer(state, conf, os.environ, sys.stdin.buffer,
+                                  time.time())
+    except (Forbidden, Error) as e:
+        status, head, body = ('403 Forbidden', 'Content-Type: text/plain\n',
+                              'Forbidden\n')
+        if isinstance(e, Error):
+            print('cronwatch: %s' % e, file=sys.stderr)
+    sys.stdout.buffer.write((
+        'Status: %s\n%sCache-Control: no-store\n'
+        'X-Content-Type-Options: nosniff\n\n%s' % (status, head, body)
+    ).encode())
+
+
+##############################################################################
+# Alarms: commands
+#
+# What scripts and people type.  Each takes the State, the configuration and
+# the arguments, and returns an exit status or None.
+##############################################################################
+
+PROBE_WORDS = {0: None, 1: WARNING}     # whatever else is critical
+
+
+def alarm_parsers(commands):
+    """Add the commands of alarms to the command line."""
+    def add(name, run, help):
+        parser = commands.add_parser(name, help=help, description=help)
+        parser.set_defaults(run=run)
+        return parser
+
+    sub = add('raise', command_raise, 'raise an alarm')
+    sub.add_argument('--severity', choices=list(RANKS), default=CRITICAL)
+    sub.add_argument('--cause', help='a name; one alarm for each at a time')
+    sub.add_argument('text', nargs='+', help='what is wrong, or - to read it')
+    sub = add('over', command_over, 'an alarm is over')
+    sub.add_argument('alarm', help='its number, or the name of its cause')
+    sub.add_argument('why', nargs='*', help='what to tell those who know')
+    sub = add('alarms', command_alarms, 'list the alarms that are not over')
+    sub.add_argument('--all', action='store_true', help='all of them')
+    sub.add_argument('--json', action='store_true')
+    sub = add('ack', command_ack, 'take care of alarms: nobody else is told')
+    sub.add_argument('alarm', nargs='+', help='its number, or all')
+    sub = add('escalate', command_escalate, 'tell who is to be told by now')
+    sub.add_argument('--loop', action='store_true', help='do so for ever')
+    sub = add('probe', command_probe, 'run a check for a monitor: 0 is well, '
+              '1 a warning, whatever else critical')
+    sub.add_argument('--cause', help='its name, by default the command')
+    sub.add_argument('--times', type=int, default=1,
+                     help='how often it must fail in a row')
+    sub.add_argument('--timeout', type=int, default=300, help='seconds')
+    sub.add_argument('words', nargs='+', metavar='command')
+    add('callback', command_callback, 'answer a CGI request')
+
+
+def alarm_say(line):
+    print('cronwatch: %s' % line, file=sys.stderr)
+
+
+def command_raise(state, conf, args):
+    text = ' '.join(args.text)
+    if text == '-':
+        text = sys.stdin.buffer.read(10 ** 6).decode('utf-8', 'replace')
+    if not text.strip():
+        raise Error('an alarm needs a text')
+    with state.change():
+        number = alarm_raise(state, args.severity, args.cause, text,
+                             time.time())
+    print(number)
+    if not conf['person']:
+        alarm_say('nobody is told: the configuration names no person')
+    alarms_send(state, conf, time.time(), alarm_say)
+
+
+def alarm_number(state, name):
+    """The number of an alarm that is not over, by number or cause."""
+    found = state.db.execute(
+        "SELECT id FROM alarm WHERE state != 'over' AND (cause = ? OR id = ?)",
+        (name, int(name) if re.fullmatch('[0-9]{1,12}', name) else -1)
+    ).fetchone()
+    if found is None:
+        raise Error('no alarm %s' % name)
+    return found[0]
+
+
+def command_over(state, conf, args):
+    with state.change():
+        alarm_over(state, alarm_number(state, args.alarm), time.time(),
+                   alarm_line(' '.join(args.why)) or 'somebody said so')
+    alarms_send(state, conf, time.time(), alarm_say)
+
+
+def command_ack(state, conf, args):
+    import getpass
+    if args.alarm == ['all']:
+        numbers = [row[0] for row in state.db.execute(
+            "SELECT id FROM alarm WHERE state = 'open'")]
+    else:
+        numbers = [alarm_number(state, name) for name in args.alarm]
+    alarm_ack(state, numbers, getpass.getuser(), 'command', time.time())
+
+
+def command_escalate(state, conf, args):
+    while True:
+        alarms_send(state, conf, time.time(), alarm_say)
+        if not args.loop:
+            return
+        time.sleep(5)
+
+
+def command_alarms(state, conf, args):
+    found = [alarm_story(state, alarm) for alarm in state.db.execute(
+        "SELECT * FROM alarm %s ORDER BY id" % (
+            '' if args.all else "WHERE state != 'over'")).fetchall()]
+    if args.json:
+        import json
+        print(json.dumps(found, indent=1))
+        return
+    for alarm in found:
+        times = ', %d times' % alarm['times'] if alarm['times'] > 1 else ''
+        end = {'open': '', 'acked': ', %s takes care of it (%s)' % (
+            alarm['who'], alarm['why']), 'over': ', over: %s' % alarm['why']}
+        print('%d %s since %s%s%s\n    %s' % (
+            alarm['id'], alarm['severity'], alarm_time(alarm['at']), times,
+            end[alarm['state']], alarm['title']))
+        told = [one for one in alarm['told'] if one['state'] != 'planned']
+        for one in told + alarm['told'][len(told):][:1]:
+            print('    %s %s to %s%s' % (
+                alarm_time(one['at']), one['way'], one['person'],
+                '' if one['state'] == 'sent' else ': %s' % ' '.join(
+                    filter(None, (one['state'], one['said'])))))
+    for row in state.db.execute('SELECT * FROM stopped'):
+        print('%s said STOP: no SMS goes there' % row['number'])
+
+
+def alarm_story(state, alarm):
+    """An alarm and who was and will be told of it, for JSON."""
+    story = {name: alarm[name] for name in (
+        'id', 'finding', 'cause', 'severity', 'title', 'body', 'at', 'times',
+        'state', 'ended', 'who', 'why')}
+    story['told'] = [dict(row) for row in state.db.execute(
+        "SELECT notice.kind, notice.person, notice.way,"
+        " coalesce(tried, next) AS at, state, said FROM step JOIN notice"
+        " ON notice.id = step.notice WHERE alarm = ? UNION ALL"
+        " SELECT kind, person, way, ? + after, 'planned', NULL FROM step"
+        " WHERE alarm = ? AND notice IS NULL AND ? = 'open' ORDER BY at",
+        (alarm['id'], alarm['base'], alarm['id'], alarm['state']))]
+    return story
+
+
+def alarm_time(seconds):
+    return time.strftime('%a %H:%M', time.localtime(seconds))
+
+
+def command_probe(state, conf, args):
+    import subprocess
+    cause = args.cause or 'probe ' + ' '.join(args.words)
+    try:
+        done = subprocess.run(args.words, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, check=False,
+                              stderr=subprocess.STDOUT, timeout=args.timeout)
+        status, said = done.returncode, done.stdout[:10 ** 5]
+    except subprocess.TimeoutExpired:
+        status, said = 2, b'no answer in %d seconds' % args.timeout
+    except OSError as e:
+        status, said = 3, ('%s: %s' % (args.words[0], e.strerror)).encode()
+    said = said.decode('utf-8', 'replace').strip() or (
+        '%s: exit status %d' % (cause, status))
+    now = time.time()
+    with state.change():
+        probe_took(state, cause, PROBE_WORDS.get(status, CRITICAL), said,
+                   args.times, now)
+    alarms_send(state, conf, now, alarm_say)
+    return status if 0 <= status < 256 else 2
+
+
+def probe_took(state, cause, severity, said, times, now):
+    """Judge one result of a probe: well if `severity` is None."""
+    if severity is None:
+        state.db.execute('DELETE FROM probe WHERE cause = ?', (cause,))
+        found = state.db.execute("SELECT id FROM alarm WHERE cause = ? AND"
+                                 " state != 'over'", (cause,)).fetchone()
+        if found:
+            alarm_over(state, found[0], now, alarm_line(said)[:200])
+        return
+    state.db.execute('INSERT OR IGNORE INTO probe VALUES (?, 0)', (cause,))
+    state.db.execute('UPDATE probe SET bad = bad + 1 WHERE cause = ?',
+                     (cause,))
+    bad, = state.db.execute('SELECT bad FROM probe WHERE cause = ?',
+                            (cause,)).fetchone()
+    if bad >= times:
+        alarm_raise(state, severity, cause, said, now)
 
 
 ##############################################################################
@@ -1713,7 +3010,8 @@ class Watch:
 
     def learn(self, raw, at):
         """Learn a mail of the past; True if it is not older than known."""
-        run = mail_read(raw, at)
+        message = mail_parse(raw[:HEAD_BYTES])
+        run = mail_run(message, at, len(raw), raw.count(b'\n', HEAD_BYTES))
         row = self.state.job(run.key)
         if row is not None and run.at <= row['seen']:
             return False
@@ -1738,17 +3036,15 @@ class Watch:
             run_learn(memory, observed, evidence)
             self._persist(memory, run)
             number = state.job_keep(row, run, memory, miner, run.at)
-            finding = self._found(number, memory, run, fresh)
-            state.mail_add(number, run, finding.id if finding else None)
+            finding = self._found(number, memory, run, fresh, tell)
             if finding is not None:
                 state.memory_keep(number, memory)
-                if tell and finding.severity != NOTICE:
-                    raise_alarm(state, finding, run.at)
+            state.mail_add(number, run, finding.id if finding else None)
         if finding is None or finding.severity == NOTICE or not tell:
             return []
         return [finding]
 
-    def _found(self, job, memory, run, fresh):
+    def _found(self, job, memory, run, fresh, tell):
         """Keep what is new of the evidence as one Finding; it or None."""
         if not fresh:
             return None
@@ -1763,6 +3059,8 @@ class Watch:
                 'held': {one.cause: [[one.run, one.held]] for one in loud}}
             for one in loud:
                 memory.told.setdefault(one.cause, []).append(run.at)
+            if tell:
+                raise_alarm(self.state, finding, run.at)
         return finding
 
     def _open_go_on(self, memory, run, evidence):
@@ -1836,8 +3134,8 @@ class Watch:
                 if not many or not findings:
                     raise_alarm(state, finding, now)
                     findings.append(finding)
-            if rows:
-                state.forget(now)
+            state.fact_set('checked', now)
+            state.forget(now)
         return findings
 
     def _absent(self, row, rows, now):
@@ -1913,8 +3211,8 @@ class Watch:
         if '<cronwatch.' not in named:
             return False
         import re
-        for number, token in re.findall(r'\b(\d+)-([0-9a-f]{16})\b', ' '.join(
-                re.findall(r'<cronwatch\.[^<>\s]*>', named))):
+        for number, token in re.findall(r'<cronwatch\.(\d+)\.([0-9a-f]{16})@',
+                                        named):
             try:
                 finding = self.state.finding(int(number))
             except Error:
@@ -1933,21 +3231,10 @@ class Watch:
             return True
         return False
 
-    def forget(self, job):
-        """Learn job number `job` anew."""
-        state, now = self.state, self.clock()
-        with state.change():
-            for number, in state.db.execute(
-                    'SELECT id FROM finding WHERE job = ? AND ended IS NULL',
-                    (job,)).fetchall():
-                state.finding_end(number, now)
-                end_alarm(state, state.finding(number), now,
-                          'the job is learned anew')
-            state.db.execute('DELETE FROM mail WHERE job = ?', (job,))
-            state.db.execute(
-                'UPDATE job SET runs = 0, due = NULL, miner = ?, memory = ?'
-                ' WHERE id = ?', (packed(Miner().dumps()),
-                                  packed(Memory().dump()), job))
+
+def finding_message_id(finding, host):
+    """The Message-ID of the mail about a finding, which a reply names."""
+    return '<cronwatch.%d.%s@%s>' % (finding.id, finding.token, host)
 
 
 ##############################################################################
@@ -1956,756 +3243,46 @@ class Watch:
 # What it believes, and why: for people and as JSON.  Changes nothing.
 ##############################################################################
 
-
-def date(at):
-    return time.strftime('%Y-%m-%d %H:%M', time.localtime(at))
-
-
-def jobs_known(state):
-    """Each job as a dict for `list`, by name."""
-    found = []
-    for row in state.db.execute(
-            'SELECT job.id, job.name, runs, seen, due, usual, (SELECT count(*)'
-            ' FROM finding WHERE job = job.id AND ended IS NULL) AS open'
-            ' FROM job ORDER BY name'):
-        entry = dict(row)
-        entry['learning'] = row['runs'] < LEARN_RUNS
-        found.append(entry)
-    return found
-
-
-def list_text(state):
-    """Lines of `list`: number, state, runs, last mail, name."""
-    for job in jobs_known(state):
-        said = ('%d open' % job['open'] if job['open'] else
-                'learning' if job['learning'] else 'as usual')
-        yield '%5d  %-9s %5d runs, last %s  %s' % (
-            job['id'], said, job['runs'], date(job['seen']), job['name'])
-
-
-def findings_since(state, at, condition='1'):
-    """Findings since `at`, or still open, that meet an SQL condition."""
-    return [Finding.of(row) for row in state.db.execute(
-        'SELECT finding.*, job.name FROM finding JOIN job ON job.id ='
-        ' finding.job WHERE (finding.at >= ? OR ended IS NULL) AND %s'
-        ' ORDER BY finding.at' % condition, (at,))]
-
-
-def finding_line(finding):
-    """A finding in one line."""
-    return '%5d  %s  %-8s %s: %s%s' % (
-        finding.id, date(finding.at), finding.severity, finding.job,
-        finding.reason, '' if finding.ended is None else
-        '' if finding.severity == NOTICE else
-        ' (over since %s)' % date(finding.ended))
-
-
-def beliefs(state, row):
-    """What is known of a job, as a dict that JSON can hold."""
-    memory, _ = state.memory(row)
-    known = {
-        'id': row['id'], 'job': row['name'], 'key': row['key'],
-        'runs': memory.n, 'remembered': len(memory.at),
-        'learning': memory.n < LEARN_RUNS, 'seen': row['seen'],
-        'due': row['due'], 'usual_interval': row['usual'],
-        'status': sorted(memory.status), 'lines': [], 'numbers': [],
-        'open': sorted(map(int, memory.open)), 'bad': memory.bad,
-        'fine': memory.fine}
-    for key, kind in memory.kinds.items():
-        if not kind['n']:
-            continue
-        always = memory.always(key)
-        runs = max(1, memory.n - max(memory.first, kind['n'][0]))
-        known['lines'].append({
-            'key': key, 'line': kind['s'], 'always': bool(always),
-            'share': round(len(kind['n']) / runs, 3), 'runs': len(kind['n']),
-            'count': [min(kind['c']), max(kind['c'])],
-            'bad_words': kind['w']})
-    known['lines'].sort(key=lambda one: -one['share'])
-    for feature, (_, values) in memory.values.items():
-        key = feature.partition('.')[0]
-        if len(values) < 4:
-            continue
-        known['numbers'].append({
-            'name': feature, 'usual': Judge.range(values),
-            'last': values[-1], 'values': values[-60:],
-            'line': memory.kinds[key]['s'] if key in memory.kinds else key})
-    return known
-
-
-def explain_text(state, row):
-    """Lines of `explain`."""
-    known = beliefs(state, row)
-    yield '%s (job %d)' % (known['job'], known['id'])
-    yield '  %d runs%s, the last one %s' % (
-        known['runs'], ', learning' if known['learning'] else '',
-        date(known['seen']))
-    if known['due']:
-        yield '  comes after %s; missed if not here by %s' % (
-            period(known['usual_interval']), date(known['due']))
-    elif not known['open']:
-        yield '  comes when it likes: it is never missed'
-    told = [name for name in known['status'] if name != 'None']
-    if told:
-        yield '  exit status: %s' % ', '.join(told)
-    for number in known['open']:
-        yield '  open: %s' % finding_line(state.finding(number))
-    yield 'Lines, by the share of mails that have them:'
-    for one in known['lines'][:100]:
-        low, high = one['count']
-        yield '  %-6s %-12s %s' % (
-            'always' if one['always'] else '%d%%' % round(100 * one['share']),
-            '' if high == 1 else '%s times' % (
-                low if low == high else '%d-%d' % (low, high)),
-            one['line'][:100])
-    yield 'Numbers, by their usual range:'
-    for one in known['numbers'][:200]:
-        if '.' not in one['name']:
-            yield '  %-24s %s' % (one['usual'], one['name'])
-        elif len(set(one['values'])) > 1 or len(one['values']) >= 15:
-            yield '  %-24s last %s in %s' % (
-                one['usual'], amount(one['last']), one['line'][:80])
-
-
-def digest_text(state, now, days=7):
-    """Lines of the digest of the last days: what was raised, what was new
-    and kept quiet, what is learning, what was silent.
-    """
-    since = now - days * DAY
-    jobs = jobs_known(state)
-    mails, quiet = 0, []
-    for job in jobs:
-        row = state.db.execute('SELECT * FROM job WHERE id = ?',
-                               (job['id'],)).fetchone()
-        memory, _ = state.memory(row)
-        came = sum(1 for at in memory.at if at >= since)
-        mails += came
-        if came:
-            quiet.append((came, job['name']))
-    found = findings_since(state, since)
-    loud = [one for one in found if one.severity != NOTICE]
-    yield '%d mails of %d jobs in %d days; %d findings, %d of them open.' % (
-        mails, len(quiet), days, len(loud),
-        sum(1 for one in loud if one.ended is None))
-    passed = passed_on(os.path.dirname(state.path))
-    if passed:
-        yield '%d mails could not be judged and are in passed/new.' % passed
-    for title, chosen in (
-            ('Open', [one for one in loud if one.ended is None]),
-            ('Over', [one for one in loud if one.ended is not None]),
-            ('New, and not worth an alarm',
-             [one for one in found if one.severity == NOTICE])):
-        if chosen:
-            yield ''
-            yield title + ':'
-            for one in chosen[-40:]:
-                yield finding_line(one)
-    learning = [job['name'] for job in jobs if job['learning']]
-    if learning:
-        yield ''
-        yield 'Learning: %s' % ', '.join(learning[:40])
-    if quiet:
-        yield ''
-        yield 'Mails by job:'
-        for came, name in sorted(quiet, reverse=True)[:100]:
-            yield '%5d  %s' % (came, name)
-
-
-def passed_on(folder):
-    """Mails that were kept because they could not be judged."""
-    try:
-        return len(os.listdir(os.path.join(folder, 'passed', 'new')))
-    except OSError:
-        return 0
-
-
-def chart(values, width=180, height=32):
-    """A series as a small SVG: a line, its usual range shaded."""
-    low, high = min(values), max(values)
-    span = (high - low) or 1
-    cut = len(values) // 20
-    usual = sorted(values)[cut], sorted(values)[-1 - cut]
-
-    def y(value):
-        return 2 + (height - 4) * (1 - (value - low) / span)
-
-    points = ' '.join('%.1f,%.1f' % (
-        2 + (width - 4) * i / max(1, len(values) - 1), y(value))
-        for i, value in enumerate(values))
-    return ('<svg width="%d" height="%d" role="img"><rect x="0" y="%.1f" '
-            'width="%d" height="%.1f" class="usual"/><polyline points="%s"/>'
-            '</svg>' % (width, height, y(usual[1]) - 1, width,
-                        y(usual[0]) - y(usual[1]) + 2, points))
-
-
-STYLE = '''body{font:15px/1.4 sans-serif;margin:2em auto;max-width:64em;
-padding:0 1em;color:#222;background:#fff}h2{font-size:1em;margin:2em 0 .3em}
-table{border-collapse:collapse}td,th{padding:.15em .8em .15em 0;
-text-align:left;vertical-align:middle}.warning,.critical{color:#a00}
-.notice,.faint{color:#666}code{white-space:pre-wrap;overflow-wrap:anywhere}
-polyline{fill:none;stroke:#06c;stroke-width:1.5}.usual{fill:#dbe9f7}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}
-.usual{fill:#234}polyline{stroke:#6bf}.warning,.critical{color:#f77}
-.notice,.faint{color:#999}}'''
-
-
-def report_html(state, now):
-    """Blocks of a page on all jobs that needs nothing but itself."""
-    from html import escape
-    yield ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
-           '<meta name="viewport" content="width=device-width">'
-           '<title>cronwatch</title><style>%s</style>\n<h1>cronwatch</h1>\n'
-           '<p class="faint">%s</p>\n' % (STYLE, date(now)))
-    found = findings_since(state, now - 14 * DAY)
-    yield '<h2>Findings of two weeks, and open ones</h2>\n<table>\n'
-    for one in reversed(found[-200:]):
-        yield ('<tr class="%s"><td>%d<td>%s<td>%s<td>%s<td><code>%s</code>\n'
-               % (one.severity, one.id, date(one.at), 'open'
-                  if one.ended is None else one.severity, escape(one.job),
-                  escape(one.reason)))
-    yield '</table>\n'
-    for job in jobs_known(state):
-        row = state.db.execute('SELECT * FROM job WHERE id = ?',
-                               (job['id'],)).fetchone()
-        known = beliefs(state, row)
-        yield '<h2>%s</h2>\n<p class="faint">%d runs%s, last %s%s</p>\n' % (
-            escape(known['job']), known['runs'],
-            ', learning' if known['learning'] else '', date(known['seen']),
-            ', next by ' + date(known['due']) if known['due'] else '')
-        yield '<table>\n'
-        shown = [one for one in known['numbers']
-                 if len(set(one['values'])) > 1]
-        shown.sort(key=lambda one: '.' in one['name'])
-        for one in shown[:12]:
-            yield '<tr><td>%s<td>%s<td><code>%s</code>\n' % (
-                chart(one['values']), escape(one['usual']),
-                escape(one['line'][:120]))
-        yield '</table>\n'
-    yield '</html>\n'
-
-
-##############################################################################
-# Delivery
-#
-# A mail that is handed over is judged, or else passed on as it came: never
-# lost, never bounced, whatever is wrong with us.  Called by Commands only.
-##############################################################################
-
-DELIVERY_OPTIONS = {
-    # Where mails go that could not be judged: an address, an mbox (a path),
-    # a maildir (a path with / at its end).  If none is given, or it fails:
-    # the maildir `passed` beside the state.
-    'forward': (str, None),
-    # Which of those that were judged go there, too: none, raised, all.
-    'pass': (str, 'none'),
-}
-
-SECONDS = 240           # that a delivery may take before it is given up
-TEMPFAIL = 75           # the mail program keeps the mail and tries again
-
-
-def say(text):
-    """To the system's log: a mail program would bounce what we print."""
-    import syslog
-    syslog.openlog('cronwatch', syslog.LOG_PID, syslog.LOG_MAIL)
-    syslog.syslog(syslog.LOG_ERR, text)
-
-
-def pass_on(intake, target, folder):
-    """Hand a mail on as it came; durable on return.  OSError if that can be
-    done in no way.
-    """
-    for place in (target, os.path.join(folder, 'passed') + '/'):
-        if not place:
-            continue
-        try:
-            if place.endswith('/'):
-                return to_maildir(intake, place)
-            if place.startswith('/'):
-                return to_mbox(intake, place)
-            return to_address(intake, place)
-        except (OSError, ValueError) as e:
-            say('pass on to %s: %s' % (place, e))
-    raise OSError('a mail could not be passed on')
-
-
-def to_maildir(intake, path):
-    import socket
-    for name in ('tmp', 'new', 'cur'):
-        os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
-    name = '%.6f.%d.%s' % (time.time(), os.getpid(),
-                           socket.gethostname().replace('/', '_'))
-    with open(os.path.join(path, 'tmp', name), 'xb') as file:
-        for block in intake.blocks():
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(os.path.join(path, 'tmp', name),
-              os.path.join(path, 'new', name))
-    folder = os.open(os.path.join(path, 'new'), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def to_mbox(intake, path):
-    """Append under a lock; what could not be written whole is cut off."""
-    import fcntl
-    import re
-    with open(path, 'ab') as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        start = os.fstat(file.fileno()).st_size
-        try:
-            file.write(b'From cronwatch %s\n' % time.asctime(
-                time.gmtime()).encode())
-            rest = b''
-            for block in intake.blocks():
-                block, end, rest = (rest + block).rpartition(b'\n')
-                file.write(re.sub(br'(?m)^(>*From )', br'>\1', block + end))
-            file.write(re.sub(br'^(>*From )', br'>\1', rest)
-                       + b'\n\n'[not rest:])
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            os.truncate(path, start)
-            raise
-
-
-def to_address(intake, address):
-    import subprocess
-    with subprocess.Popen(['/usr/sbin/sendmail', '-i', '--', address],
-                          stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as child:
-        for block in intake.blocks():
-            child.stdin.write(block)
-        child.stdin.close()
-        if child.wait():
-            raise OSError('sendmail: exit status %d' % child.returncode)
-
-
-def marked(intake, verdict):
-    """Blocks of the mail with a header that says what was found."""
-    head = ('X-Cronwatch: %s\n' % verdict).encode('ascii', 'replace')
-    blocks = intake.blocks()
-    first = next(blocks)
-    if first.startswith(b'From ') and b'\n' in first:
-        line, first = first.split(b'\n', 1)
-        head = line + b'\n' + head
-    yield head + first
-    yield from blocks
-
-
-def deliver(folder, stream, out=None):
-    """Take a mail from `stream`; (exit status, list of Findings).
-
-    With `out`, a filter: the mail goes there, with a header that says what
-    was found.
-    """
-    import signal
-
-    def late(*_):
-        raise TimeoutError('it took more than %d seconds' % SECONDS)
-
-    intake, conf, findings, verdict = None, {}, [], None
-    try:
-        intake = Intake(stream)
-        signal.signal(signal.SIGALRM, late)
-        signal.alarm(SECONDS)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        conf = conf_read(os.path.join(folder, 'cronwatch.conf'), OPTIONS)
-        watch = Watch(os.path.join(folder, 'state.db'), conf)
-        findings = watch.deliver(intake.head, None, intake.size,
-                                 intake.beyond)
-        verdict = 'raised %d, %s' % (
-            findings[0].id, findings[0].kind) if findings else 'quiet'
-        alarms_send(watch.state, conf, time.time())
-    # Nothing whatever may lose the mail.
-    except Exception as e:
-        say('%s: %s' % (type(e).__name__, e))
-        if intake is None:
-            return TEMPFAIL, []
-    signal.alarm(0)
-    try:
-        if out is not None:
-            for block in (intake.blocks() if verdict is None
-                          else marked(intake, verdict)):
-                out.write(block)
-            out.flush()
-        elif verdict is None or conf['pass'] == 'all' or (
-                findings and (conf['pass'] == 'raised'
-                              or not conf['person'])):
-            pass_on(intake, conf.get('forward'), folder)
-    except OSError as e:
-        say('%s' % e)
-        return TEMPFAIL, findings
-    return 0, findings
-
-
 ##############################################################################
 # Commands
 #
-# The command line.
-#
-# Exit statuses: 0 as usual; 1 something was raised or is open (check, show,
-# deliver --status); 2 the command or the configuration is wrong; 75 a mail
-# could not even be passed on, and whoever delivers it is to try again.  run
-# has that of its command.
+# The command line.  deliver does without argparse: it is run for each mail.
 ##############################################################################
 
-OPTIONS = (ALARM_OPTIONS, DELIVERY_OPTIONS)
-
-
-def show(args, entries, lines):
-    """Print `lines`, or `entries` as JSON."""
-    if args.json:
-        import json
-        print(json.dumps(entries, indent=1, ensure_ascii=False))
-    else:
-        for line in lines:
-            print(line)
-
-
-def watch_open(args):
-    os.makedirs(args.dir, mode=0o700, exist_ok=True)
-    conf = conf_read(os.path.join(args.dir, 'cronwatch.conf'), OPTIONS)
-    return Watch(os.path.join(args.dir, 'state.db'), conf)
-
-
-def command_deliver(args):
-    status, findings = deliver(
-        args.dir, sys.stdin.buffer, sys.stdout.buffer if args.filter else None)
-    if args.json and not args.filter:
-        show(args, [one.as_json() for one in findings], ())
-    return status or (1 if findings and args.status else 0)
-
-
-def command_check(args):
-    watch = watch_open(args)
-    findings = watch.check()
-    alarms_send(watch.state, watch.conf, time.time())
-    show(args, [one.as_json() for one in findings],
-         map(finding_line, findings))
-    return 1 if findings else 0
-
-
-def mails_of(path):
-    """Yield (epoch, file, start, bytes) of the mails with a date in a mail,
-    an mbox or a maildir.
-    """
-    if os.path.isdir(path):
-        folders = [os.path.join(path, name) for name in ('cur', 'new')]
-        if not any(map(os.path.isdir, folders)):
-            folders = [path]
-        for folder in filter(os.path.isdir, folders):
-            for name in os.listdir(folder):
-                yield from mails_of(os.path.join(folder, name))
-        return
-    with open(path, 'rb') as file:
-        starts = [0]
-        if file.read(5) == b'From ':
-            starts, place, blank = [], 0, True
-            file.seek(0)
-            for line in file:
-                if blank and line.startswith(b'From '):
-                    starts.append(place)
-                place += len(line)
-                blank = line in (b'\n', b'\r\n')
-        starts.append(file.seek(0, os.SEEK_END))
-        for start, end in zip(starts, starts[1:]):
-            file.seek(start)
-            at = mail_date(mail_parse(file.read(min(end - start, 1 << 16))))
-            if at is not None:
-                yield at, path, start, end - start
-
-
-def command_learn(args):
-    watch = watch_open(args)
-    dated, learned = [], 0
-    for path in args.path:
-        try:
-            dated += mails_of(path)
-        except OSError as e:
-            raise Error('%s: %s' % (path, e.strerror)) from None
-    for at, path, start, size in sorted(dated):
-        with open(path, 'rb') as file:
-            file.seek(start)
-            learned += watch.learn(file.read(min(size, HEAD_BYTES)), at)
-    show(args, {'learned': learned, 'mails': len(dated)},
-         ['%d mails learned, of %d' % (learned, len(dated))])
-    return 0
-
-
-def command_ok(args):
-    watch = watch_open(args)
-    for number in args.finding:
-        watch.ok(number)
-    alarms_send(watch.state, watch.conf, time.time())
-    return 0
-
-
-def command_bad(args):
-    watch = watch_open(args)
-    for number in args.finding:
-        watch.bad(number)
-    return 0
-
-
-def command_list(args):
-    watch = watch_open(args)
-    show(args, jobs_known(watch.state), list_text(watch.state))
-    return 0
-
-
-def command_show(args):
-    watch = watch_open(args)
-    if args.finding is None:
-        found = findings_since(watch.state, time.time() - args.days * DAY,
-                               'severity != "notice"')
-        show(args, [one.as_json() for one in found],
-             map(finding_line, found))
-        return 1 if any(one.ended is None for one in found) else 0
-    finding = watch.state.finding(args.finding)
-    show(args, finding.as_json(), [finding_line(finding), '',
-                                   finding_text(watch.state, finding)])
-    return 0
-
-
-def command_explain(args):
-    watch = watch_open(args)
-    rows = watch.state.jobs_named(args.job)
-    if not rows:
-        raise Error('no job is called %s' % args.job)
-    for row in rows:
-        show(args, beliefs(watch.state, row),
-             explain_text(watch.state, row))
-    return 0
-
-
-def command_report(args):
-    watch = watch_open(args)
-    for block in report_html(watch.state, time.time()):
-        sys.stdout.write(block)
-    return 0
-
-
-def command_digest(args):
-    watch = watch_open(args)
-    now = time.time()
-    found = findings_since(watch.state, now - args.days * DAY)
-    show(args, [one.as_json() for one in found],
-         digest_text(watch.state, now, args.days))
-    return 0
-
-
-def command_forget(args):
-    watch = watch_open(args)
-    rows = watch.state.jobs_named(args.job)
-    if len(rows) != 1:
-        raise Error('%d jobs are called %s' % (len(rows), args.job))
-    watch.forget(rows[0]['id'])
-    return 0
-
-
-class Child:
-    """A command under watch: its output, as it comes, until it is over."""
-
-    SIGNALS = ('SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2')
-
-    def __init__(self, words, echo):
-        """Start it; OSError if that can not be done."""
-        import signal
-        import subprocess
-        self.early = []         # signals that came before there was a child
-        self.process = None
-        self.echo = echo
-        terminal = False
-        try:
-            terminal = os.tcgetpgrp(0) == os.getpgrp()
-        except OSError:
-            pass
-        for name in self.SIGNALS:
-            number = getattr(signal, name)
-            # What is ignored (nohup) stays so, and what a terminal sends the
-            # child gets from it.
-            if signal.getsignal(number) is signal.SIG_IGN:
-                continue
-            if terminal and name in ('SIGINT', 'SIGQUIT'):
-                signal.signal(number, lambda *_: None)
-                continue
-            signal.signal(number, self.signalled)
-        self.process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            bufsize=0)
-        for number in self.early:
-            self.process.send_signal(number)
-
-    def signalled(self, number, _):
-        if self.process is None:
-            self.early.append(number)
-        else:
-            self.process.send_signal(number)
-
-    def read(self, _=None):
-        """Some bytes of its output; none when it is over.  What it left
-        running in the background with the output open is not waited for.
-        """
-        import select
-        pipe = self.process.stdout.fileno()
-        while True:
-            ready, _, _ = select.select([pipe], [], [], 1)
-            if ready:
-                block = os.read(pipe, 1 << 16)
-                if self.echo and block:
-                    sys.stdout.buffer.write(block)
-                    sys.stdout.buffer.flush()
-                return block
-            if self.process.poll() is not None:
-                return b''
-
-
-def run_name(words):
-    """(key, name) of the job that a command line is."""
-    import getpass
-    import shlex
-    import socket
-    name = words if isinstance(words, str) else ' '.join(
-        map(shlex.quote, words))
-    who = '%s@%s' % (getpass.getuser(), socket.gethostname())
-    return ('run %s %s' % (who, varying_masked(name)),
-            '%s: %s' % (who, name))
-
-
-def command_run(args):
-    """Run a command and judge what it said; its exit status."""
-    started, clock = time.time(), time.monotonic()
-    child, problem = None, b''
-    try:
-        child = Child(args.command_line, args.verbose)
-        intake = Intake(child)
-        status = child.process.wait()
-    except OSError as e:
-        if child is not None:       # no room for the output
-            child.process.stdout.close()
-            return died(child.process.wait())
-        import io
-        problem = ('%s: %s\n' % (args.command_line[0],
-                                 e.strerror)).encode()
-        intake = Intake(io.BytesIO(problem))
-        status = 127 if isinstance(e, FileNotFoundError) else 126
-    findings, fault = [], None
-    try:
-        watch = watch_open(args)
-        key, name = run_name(args.name or args.command_line)
-        lines, count = text_lines(intake.head.decode('utf-8', 'replace'),
-                                  intake.beyond)
-        findings = watch.take(Run(
-            key[:500], name[:200], time.time(), lines, count, intake.size,
-            status, time.monotonic() - clock))
-        alarms_send(watch.state, watch.conf, time.time())
-        for finding in findings:
-            print('cronwatch: %s\n\n%s' % (finding.reason, finding_text(
-                watch.state, finding)))
-    # Whatever is wrong with us, the command's output and status are not lost.
-    except Exception as e:
-        fault = e
-    if fault is not None:
-        if not args.verbose:
-            for block in intake.blocks():
-                sys.stdout.buffer.write(block)
-        sys.stdout.flush()
-        print('cronwatch: %s: %s' % (type(fault).__name__, fault),
-              file=sys.stderr)
-    sys.stdout.flush()
-    del started
-    return died(status)
-
-
-def died(status):
-    """The exit status of a command; dies of the signal that it died of."""
-    if status >= 0:
-        return status
-    import resource
-    import signal
-    sys.stdout.flush()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(-status, signal.SIG_DFL) if -status not in (
-        signal.SIGKILL, signal.SIGSTOP) else None
-    os.kill(os.getpid(), -status)
-    return 128 - status
+OPTIONS = (ALARM_OPTIONS,)
 
 
 def parser_make():
     import argparse
     parser = argparse.ArgumentParser(
-        prog='cronwatch', description='Reads the mails of cron and raises '
-        'what is not as usual.')
+        prog='cronwatch', description='Raise what is not as usual in the '
+        'mails of cron.')
     parser.add_argument('--version', action='version',
                         version='cronwatch ' + VERSION)
     parser.add_argument('--dir', default=os.environ.get(
-        'CRONWATCH_DIR') or os.path.expanduser('~/.cronwatch'),
-        help='where state.db and cronwatch.conf are (~/.cronwatch)')
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON for programs')
-    commands = parser.add_subparsers(dest='command', metavar='command',
-                                     required=True)
-
-    def add(name, function, text):
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(function=function)
-        return command
-
-    command = add('deliver', command_deliver,
-                  'judge and learn the mail on standard input')
-    command.add_argument('--filter', action='store_true', help='write the '
-                         'mail to standard output, with a header X-Cronwatch')
-    command.add_argument('--status', action='store_true',
-                         help='exit with 1 if something was raised')
-    command = add('learn', command_learn, 'learn from old mails')
-    command.add_argument('path', nargs='+', help='maildir, mbox or mail')
-    command = add('run', command_run, 'run a command and judge its output')
-    command.add_argument('--name', help='of the job, if not the command')
-    command.add_argument('-v', '--verbose', action='store_true',
-                         help='print the output as well')
-    command.add_argument('command_line', nargs=argparse.REMAINDER,
-                         metavar='command ...')
-    add('check', command_check, 'raise mails that did not come')
-    for name, function, text in (
-            ('ok', command_ok, 'what was found is normal from now on'),
-            ('bad', command_bad, 'what was found is never normal')):
-        add(name, function, text).add_argument('finding', type=int, nargs='+')
-    add('list', command_list, 'the jobs')
-    command = add('show', command_show, 'findings, or one with its mail')
-    command.add_argument('finding', type=int, nargs='?')
-    command.add_argument('--days', type=int, default=7)
-    command = add('explain', command_explain, 'what is believed of a job')
-    command.add_argument('job', help='its number, or a part of its name')
-    add('report', command_report, 'a page in HTML on all jobs')
-    command = add('digest', command_digest, 'what happened, for a mail a week')
-    command.add_argument('--days', type=int, default=7)
-    command = add('forget', command_forget, 'learn a job anew')
-    command.add_argument('job', help='its number, or a part of its name')
+        'CRONWATCH_DIR', os.path.expanduser('~/.cronwatch')),
+        help='where state.db and cronwatch.conf are')
+    commands = parser.add_subparsers(dest='command', metavar='command')
+    commands.add_parser('deliver', help='take a mail on standard input')
+    commands.add_parser('check', help='raise mails that did not come')
+    alarm_parsers(commands)
     return parser
 
 
 def main(argv=None):
     """Run one command; the exit status."""
     args = parser_make().parse_args(sys.argv[1:] if argv is None else argv)
-    if args.command == 'run':
-        if args.command_line[:1] == ['--']:
-            del args.command_line[0]
-        if not args.command_line:
-            print('cronwatch: run what?', file=sys.stderr)
-            return 2
-    import sqlite3
-    try:
-        return args.function(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except (Error, OSError, sqlite3.Error) as e:
-        print('cronwatch: %s' % e, file=sys.stderr)
-        return 2
+    os.makedirs(args.dir, mode=0o700, exist_ok=True)
+    conf = conf_read(os.path.join(args.dir, 'cronwatch.conf'), OPTIONS)
+    watch = Watch(os.path.join(args.dir, 'state.db'), conf)
+    if 'run' in args:
+        return args.run(watch.state, conf, args) or 0
+    if args.command == 'deliver':
+        watch.deliver(sys.stdin.buffer.read())
+    elif args.command == 'check':
+        watch.check()
+    alarms_send(watch.state, conf, time.time())
+    return 0
 
 
 if __name__ == '__main__':

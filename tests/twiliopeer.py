@@ -173,6 +173,7 @@ class Cruel:
         self.made = []
         self.planned = []
         self.asked = []         # (method, path) of each request
+        self.clock = time.time
         lock, cruel = threading.Lock(), self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -201,7 +202,7 @@ class Cruel:
                     self.say(int(word), {
                         'code': int(number or 20001), 'status': int(word),
                         'message': 'as planned'})
-                elif word != 'drop':
+                elif word != 'drop' and 'To' in form:
                     with lock:
                         one = cruel.take(self.path, form, float(
                             number if word == 'late' else 0))
@@ -215,18 +216,38 @@ class Cruel:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0),
-                                                      Handler)
+        class Server(http.server.ThreadingHTTPServer):
+
+            busy = 0
+
+            def process_request(self, *words):
+                self.busy += 1
+                super().process_request(*words)
+
+            def process_request_thread(self, *words):
+                super().process_request_thread(*words)
+                with lock:
+                    cruel.done += 1
+
+        self.done = 0
+        self.server = Server(('127.0.0.1', 0), Handler)
         self.url = 'http://127.0.0.1:%d' % self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever,
                                        kwargs={'poll_interval': 0.02})
         self.thread.start()
         cleanup(self.close)
 
+    def wait(self):
+        """Return when all that was sent to it by now has been heard."""
+        urllib.request.urlopen(self.url + '/Wait.json').close()
+        while self.done < self.server.busy:
+            time.sleep(0.005)
+
     def take(self, path, form, seconds):
         kind = path.rpartition('/')[2].partition('.')[0]
         sid = ('SM' if kind == 'Messages' else 'CA') + os.urandom(16).hex()
-        now = time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime())
+        now = time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime(
+            self.clock()))
         one = {'kind': kind, 'sid': sid, 'to': form['To'],
                'from': form['From'], 'body': form.get('Body'),
                'twiml': form.get('Twiml'), 'direction': 'outbound-api',
