@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
-"""Runs the tests: each module in a process of its own, two at a time.
+"""Runs the tests: each module in a process of its own, some at a time.
 
-usage: tests/run.py [-j N] [-t SECONDS] [-p PATTERN] [-v] [MODULE ...]
+usage: tests/run.py [-j N] [-t SECONDS] [-s N] [-p PATTERN] [-v] [MODULE ...]
 
-A module's output is kept together and shown when it fails (always with -v).
+One more than there are processors run at once, since a quarter of the time is
+waiting.  A module's output is kept together and shown when it fails (always with -v).
 A module that takes more than SECONDS is killed, by the number of the process
 that was started for it.  At the end: the reason of each skip, the slowest
 tests, and one line `N passed, N failed, N skipped`.  Exit status 1 if a test
@@ -35,6 +36,12 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 RUNNING = set()                 # processes of modules, each a group
 AGAIN = 3                       # more failures than that are no accident
+# Those that take long come first, or the last one would run alone.
+FIRST = ['test_' + name for name in (
+    'e2e_interrupt', 'e2e_hosts', 'e2e_badinput', 'e2e_wrappers',
+    'cache_files', 'bench', 's3_server', 'e2e_ssh', 'recrypt', 'silent_loss',
+    's3_store', 'keygen', 'server_hostile', 'dedup', 'cli_startup',
+    'e2e_embedded', 'e2e_network')]
 
 
 class Result(unittest.TextTestResult):
@@ -93,6 +100,7 @@ def child(name, report):
             'failed': sorted(result.bad),
             'skipped': [(test.id(), why) for test, why in result.skipped],
             'seconds': result.seconds,
+            'cpu': sum(os.times()[:4]),     # with all that it waited for
         }, file)
 
 
@@ -122,7 +130,7 @@ def run(name, limit):
                 figures = json.load(file)
         except (OSError, ValueError):
             figures = {'passed': 0, 'failed': [name], 'skipped': [],
-                       'seconds': {}}
+                       'seconds': {}, 'cpu': 0.0}
             text += 'the module did not run to its end (exit status %d)\n' \
                 % process.returncode
     return figures, text, time.monotonic() - begun
@@ -136,28 +144,33 @@ def stop(number, frame):
 
 
 def modules(pattern):
-    """Names of the test modules that match, the largest file first."""
+    """Names of the test modules that match: FIRST, then the largest file."""
     names = [name for name in os.listdir(TESTS)
              if fnmatch.fnmatch(name, pattern)]
     names.sort(key=lambda name: (
         -os.path.getsize(os.path.join(TESTS, name)), name))
-    return [name[:-len('.py')] for name in names]
+    names = [name[:-len('.py')] for name in names]
+    return sorted(names, key=lambda name: (
+        FIRST.index(name) if name in FIRST else len(FIRST)))
 
 
 def run_all(names, jobs, limit, verbose):
     """Run them, printing as they end; the sum of their figures."""
-    total = {'passed': 0, 'failed': [], 'skipped': [], 'seconds': {}}
+    total = {'passed': 0, 'failed': [], 'skipped': [], 'seconds': {},
+             'cpu': 0.0}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(run, name, limit): name for name in names}
         for future in concurrent.futures.as_completed(running):
             figures, text, seconds = future.result()
-            print('%-32s %6.1f s  %3d passed, %d failed, %d skipped' % (
-                running[future], seconds, figures['passed'],
-                len(figures['failed']), len(figures['skipped'])))
+            print('%-26s %6.1f s %6.1f cpu  %3d passed, %d failed, '
+                  '%d skipped' % (
+                      running[future], seconds, figures['cpu'],
+                      figures['passed'], len(figures['failed']),
+                      len(figures['skipped'])))
             if verbose or figures['failed']:
                 print(text, end='' if text.endswith('\n') else '\n')
             sys.stdout.flush()
-            for key in ('passed', 'failed', 'skipped'):
+            for key in ('passed', 'failed', 'skipped', 'cpu'):
                 total[key] += figures[key]
             total['seconds'].update(figures['seconds'])
     return total
@@ -183,10 +196,13 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     parser = argparse.ArgumentParser(description='Runs the tests.')
-    parser.add_argument('-j', type=int, default=2, metavar='N',
-                        help='modules at once (default 2)')
+    jobs = (os.cpu_count() or 1) + 1
+    parser.add_argument('-j', type=int, default=jobs, metavar='N',
+                        help='modules at once (default here %d)' % jobs)
     parser.add_argument('-t', type=float, default=600, metavar='SECONDS',
                         help='most for one module (default 600)')
+    parser.add_argument('-s', type=int, default=8, metavar='N',
+                        help='show the N slowest tests (default 8)')
     parser.add_argument('-p', default='test*.py', metavar='PATTERN',
                         help='modules to run (default test*.py)')
     parser.add_argument('-v', action='store_true',
@@ -202,10 +218,11 @@ def main():
     for test, why in total['skipped']:
         print('skipped: %s: %s' % (test, why))
     slow = sorted(total['seconds'].items(), key=lambda item: -item[1])
-    for test, seconds in slow[:8]:
+    for test, seconds in slow[:args.s]:
         print('slow: %6.1f s  %s' % (seconds, test))
-    print('Python %s, %d modules, %.0f seconds' % (
-        sys.version.split()[0], len(names), time.monotonic() - begun))
+    print('Python %s, %d modules, %.0f seconds, %.0f of CPU' % (
+        sys.version.split()[0], len(names), time.monotonic() - begun,
+        total['cpu']))
     numbers = (total['passed'], len(total['failed']), len(total['skipped']))
     if os.environ.get('TALLY'):
         with open(os.environ['TALLY'], 'a') as file:

@@ -111,7 +111,7 @@ class BadInput(unittest.TestCase):
                           '--user', world.USER)
 
     def test_another_server_than_the_key_was_made_with(self):
-        other = world.World(self, 'tls')
+        other = world.World(self, 'tls', other=True)
         for args in (['--list-archives'],
                      ['-c', '-f', 'x', '-C', self.world.root, 'tree']):
             self.check(self.tarsnap('--server', other.address, *args),
