@@ -4069,6 +4069,19 @@ If it was you, follow this link before $until:
 
 If it was not, do nothing, and nothing happens.
 ''',
+    'have-account': '''\
+Subject: You have an account for $service
+
+Somebody, probably you, asked $service for an account for
+
+    $address
+
+There is one already.  If its password is lost, ask for a new one:
+
+    $forgot
+
+If it was not you, do nothing, and nothing happens.
+''',
     'reset-password': '''\
 Subject: A new password for $service
 
@@ -4405,6 +4418,48 @@ def link_move(post, found, address):
         post, {'kind': 'move', 'account': account['id'],
                'state': link_state(account), 'address': address},
         address, account['id']))
+
+
+def ask_put(kind, address, ident=''):
+    """Steps: note that somebody wants a link; durable on return.
+
+    The account pages do no more, whether there is such an account or not:
+    who asks cannot tell by the work it is.  asks_answer() does the rest.
+    """
+    place = 'ask/' + mail_name(kind, '%s/%s/%d' % (
+        address.lower(), ident, (yield ('now',)) // LINK_EACH))
+    yield ('put', place, versioned_encode(place, {
+        'kind': kind, 'address': address, 'account': ident,
+        'time': (yield ('now',))}))
+
+
+def asks_answer(post):
+    """Steps: queue the mails that were asked for."""
+    for place in (yield ('list', 'ask/')):
+        ask = yield from summed_get(place)
+        if ask is not None:
+            yield from ask_answer(post, ask)
+        yield ('delete', place)
+
+
+def ask_answer(post, ask):
+    """Steps: queue what one asked for, if it is to be had."""
+    address = ask['address']
+    if not mail_address(address):
+        return
+    if ask['kind'] == 'reset':
+        yield from link_reset(post, address)
+    elif ask['kind'] == 'move':
+        found = yield from account_load(ask['account'])
+        if found and not found[1].get('closed'):
+            yield from link_move(post, found, address)
+    elif not (yield from link_join(post, address)):
+        found = yield from account_get(address)
+        if found:
+            yield from mail_account(
+                post, found[1], 'have-account', '%s/%d' % (
+                    found[1]['id'], ask['time'] // LINK_EACH),
+                {'forgot': post.page('forgot.cgi')})
 
 
 def link_read(token):
@@ -7758,7 +7813,7 @@ class Scrub:
                               % ident)
         for key in (yield ('list', 'site/')):
             yield from self._versioned(key)
-        for prefix in ('mail/', 'link/', 'owned/', 'session/'):
+        for prefix in ('mail/', 'link/', 'owned/', 'session/', 'ask/'):
             for key in (yield ('list', prefix)):
                 yield from self._summed(key)
         yield from self._ledger()
@@ -8183,7 +8238,7 @@ STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner', 'mail', 'link', 'ledger',
                   'usage', 'traffic', 'pay', 'adjust', 'closed',
-                  'standing', 'owned', 'site', 'session'}
+                  'standing', 'owned', 'site', 'session', 'ask'}
 
 CONF = '''\
 # tarsnapd.conf(5)
@@ -8288,6 +8343,10 @@ class Post:
         if not port.isdecimal() or not 0 < int(port) < 65536:
             raise ServerError('mail-smtp is HOST or HOST:PORT, not %s' % text)
         return host.strip('[]'), int(port)
+
+    def page(self, name):
+        """The address of one of the account pages."""
+        return self.url.rpartition('/')[0] + '/' + name
 
     def password(self):
         """The first line of its file; ServerError if others can read it."""
@@ -9296,6 +9355,10 @@ def mail_run(server, complain):
     try:
         if not lock_take(lock):
             return None
+        try:
+            server.run(asks_answer(server.post))
+        except (ServerError, StoreError) as e:
+            complain('mail: %s' % e)
         with Courier(server.post) as courier:
             for key in server.perform(('list', 'mail/due/')):
                 try:

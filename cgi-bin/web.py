@@ -87,25 +87,41 @@ def table(heads, rows, caption='', numbers=()):
                  for side, cell in zip(right, row))) for row in rows))
 
 
-def field(label, name, kind='text', value='', complete='', note='', more=''):
-    """A labelled input; `complete` is for browsers' memory, `more` Html."""
-    return h('<p class="field"><label for="{}">{}</label>'
-             '<input id="{}" name="{}" type="{}" value="{}"'
-             ' autocomplete="{}" required{}>{}</p>', name, label, name, name,
-             kind, value, complete or 'off',
-             join((' ', more, h(' aria-describedby="{}-note"', name)
-                   if note else '')),
-             h('<small id="{}-note">{}</small>', name, note) if note else '')
+def field(label, name, kind='text', complete='off', note='', more='',
+          ident=''):
+    """A labelled input.  `complete` is for browsers' memory, `more` Html,
+    `ident` its id where a page has several of that name.
+    """
+    ident = ident or name
+    if note:
+        more = join((more, h(' aria-describedby="{}-note"', ident)))
+        note = h('<small id="{}-note">{}</small>', ident, note)
+    return h('<p><label for="{}">{}</label><input id="{}" name="{}" '
+             'type="{}" autocomplete="{}" required {}>{}</p>', ident, label,
+             ident, name, kind, complete, more, note)
 
 
-def form(site, action, *parts, button, kind='', hidden=()):
+def form(site, action, *parts, button, kind='plain', hidden=()):
     """A form that posts to `action`, with the token that proves it is ours.
     """
     inputs = join(h('<input type="hidden" name="{}" value="{}">', *pair)
                   for pair in (('token', site.token()), *hidden))
     return h('<form method="post" action="{}" class="{}">{}{}'
-             '<p><button>{}</button></p></form>', action, kind, inputs,
-             join(parts), button)
+             '<p><button type="submit">{}</button></p></form>', action, kind,
+             inputs, join(parts), button)
+
+
+def password_fields():
+    """Inputs for a new password, twice."""
+    note = 'At least %d characters.' % PASSWORD[0]
+    return join((
+        field('New password', 'new', 'password', complete='new-password',
+              note=note, more=Html('minlength="%d"' % PASSWORD[0])),
+        field('Once more', 'again', 'password', complete='new-password')))
+
+
+def para(text, *values):
+    return h('<p>' + text + '</p>', *values)
 
 
 ##############################################################################
@@ -576,6 +592,44 @@ class Site(tarsnapd.Server):
             raise Problem('429 Too Many Requests', 'Too many attempts',
                           'Try again in %d seconds.' % seconds)
         return account, True
+
+    def confirm(self):
+        """Problem unless the form has the password of who is logged in.
+
+        An open session alone changes nothing that matters.
+        """
+        account, _ = self.login(self.account['address'],
+                                self.request.form.get('password', ''))
+        if not account or account['id'] != self.account['id']:
+            raise Problem('403 Forbidden', 'That is not the password',
+                          'Nothing was changed. Go back and try again.')
+
+    def password(self):
+        """The new password of a form, as bytes; Problem if it is none."""
+        form = self.request.form
+        password, again = (form.get(name, '') for name in ('new', 'again'))
+        if password != again:
+            raise bad('The two passwords differ. Go back and try again.')
+        data = password.encode('utf-8')
+        if len(password) < PASSWORD[0] or len(data) > PASSWORD[1]:
+            raise bad('A password has at least %d characters. Go back and '
+                      'try again.' % PASSWORD[0])
+        return data
+
+    def ask(self, kind, address):
+        """Have a mail sent with a link; Problem if that is too much.
+
+        What is done here is the same for any address.
+        """
+        if not tarsnapd.mail_address(address):
+            raise bad('That is not a mail address. Go back and try again.')
+        seconds = self.guesses.ask(self.request.address, self.now, 'mails')
+        if seconds:
+            raise Problem('429 Too Many Requests', 'Too many mails',
+                          'Too many mails were asked for from your address. '
+                          'Try again in %d minutes.' % (seconds // 60 + 1))
+        self.run(tarsnapd.ask_put(kind, address,
+                                  self.account['id'] if self.account else ''))
 
     def balance(self, account):
         """The Balance of an account, after its ledger was caught up with."""

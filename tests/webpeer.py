@@ -13,6 +13,7 @@ interrupted, with a server that machines can register at; mail is printed.
 """
 
 import collections
+import fcntl
 import html.parser
 import http.client
 import os
@@ -33,6 +34,7 @@ from s3peers import SECONDS, free_ports                 # noqa: E402
 from tarsnapd import ATTO, DAY                          # noqa: E402
 
 NOBODY = 65534                  # a user and group who own nothing
+VALIDATOR = 'html-validate@8.29.0'
 SEARCH = os.environ['PATH'] + ':/usr/sbin:/sbin'
 PRICES = 'storage-price = 250\nupload-price = 250\ndownload-price = 250\n'
 
@@ -162,6 +164,23 @@ class Site:
         """A new account; its id."""
         return self.run(tarsnapd.account_create(address, password))
 
+    def mails(self):
+        """[(kind, to, values)] that are to go out; taken as sent."""
+        self.run(tarsnapd.asks_answer(self.server.post))
+        found = []
+        for name, mail, done in self.run(tarsnapd.mail_list()):
+            if not done:
+                self.run(tarsnapd.mail_end(name, mail))
+                found.append((mail['kind'], mail['to'], mail['values']))
+        return found
+
+    def link(self, kind, to):
+        """Where the only mail there is leads, below the site."""
+        (kind_is, to_is, values), = self.mails()
+        assert (kind_is, to_is) == (kind, to), (kind_is, to_is)
+        assert values['link'].startswith(self.url), values
+        return values['link'][len(self.url):]
+
     def close(self):
         if self.child:
             self.child.terminate()
@@ -169,6 +188,23 @@ class Site:
             self.child.stderr.close()
             self.child = None
         self.server.close()
+
+
+def validator():
+    """The path of html-validate, installed if need be: npm, .venv-html."""
+    path = os.path.join(ROOT, '.venv-html')
+    os.makedirs(path, exist_ok=True)
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        program = os.path.join(path, 'node_modules/.bin/html-validate')
+        if not os.path.exists(program):
+            subprocess.run(['npm', 'install', '--no-audit', '--no-fund',
+                            '--prefix', path, VALIDATOR], check=True,
+                           stdout=subprocess.DEVNULL)
+        return program
+    finally:
+        os.close(lock)
 
 
 class Form(html.parser.HTMLParser):
@@ -295,6 +331,8 @@ def pay(site, ident, reference, dollars, kind='payment'):
 def show():
     """A site with a sample account, until it is interrupted."""
     import contextlib
+    import signal
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.ExitStack() as stack:
         site = Site(stack.callback)
         ident = site.account()
