@@ -8,8 +8,8 @@ One more than there are processors run at once, as a quarter of the time is
 waiting.  A module's output is kept together and shown when it fails (always
 with -v).  One that takes more than SECONDS is killed, by the number of the
 process that was started for it.  At the end: the reason of each skip, the
-slowest tests, and one line `N passed, N failed, N skipped`.  Exit status 1 if a test
-failed, if none ran, or, where CI is set in the environment, if one was
+slowest tests, and one line `N passed, N failed, N skipped`.  Exit status 1 if
+a test failed, if none ran, or, where CI is set in the environment, if one was
 skipped.  `python3 -m unittest discover -s tests` runs the same tests.
 
 Where CI is set, up to AGAIN tests that failed are run once more, alone, and
