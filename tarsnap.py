@@ -42,7 +42,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     diff, verify          what differs; whether all can be read
     merge                 what -c takes from other archives
     retention             which archives rules keep
-    modes that write      create, delete, nuke; statistics
+    modes that write      create, delete, nuke; statistics, usage
     fsck                  the cache directory made anew; what is damaged
     options, main         the command line
 
@@ -255,12 +255,12 @@ PROTOCOL = 1
 # Client to server.
 HELLO, REGISTER1, REGISTER2, AUTH, STAT, CHANGES, LIST, GET, HAS = range(1, 10)
 (BEGIN, PUT, WITHDRAW, DELETE, CHECKPOINT, COMMIT, ABORT, NUKE,
- REVIVE) = range(10, 19)
+ REVIVE, ACCOUNT) = range(10, 20)
 
 # Server to client.
 (STATEMENT, OK, ERROR, CHALLENGE, REGISTERED, AUTHOK, STATUS, COMMIT_OBJECT,
  ADDED, REMOVED, ARCHIVES, BLOCK, BITMAP, BEGUN, RECEIVED, COMMITTED,
- BUSY) = range(128, 145)
+ BUSY, FIGURES) = range(128, 146)
 
 (E_BAD, E_ROLE, E_CONFLICT, E_EXISTS, E_NOBLOCK, E_FUNDS, E_QUOTA, E_READONLY,
  E_BUSY, E_EXPIRED, E_RESYNC, E_LOGIN, E_NOMACHINE, E_MISMATCH, E_NOARCHIVE,
@@ -2428,12 +2428,10 @@ def auth_post(channel, statement, key, role):
 
 
 def auth_answer(channel, rid):
-    """What the server says to a proof: (head n, H_n, archives,
-    read-only).
-    """
+    """What the server says to a proof: (head n, H_n, archives, flags)."""
     reader = Reader(channel.reply(rid)[1], 'answer to AUTH')
     head = (reader.u64(), reader.take(32))
-    return head, reader.u64(), reader.u8() & 1
+    return head, reader.u64(), reader.u8()
 
 
 class Remote:
@@ -2455,7 +2453,7 @@ class Remote:
         self.channel = None
         self.head = (0, b'')            # (n, H_n), the newest seen
         self.archives = 0               # live ones then
-        self.read_only = False
+        self.read_only = self.charges = False
         self.changed = False            # it took a deletion, or took it back
 
     def connect(self):
@@ -2532,8 +2530,8 @@ class Remote:
         refused: it is frozen, say.
         """
         try:
-            self.head, self.archives, self.read_only = auth_answer(
-                channel, rid)
+            self.head, self.archives, flags = auth_answer(channel, rid)
+            self.read_only, self.charges = flags & 1, flags & 2
             self.proven.add(role)
         except Refused as e:
             if e.code != E_ROLE or role not in self.spare:
@@ -4235,6 +4233,19 @@ def cache_seen(path, key):
     if meta.get('machine') != U64.pack(key.machine) or 'head' not in meta:
         return None
     return U64.unpack(meta['n'])[0], meta['head']
+
+
+def cache_note(path, name, data):
+    """Write a small file beside a cache; whole or not at all.  No lock."""
+    path = os.path.join(path, name)
+    fd = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                 | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(path + '.new', path)
 
 
 def cache_meta(path):
@@ -11631,15 +11642,7 @@ def verified_read(cachedir):
 
 def verified_write(cachedir, end):
     """Remember it; whole or not at all."""
-    path = os.path.join(cachedir, VERIFIED)
-    fd = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                 | os.O_CLOEXEC, 0o600)
-    try:
-        write_all(fd, b'%064x\n' % (end % NAMES_END))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(path + '.new', path)
+    cache_note(cachedir, VERIFIED, b'%064x\n' % (end % NAMES_END))
 
 
 def verify_records(remote, live, opt, output):
@@ -11755,7 +11758,7 @@ def verify_summary(output, opt, verifier, archives, lost, low, high):
 
 
 ##############################################################################
-# Modes that write: create, delete, nuke; statistics
+# Modes that write: create, delete, nuke; statistics, usage
 #
 # Each mode_*() does one mode whole and returns the exit status.  Prints what
 # its users parse; decides what is retried and what is given up.
@@ -12038,6 +12041,7 @@ def mode_create(opt):
             stats.archive(run.title, 'This archive', totals[4:6],
                           'New data', totals[6:8])
         head_print(opt, run.cache)
+        prices_keep(opt, run.remote)
         return 2 if failed else 0
     except Refused as e:
         if e.code == E_EXISTS:
@@ -12089,6 +12093,7 @@ def create_dry(opt):
                        0, 0, 0, 0, totals[8] + 1])
             stats.archive(opt.names[0], 'This archive', whole,
                           'New data', sink.new)
+            cost_print(opt, sink.new[1])
     finally:
         crew.close()
         run.close()
@@ -12219,6 +12224,199 @@ class Stats:
         if self.stream is not None:
             self.stream.write(os.fsdecode(data))
             self.stream.flush()
+
+
+# What is used, and what it costs.
+
+PRICES = 'prices'           # in the cache directory: what FIGURES last said
+PRICE_NAMES = ('price-storage', 'price-upload', 'price-download')
+FIGURES_MOST = 4096         # bytes
+# A line of FIGURES, by what a name is; of all others it is a number.
+FIGURE = re.compile(r'([a-z-]{1,40}) ([ -~]{1,60})', re.A)
+FIGURE_KINDS = {
+    name: re.compile(form, re.A) for name, form in (
+        ('first-day', '[0-9]{4}-[0-9]{2}-[0-9]{2}'),
+        ('last-day', '[0-9]{4}-[0-9]{2}-[0-9]{2}'), ('standing', '[a-z]+'))}
+FIGURE_NUMBER = re.compile('-?[0-9]{1,40}', re.A)
+
+
+def figures_parse(body, *needed):
+    """{name: number or text} in FIGURES; CorruptError if it is not well
+    formed, or says a price but not all that is `needed` beside it.
+    """
+    figures = {}
+    try:
+        text = body.decode('ascii') if len(body) <= FIGURES_MOST else '?'
+        for line in text.split('\n')[:-1]:
+            name, value = FIGURE.fullmatch(line).groups()
+            form = FIGURE_KINDS.get(name, FIGURE_NUMBER)
+            figures[name] = form.fullmatch(value).group()
+            if form is FIGURE_NUMBER:
+                figures[name] = int(value)
+        figures['machine-bytes']
+        for name in PRICE_NAMES + needed if PRICE_NAMES[0] in figures else ():
+            figures[name]
+        return figures
+    except (UnicodeDecodeError, AttributeError, KeyError):
+        raise CorruptError('The server\'s answer to ACCOUNT is malformed') \
+            from None
+
+
+def prices_keep(opt, remote):
+    """Note for dry runs what the server charges, after a run that reached it.
+
+    Nothing that fails here is worth a word: the archive is stored.
+    """
+    path = os.path.join(opt.cachedir, PRICES)
+    try:
+        figures = {}
+        if remote.charges and remote.channel and not remote.channel.failed:
+            figures = figures_parse(remote.channel.call(ACCOUNT, b'\0')[1])
+        text = ''.join('%s %d\n' % (name, figures[name])
+                       for name in PRICE_NAMES if name in figures)
+        if text:
+            cache_note(opt.cachedir, PRICES, text.encode())
+        elif os.path.exists(path):
+            os.unlink(path)
+    except (RemoteError, CorruptError, OSError):
+        pass
+
+
+def prices_known(opt):
+    """What prices_keep() noted as figures; {} if there is nothing."""
+    try:
+        with open(os.path.join(opt.cachedir or '', PRICES), 'rb') as file:
+            return figures_parse(b'machine-bytes 0\n'
+                                 + file.read(FIGURES_MOST))
+    except (OSError, CorruptError):
+        return {}
+
+
+def cost_print(opt, stored):
+    """What `stored` bytes more would cost, by the prices of the last run.
+
+    After the table, whose bytes are others', and not with --quiet.
+    """
+    prices = prices_known(opt) if opt.cachedir else {}
+    if PRICE_NAMES[0] not in prices:
+        return
+    month, once = [stored * prices[name] for name in PRICE_NAMES[:2]]
+    if opt.json:
+        stats_stream(opt).write(json_line({
+            'type': 'cost', 'month': money_exact(month),
+            'upload': money_exact(once)}).decode() + '\n')
+    elif not opt.quiet:
+        sys.stderr.write('New data would cost %s a month, and %s to send\n'
+                         % (money(month), money(once)))
+
+
+def money(amount):
+    """Attodollars as a person reads them: rounded down."""
+    amount //= 10 ** 12
+    return '%s$%d.%06d' % (('-' if amount < 0 else '',)
+                           + divmod(abs(amount), 10 ** 6))
+
+
+def money_exact(amount):
+    """Attodollars as dollars, all 18 digits."""
+    return '%s%d.%018d' % (('-' if amount < 0 else '',)
+                           + divmod(abs(amount), 10 ** 18))
+
+
+USED = ('stored', 'up', 'down', 'charged')
+
+
+def mode_usage(opt):
+    """--usage: what is stored and used, and how long the money lasts."""
+    roles = [role for role in (ROLE_READ, ROLE_DELETE, ROLE_NUKE, ROLE_WRITE)
+             if opt.key.can(role)][:1]
+    remote = remote_open(opt, roles)
+    try:
+        remote.connect()
+        try:
+            body = remote.channel.call(ACCOUNT, b'\1')[1]
+        except Refused as e:
+            if e.code == E_BAD:
+                raise UserError('The server is older than --usage') from None
+            raise
+        figures = figures_parse(
+            body, 'standing', *('machine-' + name for name in USED))
+        if opt.cachedir:
+            prices_keep(opt, remote)
+    finally:
+        remote.close()
+    if 'account-bytes' in figures:
+        figures_parse(body, 'account-machines', 'balance',
+                      *('account-' + name for name in USED))
+    if opt.json:
+        sys.stdout.write(json_line(usage_fields(figures)).decode() + '\n')
+    else:
+        for row in usage_rows(figures,
+                              humanize if opt.humanize_numbers else str):
+            line = ('%-32s' + '  %15s' * (len(row) - 1)) % row
+            sys.stdout.write(line.rstrip() + '\n')
+    return 0
+
+
+def usage_rows(figures, number):
+    """The table of --usage: a machine's column, and the account's if the
+    server tells that.
+    """
+    whose = [who for who in ('machine', 'account')
+             if who + '-bytes' in figures]
+
+    def row(title, name, show=number):
+        return (title,) + tuple(show(figures['%s-%s' % (who, name)])
+                                for who in whose)
+
+    rows = [('', 'This machine', 'Account')[:1 + len(whose)],
+            row('Stored', 'bytes')]
+    if PRICE_NAMES[0] not in figures:
+        return rows + [('Charged', 'nothing')]
+    rows.append(row('A month of that', 'bytes',
+                    lambda size: money(size * figures['price-storage'])))
+    if {'first-day', 'last-day'} <= figures.keys():
+        rows += [('%s to %s:' % (figures['first-day'], figures['last-day']),),
+                 row('  Uploaded', 'up'), row('  Downloaded', 'down'),
+                 row('  Charged', 'charged', money)]
+    last = ('',) * (len(whose) - 1)
+    if last:
+        rows += [('Machines', '', str(figures['account-machines'])),
+                 ('Balance', '', money(figures['balance']))]
+    return rows + [
+        ('Days left', *last, str(figures.get('days-left', '-'))),
+        ('Standing', *last, figures['standing'])]
+
+
+def usage_fields(figures):
+    """The same for --json."""
+    prices = PRICE_NAMES[0] in figures
+    fields = {'type': 'usage', 'charged': prices}
+    for who in 'machine', 'account':
+        if who + '-bytes' not in figures:
+            continue
+        size = figures[who + '-bytes']
+        fields[who] = {'bytes': size}
+        if prices:
+            _, up, down, charged = [figures['%s-%s' % (who, name)]
+                                    for name in USED]
+            fields[who].update({
+                'month': money_exact(size * figures['price-storage']),
+                'byte_days': figures[who + '-stored'], 'uploaded': up,
+                'downloaded': down, 'charged': money_exact(charged)})
+    if 'account' in fields:
+        fields['account'].update({
+            'machines': figures['account-machines'],
+            'balance': money_exact(figures['balance'])})
+    if prices:
+        fields.update({
+            'prices': {name.partition('-')[2]: money_exact(figures[name])
+                       for name in PRICE_NAMES},
+            'first_day': figures.get('first-day'),
+            'last_day': figures.get('last-day'),
+            'days_left': figures.get('days-left'),
+            'standing': figures['standing']})
+    return fields
 
 
 def head_print(opt, cache):
@@ -13647,7 +13845,7 @@ class Option:
 # Mode letters: c d t x r as such, a --list-archives, s --print-stats,
 # e --expire, f --fsck, i --initialize-cachedir, n --nuke, R --recover,
 # h --print-head, p --fsck-prune, u --undelete, v --verify-config, D --diff,
-# V --verify.
+# U --usage, V --verify.
 MODES = [
     # long name, letter, mode letter, text
     ('create', 'c', 'c', 'create an archive'),
@@ -13659,6 +13857,7 @@ MODES = [
     ('tar', 'r', 'r', 'write an archive to standard output as a tar stream'),
     ('list-archives', '', 'a', 'list the archives'),
     ('print-stats', '', 's', 'print statistics (also with -c and -d)'),
+    ('usage', '', 'U', 'what is used, what it costs, and what is left'),
     ('diff', '', 'D', 'compare two archives, or one and the disk'),
     ('verify', '', 'V', 'read all that archives consist of'),
     ('recover', '', 'R', 'settle what an interrupted run left'),
@@ -13830,7 +14029,7 @@ OPTIONS = [Option(*row) for row in (
     ('keep-going', '', '', '', False, FLAG, 'go on after a missing archive'),
     ('hashes', '', '', '', False, FLAG, 'list archive ids'),
     ('null-output', '', '', 'aestuxD!', False, FLAG, 'NUL ends each record'),
-    ('json', '', '', 'acdestuxDV', False, FLAG,
+    ('json', '', '', 'acdestuxDUV', False, FLAG,
      'print JSON, one object to a line, diagnostics too'),
     ('verify-share', '', 'SHARE', 'V!', False, one(share_parse),
      'verify so much of the file data a run, as in 10% or 5G'),
@@ -14238,7 +14437,8 @@ usage: tarsnap -c [options] -f NAME [-C DIR] PATH ...
        tarsnap --expire [--dry-run] --keep-RULE N ... [options]
        tarsnap --diff [options] -f NAME {-f NAME | [-C DIR] [PATTERN ...]}
        tarsnap --verify [options] [-f NAME ...]
-       tarsnap {--list-archives | --print-stats | --fsck | --nuke} [options]
+       tarsnap {--list-archives | --print-stats | --usage} [options]
+       tarsnap {--fsck | --nuke} [options]
        tarsnap --help
 """
 
@@ -14271,11 +14471,12 @@ RUN = {'c': mode_create, 'd': mode_delete, 't': mode_read, 'x': mode_read,
        'e': mode_expire, 'u': mode_undelete,
        'f': mode_fsck, 'p': mode_fsck, 'i': mode_initialize, 'n': mode_nuke,
        'R': mode_recover, 'h': mode_print_head, 'D': mode_read,
-       'V': mode_read}
+       'U': mode_usage, 'V': mode_read}
 FAILED = {'c': 'Error creating archive', 'd': 'Error deleting archive',
           'D': 'Error comparing archives', 'V': 'Error verifying archives',
           't': 'Error reading archive', 'x': 'Error extracting archive',
           'r': 'Error reading archive', 'a': 'Error listing archives',
+          'U': 'Error reading usage',
           'e': 'Error expiring archives',
           'u': 'Error undeleting archives',
           's': 'Error generating archive statistics',

@@ -207,6 +207,7 @@ COMMIT = 15
 ABORT = 16
 NUKE = 17
 REVIVE = 18
+ACCOUNT = 19
 
 # Server to client.
 STATEMENT = 128
@@ -226,6 +227,7 @@ BEGUN = 141
 RECEIVED = 142
 COMMITTED = 143
 BUSY = 144
+FIGURES = 145
 
 E_BAD = 1
 E_ROLE = 2
@@ -5249,12 +5251,14 @@ def month_add(sums, after, keys):
 
 # The view.
 
-VIEW_VERSION = 1
+VIEW_VERSION = 2
 VIEW_SCHEMA = '''
 CREATE TABLE shards (shard TEXT PRIMARY KEY, day INTEGER, size INTEGER);
 CREATE TABLE sums (account TEXT PRIMARY KEY, amount TEXT);
-CREATE TABLE held (shard TEXT, account TEXT, bytes INTEGER,
- PRIMARY KEY (shard, account));
+CREATE TABLE machines (shard TEXT, machine TEXT, account TEXT, bytes INTEGER,
+ stored INTEGER, up INTEGER, down INTEGER, amount TEXT,
+ PRIMARY KEY (shard, machine, account));
+CREATE INDEX machines_account ON machines (account);
 CREATE TABLE entries (key TEXT PRIMARY KEY, account TEXT, kind TEXT,
  amount TEXT, time INTEGER, text TEXT);
 CREATE INDEX entries_account ON entries (account);
@@ -5267,7 +5271,9 @@ class View:
     time; several processes.
 
     `sums` are closing balances and what was used since, `included` the
-    entries that are in these already.  Amounts are text, as SQLite's numbers
+    entries that are in these already.  `machines` has the bytes held after
+    the last day, and what was used on the days of a month that is not over
+    with it.  Amounts are text, as SQLite's numbers
     end at nine dollars.
     """
 
@@ -5341,7 +5347,7 @@ class View:
         """Begin anew after `day`, with closing balances then; None: nothing
         was billed.
         """
-        for table in ('shards', 'sums', 'held', 'entries', 'included'):
+        for table in ('shards', 'sums', 'machines', 'entries', 'included'):
             run('DELETE FROM %s' % table)
         for shard in SHARDS if day is not None else ():
             run('INSERT INTO shards VALUES (?, ?, 0)', (shard, day))
@@ -5361,21 +5367,53 @@ class View:
             return False
         run('UPDATE shards SET day = ?, size = ? WHERE shard = ?',
             (usage.day, size, usage.shard))
-        run('DELETE FROM held WHERE shard = ?', (usage.shard,))
-        held, used = collections.Counter(), collections.Counter()
+        used = collections.Counter()
         for machine, row in usage.rows.items():
             if row.account != '-':
-                held[row.account] += row.bytes
                 used[row.account] += sum(usage.amounts(machine))
-        for account, size in held.items():
-            run('INSERT INTO held VALUES (?, ?, ?)',
-                (usage.shard, account, size))
+        View._machines(run, usage, charge)
         for account, amount in used.items() if charge else ():
             before = run('SELECT amount FROM sums WHERE account = ?',
                          (account,)).fetchone() or (0,)
             run('REPLACE INTO sums VALUES (?, ?)',
                 (account, str(int(before[0]) - amount)))
         return True
+
+    @staticmethod
+    def _machines(run, usage, charge):
+        """Bring `machines` of a shard to the end of the day of a Usage; the
+        last day of a month is the end of its sums.
+        """
+        found = {}
+        for machine, account, *sums, amount in run(
+                'SELECT machine, account, stored, up, down, amount '
+                'FROM machines WHERE shard = ?', (usage.shard,)):
+            found[machine, account] = [*sums, int(amount)]
+        if month_days(usage.day)[1] == usage.day + 1:
+            found, charge = {}, False
+        held = {}
+        for machine, row in usage.rows.items():
+            if row.account == '-':
+                continue
+            key = machine, row.account
+            held[key], before = row.bytes, found.get(key, (0, 0, 0, 0))
+            found[key] = before if not charge else map(sum, zip(before, (
+                row.stored, row.up, row.down, sum(usage.amounts(machine)))))
+        run('DELETE FROM machines WHERE shard = ?', (usage.shard,))
+        for key, (*sums, amount) in found.items():
+            run('INSERT INTO machines VALUES (?, ?, ?, ?, ?, ?, ?, ?)', (
+                usage.shard, *key, held.get(key, 0), *sums, str(amount)))
+
+    @staticmethod
+    def used(run, account):
+        """(last day that all shards have, {machine: [bytes held, byte-days,
+        up, down, attodollars]} of an account, for the days of its month).
+        """
+        day = run('SELECT min(day) FROM shards').fetchone()[0]
+        return day, {machine: [*sums, int(amount)]
+                     for machine, *sums, amount in run(
+            'SELECT machine, bytes, stored, up, down, amount FROM machines '
+            'WHERE account = ?', (account,))}
 
     @staticmethod
     def entries_lack(run, account, keys):
@@ -5412,7 +5450,7 @@ class View:
             'SELECT amount FROM sums WHERE account = ? UNION ALL '
             'SELECT amount FROM entries WHERE account = ?',
             (account, account)))
-        held = run('SELECT sum(bytes) FROM held WHERE account = ?',
+        held = run('SELECT sum(bytes) FROM machines WHERE account = ?',
                    (account,)).fetchone()[0]
         return Balance(money, held or 0)
 
@@ -6061,6 +6099,52 @@ def site_put(facts):
         yield from versioned_put(SITE, found[0] + 1 if found else 0, facts)
 
 
+FIGURES_SECONDS = 60
+
+
+def machine_figures(machine, held, prices, amnesty, much, whole):
+    """Steps: what a machine that stores `held` bytes is told in FIGURES, as
+    (name, value): its size and the Prices, if somebody pays for it; with
+    `much` what it used this month and how long the balance lasts, and with
+    `whole` what its account did and has.
+    """
+    lines = [('machine-bytes', held)]
+    account = (yield from owner_get(machine)) if prices else None
+    if account is None:
+        return lines
+    lines += [('price-storage', prices.storage), ('price-upload', prices.up),
+              ('price-download', prices.down)]
+    if not much:
+        return lines
+    yield from ledger_catch_up(account)
+    now, (day, used) = (yield ('now',)), (yield ('view', 'used', account))
+    if day is not None and month_days(day + 1)[0] <= day:
+        start = yield from start_get()
+        lines += [('first-day', day_text(max(start, month_days(day)[0]))),
+                  ('last-day', day_text(day))]
+    mine = used.pop('%016x' % machine, [0] * 5)
+    names = ('stored', 'up', 'down', 'charged')
+    lines += [('machine-' + name, value)
+              for name, value in zip(names, mine[1:])]
+    balance = yield ('view', 'balance', account)
+    # The ledger knows what was held at the end of a day, we know it now.
+    balance = balance._replace(held=balance.held - mine[0] + held)
+    standing = yield from versioned_get(standing_prefix(account))
+    standing = standing_judge(standing and standing[1], balance, prices, now,
+                              amnesty)
+    left = days_left(balance, prices, now)
+    lines.append(('standing', standing['state']))
+    lines += [] if left is None else [('days-left', left)]
+    if whole:
+        sums = [sum(column) for column in zip(mine, *used.values())]
+        lines += [('account-machines', len(used) + 1),
+                  ('account-bytes', balance.held)]
+        lines += [('account-' + name, value)
+                  for name, value in zip(names, sums[1:])]
+        lines.append(('balance', balance.money))
+    return lines
+
+
 ##############################################################################
 # Export
 #
@@ -6182,6 +6266,7 @@ REQUESTS = {
     WITHDRAW: (None, 'w', True),
     DELETE: (None, 'd', True),
     REVIVE: ('_revive', 'd', True),
+    ACCOUNT: ('_account', 'rwdn', False),
     CHECKPOINT: ('_commit', 'w', True),
     COMMIT: ('_commit', 'wd', True),
     ABORT: ('_abort', 'wd', True),
@@ -6356,6 +6441,7 @@ class Session:
         self.arrived_bytes = 0          # of blocks, since these were measured
         self.rotten = set()             # names whose stored copy is damaged
         self.paid = 0                   # until when it may write and read
+        self.figures = 0, b''           # until when these are the answer
 
     @property
     def ceiling(self):
@@ -6637,8 +6723,9 @@ class Session:
         self.roles += letter
         yield ('answer', AUTHOK, self._head(state)
                + U64.pack(state.archives) + bytes([
-                   self.server.read_only or self.server.frozen
-                   or machine.read_only or bool(state.lost)]))
+                   bool(self.server.read_only or self.server.frozen
+                        or machine.read_only or state.lost)
+                   | bool(self.server.prices) << 1]))
 
     # Looking.
 
@@ -6660,6 +6747,24 @@ class Session:
         yield ('answer', STATUS, self._head(state) + struct.pack(
             '>QQQI', state.archives, state.blocks, state.bytes,
             delete_delay(self.machine.delays, now)))
+
+    def _account(self, body):
+        reader = Reader(body)
+        flags = reader.u8()
+        reader.end()
+        state, now = (yield from self._current()), (yield ('now',))
+        # What takes so many requests to the store is not done twice at once.
+        if not flags & 1 or now >= self.figures[0]:
+            lines = yield from machine_figures(
+                self.machine.number, state.bytes, self.server.prices,
+                self.server.amnesty, flags & 1, self.roles != 'w')
+            body = b''.join(b'%s %s\n' % (name.encode(), str(value).encode())
+                            for name, value in lines)
+            if not flags & 1:
+                yield ('answer', FIGURES, body)
+                return
+            self.figures = now + FIGURES_SECONDS, body
+        yield ('answer', FIGURES, self.figures[1])
 
     def _known(self, state, n, head):
         """Steps: Refused unless commit n here has hash `head`."""
@@ -9560,7 +9665,8 @@ REQUEST_NAMES = {
     AUTH: 'auth', STAT: 'stat', CHANGES: 'changes', LIST: 'list', GET: 'get',
     HAS: 'has', BEGIN: 'begin', PUT: 'put', WITHDRAW: 'withdraw',
     DELETE: 'delete', CHECKPOINT: 'checkpoint', COMMIT: 'commit',
-    ABORT: 'abort', NUKE: 'nuke', REVIVE: 'revive'}
+    ABORT: 'abort', NUKE: 'nuke', REVIVE: 'revive',
+    ACCOUNT: 'account'}
 ERROR_NAMES = {
     E_BAD: 'bad', E_ROLE: 'role', E_CONFLICT: 'conflict', E_EXISTS: 'exists',
     E_NOBLOCK: 'noblock', E_FUNDS: 'funds', E_QUOTA: 'quota',

@@ -39,7 +39,7 @@ _tarsnap_options() {
             --rename --resume-extract --retry-forever --same-owner
             --same-permissions --series --server --since-commit --snaptime
             --sparse --store-atime --strip-components --to-stdout --totals
-            --undelete --unlink --unlink-first --verbose --verify
+            --undelete --unlink --unlink-first --usage --verbose --verify
             --verify-config --verify-encode --verify-share --version
             --verylowmem -B -C -H -I -L -O -P -S -T -U -W -X -c -d -f -h -k
             -l -m -n -o -p -q -r -s -t -v -w -x" ;;

@@ -154,7 +154,7 @@ class Requests:
                 tid, kind=2, unlinked=[(self.archive, self.record)],
                 deletes=self.names + [self.record]),
             'ABORT': b'', 'NUKE': b'\1' + host.build(tid, kind=3),
-            'REVIVE': ids}
+            'REVIVE': ids, 'ACCOUNT': b'\1'}
 
     def samples(self):
         bodies = self.bodies()

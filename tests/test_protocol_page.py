@@ -79,10 +79,10 @@ class Numbers(Page):
 
     def test_types(self):
         rows = table(self.text, '.Sh REQUESTS', '.Pp')
-        self.assertEqual([int(row[0]) for row in rows], list(range(1, 19)))
+        self.assertEqual([int(row[0]) for row in rows], list(range(1, 20)))
         self.same(rows)
         rows = table(self.text, '.Ss Answers', '.Pp')
-        self.assertEqual([int(row[0]) for row in rows], list(range(128, 145)))
+        self.assertEqual([int(row[0]) for row in rows], list(range(128, 146)))
         self.same(rows)
 
     def test_errors(self):

@@ -32,6 +32,7 @@ TABLE = {
     'DELETE': ('d', 'some'),
     'GET kept': ('d', 'some'),
     'REVIVE': ('d', 'some'),
+    'ACCOUNT': ('rwdn', 'some'),
     'CHECKPOINT': ('w', 'some'),
     'COMMIT write': ('w', 'some'),
     'COMMIT delete': ('d', 'some'),
@@ -93,12 +94,12 @@ class Roles(unittest.TestCase):
             'LIST all': u16(0), 'LIST ids': u16(1) + ZERO,
             'GET whole': b'\3' + names_body([self.record]),
             'GET kept': b'\5' + names_body([self.record]),
-            'REVIVE': names_body([]),
+            'REVIVE': names_body([]), 'ACCOUNT': b'\1',
             'GET look': b'\0' + names_body([self.record]),
             'GET refs': b'\1' + names_body([self.record]),
             'HAS': names_body([ZERO]),
         }[(name + ' ' + variant).strip()]
-        if name in ('STAT', 'HAS', 'HELLO'):
+        if name in ('STAT', 'HAS', 'HELLO', 'ACCOUNT'):
             client.call(name, body)
         else:
             client.stream(name, body)
