@@ -35,6 +35,7 @@ loop), or in whatever order a test finds cruel.  The wishes are
     ('room',)                     how many bytes of blocks to read at once
     ('now',)  ('random', n)  ('wait', seconds)            clock and chance
     ('guess', method, ...)        who may try how many passwords yet
+    ('provider', name, method, path, body, key)     of payments
     ('answer', type, body[, request id])                  a frame to the client
 
 Map of this file, bottom up; no section uses a name from a later one:
@@ -53,11 +54,13 @@ Map of this file, bottom up; no section uses a name from a later one:
     ledger                what was used and paid, and what is left
     reports               what a month was
     site                  what the account pages know of the server
+    payments              how what was paid gets into the ledger
     export                what is held about a person
     session               one connection's requests, without I/O
     cleaner               gives back the space of deleted blocks
     scrub                 everything stored against its hashes
     repair                what can be known again is put back
+    payments: requests    the APIs of payment providers
     server directory      keys, configuration, and what carries wishes out
     mail, sending         to a mail server, until that has it
     scrub, kept           how far it came, for a command and for serve
@@ -168,6 +171,18 @@ class Damaged(StoreError):
 
 class Unreadable(StoreError):
     """The disk cannot read it, perhaps only now."""
+
+
+class ProviderError(Exception):
+    """A payment provider did not do what it was asked for; `status` is the
+    one of HTTP, 0 if there was no answer, and `again` True if the same request
+    may succeed later.
+    """
+
+    def __init__(self, text, status=0, again=False):
+        super().__init__(text)
+        self.status = status
+        self.again = again
 
 
 class Refused(Exception):
@@ -4561,6 +4576,8 @@ def address_change(post, found, address):
 #     closed/MONTH/SHARD    balances at the end of a month
 #     standing/ACCOUNT/...  versioned: ok, warned, negative or deletable
 #
+# A reversal gives back what a refund or a chargeback took.
+#
 # A shard of usage is the first digit of a machine's number, of closings that
 # of the account's id.  A machine changes hands; it never changes its shard,
 # so that nobody can be charged for it twice.  The view (SQLite) is a function
@@ -4582,13 +4599,13 @@ Prices = collections.namedtuple(
 # A machine's day.  `k` is the last log entry that is charged with it and
 # `bytes` are live after that; stored are byte-days, up and down bytes.
 Used = collections.namedtuple('Used', 'account k bytes stored up down')
-# `of`, of a refund or chargeback: the name of the payment, else ''.
+# `of`, of a refund, chargeback or reversal: the name of the payment, else ''.
 Money = collections.namedtuple('Money', 'account kind amount time text of')
 # A view: what all was for, and days of storage left or None.
 Balance = collections.namedtuple('Balance', 'money held')
 
 # Entries by where they are, and the sign of their amount.
-PAID = {'payment': 1, 'refund': -1, 'chargeback': -1}
+PAID = {'payment': 1, 'refund': -1, 'chargeback': -1, 'reversal': 1}
 ADJUSTED = {'credit': 1, 'adjustment': 0}
 
 
@@ -5952,8 +5969,8 @@ def closed_differ(first, entered, balances):
 REPORT_BYTES = ('bytes average', 'bytes end', 'bytes up', 'bytes down')
 REPORT_CHARGES = ('storage', 'upload', 'download')
 REPORT_ENTRIES = {'payment': 'payments', 'refund': 'refunds',
-                  'chargeback': 'chargebacks', 'credit': 'credits',
-                  'adjustment': 'adjustments'}
+                  'chargeback': 'chargebacks', 'reversal': 'reversals',
+                  'credit': 'credits', 'adjustment': 'adjustments'}
 REPORT_MONEY = ('opening', *REPORT_CHARGES, *REPORT_ENTRIES.values(),
                 'closing')
 REPORT_SUMS = ('revenue', 'received', 'unpaid', 'prepaid')
@@ -6146,6 +6163,776 @@ def machine_figures(machine, held, prices, amnesty, much, whole):
 
 
 ##############################################################################
+# Payments
+#
+# How an account's owner pays through Stripe or PayPal, and how the ledger gets
+# to say so.  All are steps; the wish ('provider', NAME, ...) asks its API.
+#
+#     checkout/due/ACCOUNT.ID     not known yet how it ended; deleted then
+#     checkout/asked/ACCOUNT/ID   what is to be paid, before anybody is asked
+#     checkout/made/ACCOUNT/ID    what the provider calls it
+#     checkout/seen/PROVIDER/...  versioned: how far its events were read
+#
+# ACCOUNT.ID is drawn first.  It goes with the call as its idempotency key and
+# into what the provider keeps, so an answer that is lost loses nothing.
+#
+# Nothing that a browser or a webhook says is entered: they say where to look.
+# Entered is what the provider's API answers then, under the name that has
+# there.  So it is the same how often, how late, in what order and by how many
+# processes it is done, and where they are killed.
+##############################################################################
+
+CENT = ATTO // 100
+CURRENCY = 'USD'
+CHECKOUT_SECONDS = 2 * 3600     # to pay in, at Stripe; it takes 30 min to 24 h
+CHECKOUT_DAYS = 5               # what is not paid then never will be: PayPal
+#                                 keeps an order for three days at most
+CHECKOUT_MOST = 20              # of an account, due at once
+EVENT_DAYS = 30                 # for which both providers list events
+EVENT_OVERLAP = DAY             # read again, as clocks differ and lists lag
+PROVIDER_NAMES = {'stripe': 'Stripe', 'paypal': 'PayPal'}
+
+# What a checkout is about; `session` is the provider's name of it or None.
+Checkout = collections.namedtuple(
+    'Checkout', 'name account provider cents time session')
+
+STRIPE_EVENTS = [
+    'checkout.session.completed', 'checkout.session.async_payment_succeeded',
+    'checkout.session.async_payment_failed', 'checkout.session.expired',
+    'charge.refunded', 'charge.refund.updated', 'refund.created',
+    'refund.updated', 'refund.failed', 'charge.dispute.created',
+    'charge.dispute.updated', 'charge.dispute.closed',
+    'charge.dispute.funds_withdrawn', 'charge.dispute.funds_reinstated']
+PAYPAL_EVENTS = [
+    'CHECKOUT.ORDER.APPROVED', 'CHECKOUT.ORDER.COMPLETED',
+    'PAYMENT.CAPTURE.COMPLETED', 'PAYMENT.CAPTURE.PENDING',
+    'PAYMENT.CAPTURE.DENIED', 'PAYMENT.CAPTURE.DECLINED',
+    'PAYMENT.CAPTURE.REFUNDED', 'PAYMENT.CAPTURE.REVERSED',
+    'CUSTOMER.DISPUTE.CREATED', 'CUSTOMER.DISPUTE.UPDATED',
+    'CUSTOMER.DISPUTE.RESOLVED']
+# Ends of a PayPal dispute after which the seller has the money.
+DISPUTE_WON = {'RESOLVED_SELLER_FAVOUR', 'RESOLVED_WITH_PAYOUT',
+               'CANCELED_BY_BUYER', 'DENIED'}
+
+
+class Outcome:
+    """What steps here did: `state` of the last checkout, lines of what was
+    entered, and lines of what differs and is for the operator to judge.
+    """
+
+    # Of a checkout: open (to be paid), waiting (for the bank), paid, ended
+    # (never will be), differs, unknown.
+
+    __slots__ = ('state', 'did', 'differs')
+
+    def __init__(self):
+        self.state = 'unknown'
+        self.did = []
+        self.differs = []
+
+    def wrong(self, checkout, text):
+        self.state = 'differs'
+        self.differs.append('checkout %s of account %s: %s' % (
+            checkout.session or checkout.name, checkout.account, text))
+
+
+MUST = object()
+
+
+def pick(answer, path, kind=str, default=MUST):
+    """What is at `path` in a provider's JSON, such as 'links.0.href'.
+
+    `default` if nothing is; ProviderError if that is not allowed, or it is
+    not of that kind.
+    """
+    value = answer
+    for part in path.split('.'):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdigit():
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            value = None
+    if value is None and default is not MUST:
+        return default
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ProviderError('an answer without a good %s' % path)
+    return value
+
+
+def ident_check(text):
+    """A provider's name of something, as a part of a URL and of a key."""
+    if not 0 < len(text) <= 150 or not all(
+            c.isascii() and (c.isalnum() or c in '_-') for c in text):
+        raise ProviderError('an answer with the name %s' % printable(text))
+    return text
+
+
+# Checkouts.
+
+
+def checkout_key(place, name):
+    return 'checkout/%s/%s' % (place, name.replace('.', '/'))
+
+
+def checkout_due(name):
+    return 'checkout/due/' + name
+
+
+def checkout_load(name):
+    """Steps: the Checkout of that name, or None."""
+    import re
+    if not re.fullmatch('[0-9a-f]{16}[.][0-9a-f]{24}', name):
+        return None
+    asked = yield from summed_get(checkout_key('asked', name))
+    if asked is None:
+        return None
+    made = yield from summed_get(checkout_key('made', name))
+    return Checkout(name, name[:16], asked['provider'], asked['cents'],
+                    asked['time'], made and made['session'])
+
+
+def checkout_least(shop, account):
+    """Steps: the fewest dollars that may be paid: more the first time."""
+    first = True
+    for money in (yield from pay_entries(account)).values():
+        first = first and money.kind != 'payment'
+    return max(shop.first, shop.least) if first else shop.least
+
+
+def checkout_begin(shop, provider, account, dollars):
+    """Steps: (name of a new checkout, where to send the payer's browser).
+
+    Durable on return.  ServerError if so much cannot be paid, or so often;
+    ProviderError if the provider does not take it now: nothing was charged.
+    """
+    if provider not in shop.offered():
+        raise ServerError('%s is no way to pay here' % printable(provider))
+    least = yield from checkout_least(shop, account)
+    if not least <= dollars <= shop.most:
+        raise ServerError('$%d to $%d can be paid at once'
+                          % (least, shop.most))
+    if len((yield ('list', checkout_due(account + '.')))) >= CHECKOUT_MOST:
+        raise ServerError('too many payments were begun and not made; '
+                          'try again tomorrow')
+    now = yield ('now',)
+    name = '%s.%08x%s' % (account, now, (yield ('random', 8)).hex())
+    checkout = Checkout(name, account, provider, dollars * 100, now, None)
+    for key, value in (
+            (checkout_due(name), {'time': now}),
+            (checkout_key('asked', name), {
+                'provider': provider, 'cents': checkout.cents,
+                'currency': CURRENCY, 'time': now})):
+        yield from once(key, versioned_encode(key, value))
+    begin = stripe_begin if provider == 'stripe' else paypal_begin
+    session, url = yield from begin(shop, checkout)
+    if not url.startswith(shop.pages(provider) + '/'):
+        raise ProviderError('payment at %s, which is not %s' % (
+            printable(url), shop.pages(provider)))
+    key = checkout_key('made', name)
+    yield from once(key, versioned_encode(key, {
+        'session': ident_check(session), 'time': now}))
+    return name, url
+
+
+def checkout_settle(shop, out, name, session=None):
+    """Steps: read at the provider how a checkout stands, and have the ledger
+    say so.  What came of it is in `out`, an Outcome.
+
+    `session` is tried where nobody had time to write down what it is called.
+    """
+    checkout = yield from checkout_load(name)
+    out.state = 'unknown'
+    if checkout is None:
+        return
+    if checkout.session is None:
+        checkout = checkout._replace(session=session)
+    out.state = 'open'
+    if checkout.session is not None:
+        settle = (stripe_settle if checkout.provider == 'stripe'
+                  else paypal_settle)
+        yield from settle(shop, out, checkout)
+    if out.state == 'open' and (yield from checkout_late(checkout)):
+        out.state = 'ended'
+    if out.state in ('paid', 'ended'):
+        yield ('delete', checkout_due(name))
+
+
+def checkout_late(checkout):
+    """Steps: True if what was not paid by now never will be."""
+    return (yield ('now',)) > checkout.time + CHECKOUT_DAYS * DAY
+
+
+def checkout_good(out, checkout, cents, currency):
+    """True if so much was to be paid; else that is said."""
+    if (cents, currency.upper()) == (checkout.cents, CURRENCY):
+        return True
+    out.wrong(checkout, '%d.%02d %s was paid in place of %d.%02d %s; '
+              'it is not entered' % (
+                  *divmod(cents, 100), printable(currency.upper()),
+                  *divmod(checkout.cents, 100), CURRENCY))
+    return False
+
+
+# What is entered.
+
+
+def pay_entries(account):
+    """Steps: {name: Money} of what an account has paid."""
+    return {key.split('/')[2]: money for key, money in (
+        yield from ledger_payments(account)).items()}
+
+
+def pay_enter(shop, out, account, kind, name, cents, of=''):
+    """Steps: enter what a provider says; `name` is PROVIDER-ITS NAME, and so
+    is `of`, the payment that it is about.
+
+    What is there under that name stands: an operator may have entered
+    another amount, and knows why.
+    """
+    known = (yield from pay_entries(account)).get(name)
+    found = known or Money(account, kind, PAID[kind] * cents * CENT, 0, '',
+                           of)
+    provider, _, reference = name.partition('-')
+    new = yield from ledger_pay(account, provider, reference, found.amount,
+                                found.kind, found.text, shop.post, found.of)
+    if known or not new:
+        return
+    out.did.append('%s of %s entered for account %s: %s' % (
+        kind, money_short(abs(found.amount)), account, name))
+    if shop.prices:
+        yield from ledger_catch_up(account)
+        balance = yield ('view', 'balance', account)
+        yield from standing_update({account: balance}, shop.prices,
+                                   shop.amnesty, shop.post)
+
+
+def pay_back(shop, out, checkout, paid, kind, name, cents, undone=None):
+    """Steps: enter that so much of payment `paid` was taken back, and if it
+    was `undone`, a word, that it was given again.
+
+    Only of a payment that was entered, and no more than that.
+    """
+    entries = yield from pay_entries(checkout.account)
+    if paid not in entries:
+        out.wrong(checkout, '%s %s of a payment that was not entered'
+                  % (kind, name))
+        return
+    left = sum(money.amount for at, money in entries.items()
+               if paid in (at, money.of))
+    if name not in entries and not undone and left < cents * CENT:
+        out.wrong(checkout, '%s %s of %d.%02d is more than is left of %s'
+                  % (kind, name, *divmod(cents, 100), paid))
+        return
+    yield from pay_enter(shop, out, checkout.account, kind, name, cents, paid)
+    if undone:
+        yield from pay_enter(shop, out, checkout.account, 'reversal',
+                             '%s.%s' % (name, undone), cents, paid)
+
+
+# Stripe.
+
+
+def stripe_get(path):
+    return (yield ('provider', 'stripe', 'GET', path, None, None))
+
+
+def stripe_list(path):
+    """Steps: all items of a list, the newest first."""
+    found, after = [], ''
+    while True:
+        page = yield from stripe_get(path + '&limit=100' + after)
+        items = pick(page, 'data', list)
+        found += items
+        if page.get('has_more') is not True or not items:
+            return found
+        after = '&starting_after=' + ident_check(pick(items[-1], 'id'))
+
+
+def stripe_price():
+    """Steps: the id of the Price of one dollar at Stripe, made if need be."""
+    for price in (yield from stripe_list(
+            '/v1/prices?active=true&lookup_keys[]=tarsnapd-dollar')):
+        if price.get('lookup_key') == 'tarsnapd-dollar':
+            return pick(price, 'id')
+    key = 'tarsnapd-' + (yield ('random', 16)).hex()
+    product = yield ('provider', 'stripe', 'POST', '/v1/products', {
+        'name': 'Backup, prepaid'}, key + '-product')
+    price = yield ('provider', 'stripe', 'POST', '/v1/prices', {
+        'product': pick(product, 'id'), 'currency': CURRENCY.lower(),
+        'unit_amount': 100, 'lookup_key': 'tarsnapd-dollar',
+        'transfer_lookup_key': 'true'}, key)
+    return pick(price, 'id')
+
+
+def stripe_begin(shop, checkout):
+    """Steps: (id of a Checkout Session, its URL)."""
+    mark = {'checkout': checkout.name}
+    session = yield (
+        'provider', 'stripe', 'POST', '/v1/checkout/sessions', {
+            'mode': 'payment',
+            'line_items': [{'price': shop.price,
+                            'quantity': checkout.cents // 100}],
+            'success_url': shop.page('paid.cgi', checkout),
+            'cancel_url': shop.page('unpaid.cgi', checkout),
+            'client_reference_id': checkout.name, 'metadata': mark,
+            'payment_intent_data': {'metadata': mark},
+            'expires_at': checkout.time + CHECKOUT_SECONDS}, checkout.name)
+    return pick(session, 'id'), pick(session, 'url')
+
+
+def stripe_settle(shop, out, checkout):
+    """Steps: checkout_settle() of a Checkout Session."""
+    session = yield from stripe_get(
+        '/v1/checkout/sessions/%s?expand[]=payment_intent'
+        % ident_check(checkout.session))
+    if pick(session, 'metadata.checkout') != checkout.name:
+        out.wrong(checkout, 'Stripe says that it is another one')
+        return
+    status = pick(session, 'status')
+    payment = pick(session, 'payment_status')
+    if payment == 'paid':
+        # A test double does not say how much; Stripe does.
+        cents = pick(session, 'amount_total', int,
+                     checkout.cents if shop.lax('stripe') else MUST)
+        currency = pick(session, 'currency', str,
+                        CURRENCY if shop.lax('stripe') else MUST)
+        if checkout_good(out, checkout, cents, currency):
+            yield from pay_enter(shop, out, checkout.account, 'payment',
+                                 'stripe-' + checkout.session, cents)
+            out.state = 'paid'
+    elif status == 'expired':
+        out.state = 'ended'
+    elif status == 'complete' and payment == 'unpaid':
+        # A bank debit or transfer: it takes days, and may fail.
+        intent = pick(session, 'payment_intent', (dict, str), {})
+        failed = isinstance(intent, dict) and intent.get('status') in (
+            'requires_payment_method', 'canceled')
+        out.state = 'ended' if failed else 'waiting'
+    elif status != 'open':
+        out.wrong(checkout, 'Stripe says %s, %s' % (
+            printable(status), printable(payment)))
+
+
+def stripe_event(shop, out, event):
+    """Steps: do what a Stripe event is about."""
+    thing = pick(event, 'data.object', dict)
+    if pick(event, 'type') not in STRIPE_EVENTS:
+        return
+    if thing.get('object') == 'checkout.session':
+        name = pick(thing, 'metadata.checkout', str, '')
+        yield from checkout_settle(shop, out, name, pick(thing, 'id'))
+        return
+    ident = pick(thing, 'payment_intent', str, '')
+    if not ident:
+        return
+    intent = yield from stripe_get('/v1/payment_intents/'
+                                   + ident_check(ident))
+    checkout = yield from checkout_load(
+        pick(intent, 'metadata.checkout', str, ''))
+    if checkout is None or checkout.session is None:
+        return                          # of something else that is sold
+    paid = 'stripe-' + checkout.session
+    if paid not in (yield from pay_entries(checkout.account)):
+        yield from checkout_settle(shop, out, checkout.name)
+    if thing.get('object') == 'dispute':
+        yield from stripe_disputes(shop, out, checkout, paid, ident)
+    else:
+        yield from stripe_refunds(shop, out, checkout, paid, ident)
+
+
+def stripe_refunds(shop, out, checkout, paid, intent):
+    """Steps: enter all refunds of a payment."""
+    for refund in (yield from stripe_list(
+            '/v1/refunds?payment_intent=' + intent)):
+        if pick(refund, 'currency').upper() != CURRENCY:
+            out.wrong(checkout, 'a refund in another currency')
+            continue
+        failed = pick(refund, 'status') in ('failed', 'canceled')
+        yield from pay_back(
+            shop, out, checkout, paid, 'refund',
+            'stripe-' + ident_check(pick(refund, 'id')),
+            pick(refund, 'amount', int), 'failed' if failed else None)
+
+
+def stripe_disputes(shop, out, checkout, paid, intent):
+    """Steps: enter all disputes of a payment in which money was taken."""
+    for dispute in (yield from stripe_list(
+            '/v1/disputes?payment_intent=' + intent)):
+        status = pick(dispute, 'status')
+        if status.startswith('warning_') or status == 'prevented':
+            continue                    # only asked about
+        if pick(dispute, 'currency').upper() != CURRENCY:
+            out.wrong(checkout, 'a dispute in another currency')
+            continue
+        yield from pay_back(
+            shop, out, checkout, paid, 'chargeback',
+            'stripe-' + ident_check(pick(dispute, 'id')),
+            pick(dispute, 'amount', int), 'won' if status == 'won' else None)
+
+
+def stripe_verify(header, body, secrets, now):
+    """ServerError unless Stripe signed a webhook's body, bytes, of late.
+
+    The header is t=SECONDS,v1=HEX,...: HMAC-SHA-256 of "SECONDS." and the
+    body, with the endpoint's secret as it stands; while that is being
+    exchanged there are several.  Other schemes are for tests only.
+    """
+    times, signatures = [], []
+    for part in header.split(','):
+        name, _, value = part.strip().partition('=')
+        if name == 't' and value.isascii() and value.isdigit():
+            times.append(value)
+        elif name == 'v1':
+            signatures.append(value.encode('utf-8', 'replace'))
+    if len(times) != 1 or len(times[0]) > 12:
+        raise ServerError('a webhook without a good signature')
+    good = False
+    for secret in secrets:
+        wanted = hmac.digest(secret.encode(), times[0].encode() + b'.' + body,
+                             'sha256').hex().encode()
+        for signature in signatures:
+            good |= hmac.compare_digest(wanted, signature)
+    if not good:
+        raise ServerError('a webhook without a good signature')
+    if int(times[0]) < now - WEBHOOK_SECONDS:
+        raise ServerError('a webhook that was signed long ago')
+
+
+WEBHOOK_SECONDS = 300           # Stripe's own tolerance
+
+
+# PayPal.
+
+
+def paypal_get(path, absent=(404,)):
+    """Steps: an answer, or None for a status among `absent`."""
+    try:
+        return (yield ('provider', 'paypal', 'GET', path, None, None))
+    except ProviderError as e:
+        if e.status in absent:
+            return None
+        raise
+
+
+def paypal_cents(amount, path):
+    """(cents, currency) of an amount in an answer."""
+    try:
+        return (money_parse(pick(amount, path + '.value'), 2),
+                pick(amount, path + '.currency_code'))
+    except ServerError as e:
+        raise ProviderError('an answer in which %s' % e) from None
+
+
+def paypal_begin(shop, checkout):
+    """Steps: (id of an order, where it is approved)."""
+    order = yield ('provider', 'paypal', 'POST', '/v2/checkout/orders', {
+        'intent': 'CAPTURE',
+        'purchase_units': [{
+            'custom_id': checkout.name, 'invoice_id': checkout.name,
+            'description': 'Backup, prepaid',
+            'amount': {'currency_code': CURRENCY,
+                       'value': '%d.%02d' % divmod(checkout.cents, 100)}}],
+        'payment_source': {'paypal': {'experience_context': {
+            'return_url': shop.page('paid.cgi', checkout),
+            'cancel_url': shop.page('unpaid.cgi', checkout),
+            'shipping_preference': 'NO_SHIPPING',
+            'user_action': 'PAY_NOW'}}}}, checkout.name)
+    for link in pick(order, 'links', list):
+        if pick(link, 'rel') in ('payer-action', 'approve'):
+            return pick(order, 'id'), pick(link, 'href')
+    raise ProviderError('an order that nobody can approve')
+
+
+def paypal_settle(shop, out, checkout):
+    """Steps: checkout_settle() of an order; one that was approved is
+    captured, whether its payer came back or not.
+    """
+    path = '/v2/checkout/orders/' + ident_check(checkout.session)
+    order = yield from paypal_get(path)
+    if order and pick(order, 'status') == 'APPROVED':
+        order = yield from paypal_capture(checkout, path, order)
+    if order is None:
+        return                          # it lapsed, or is not there yet
+    if pick(order, 'purchase_units.0.custom_id') != checkout.name:
+        out.wrong(checkout, 'PayPal says that it is another one')
+    elif pick(order, 'status') == 'VOIDED':
+        out.state = 'ended'
+    else:
+        yield from paypal_captured(shop, out, checkout, pick(
+            order, 'purchase_units.0.payments', dict, {}))
+
+
+def paypal_capture(checkout, path, order):
+    """Steps: take the money of an order that was approved; the order then.
+
+    It can be taken once, whatever the request's id; that must be another one
+    when the payer chose another card, or the old refusal comes back.
+    """
+    attempt = sha256(pick(order, 'update_time', str, '').encode()).hex()[:8]
+    try:
+        yield ('provider', 'paypal', 'POST', path + '/capture', {},
+               '%s-%s' % (checkout.name, attempt))
+    except ProviderError as e:
+        if not 400 <= e.status < 500:
+            raise
+        # Somebody else was faster, or the bank said no: the order knows.
+    return (yield from paypal_get(path))
+
+
+def paypal_captured(shop, out, checkout, payments):
+    """Steps: enter the captures and refunds of an order."""
+    refunds = pick(payments, 'refunds', list, [])
+    for capture in pick(payments, 'captures', list, []):
+        status = pick(capture, 'status')
+        paid = 'paypal-' + ident_check(pick(capture, 'id'))
+        if status == 'PENDING':
+            out.state = 'waiting'
+        if status not in ('COMPLETED', 'PARTIALLY_REFUNDED', 'REFUNDED'):
+            continue
+        if not checkout_good(out, checkout, *paypal_cents(capture, 'amount')):
+            continue
+        if status != 'COMPLETED' and not refunds and paid not in (
+                yield from pay_entries(checkout.account)):
+            out.wrong(checkout, 'it was refunded, PayPal does not say how; '
+                      'nothing is entered')
+            continue
+        yield from pay_enter(shop, out, checkout.account, 'payment', paid,
+                             checkout.cents)
+        out.state = 'paid'
+        for refund in refunds:
+            yield from paypal_refund(shop, out, checkout, paid, refund,
+                                     'refund')
+
+
+def paypal_refund(shop, out, checkout, paid, refund, kind):
+    """Steps: enter a refund, or a chargeback that looks like one."""
+    cents, currency = paypal_cents(refund, 'amount')
+    if currency != CURRENCY:
+        out.wrong(checkout, 'a refund in another currency')
+        return
+    name = 'paypal-' + ident_check(pick(refund, 'id'))
+    if name == paid:                    # PayPal sent the capture itself
+        name += '.reversed'
+    failed = pick(refund, 'status', str, '') in ('FAILED', 'CANCELLED')
+    yield from pay_back(shop, out, checkout, paid, kind, name, cents,
+                        'failed' if failed else None)
+
+
+def paypal_event(shop, out, event):
+    """Steps: do what an event is about that PayPal's API gave."""
+    kind = pick(event, 'event_type')
+    thing = pick(event, 'resource', dict)
+    if kind not in PAYPAL_EVENTS:
+        return
+    if kind.startswith('CHECKOUT.ORDER.'):
+        yield from checkout_settle(
+            shop, out, pick(thing, 'purchase_units.0.custom_id', str, ''),
+            pick(thing, 'id'))
+    elif kind.startswith('CUSTOMER.DISPUTE.'):
+        for sold in pick(thing, 'disputed_transactions', list):
+            yield from paypal_taken(
+                shop, out, pick(sold, 'seller_transaction_id'))
+    elif kind in ('PAYMENT.CAPTURE.REFUNDED', 'PAYMENT.CAPTURE.REVERSED'):
+        yield from paypal_taken(
+            shop, out, paypal_of(thing), thing,
+            'refund' if kind.endswith('REFUNDED') else 'chargeback')
+    else:
+        yield from checkout_settle(
+            shop, out, pick(thing, 'custom_id', str, ''),
+            pick(thing, 'supplementary_data.related_ids.order_id', str, None))
+
+
+def paypal_of(thing):
+    """The id of the capture that a refund is of, or its own."""
+    for link in pick(thing, 'links', list, []):
+        where, _, ident = pick(link, 'href').rpartition('/')
+        if link.get('rel') == 'up' and where.endswith('/captures'):
+            return ident
+    return pick(thing, 'id')
+
+
+def paypal_taken(shop, out, ident, refund=None, kind=None):
+    """Steps: enter a refund or chargeback, and how disputes ended, of capture
+    `ident`.
+    """
+    capture = yield from paypal_get('/v2/payments/captures/'
+                                    + ident_check(ident))
+    checkout = capture and (yield from checkout_load(
+        pick(capture, 'custom_id', str, '')))
+    if not checkout:
+        return                          # of something else that is sold
+    paid = 'paypal-' + ident
+    if paid not in (yield from pay_entries(checkout.account)):
+        yield from checkout_settle(shop, out, checkout.name, pick(
+            capture, 'supplementary_data.related_ids.order_id', str, None))
+    if refund is not None:
+        yield from paypal_refund(shop, out, checkout, paid, refund, kind)
+    # Whoever comes second of the chargeback and the end of its dispute sees
+    # both.
+    if any(money.kind == 'chargeback' and money.of == paid
+           for money in (yield from pay_entries(checkout.account)).values()):
+        yield from paypal_disputes(shop, out, checkout, paid, ident)
+
+
+def paypal_disputes(shop, out, checkout, paid, ident):
+    """Steps: a chargeback whose dispute was won is money again."""
+    # 403: the application may not read disputes.
+    found = yield from paypal_get(
+        '/v1/customer/disputes?disputed_transaction_id=' + ident, (403, 404))
+    for one in pick(found, 'items', list, []):
+        dispute = yield from paypal_get(
+            '/v1/customer/disputes/' + ident_check(pick(one, 'dispute_id')))
+        if dispute is None or pick(dispute, 'dispute_outcome.outcome_code',
+                                   str, '') not in DISPUTE_WON:
+            continue
+        for name, money in (yield from pay_entries(checkout.account)).items():
+            if money.kind == 'chargeback' and money.of == paid:
+                yield from pay_enter(
+                    shop, out, checkout.account, 'reversal', name + '.won',
+                    -money.amount // CENT, paid)
+
+
+def paypal_verify(headers, body, webhook, now):
+    """Steps: ServerError unless PayPal signed a webhook's body, bytes.
+
+    Signed is "TRANSMISSION ID|TIME|WEBHOOK ID|CRC-32 of the body", RSA with
+    SHA-256 (PKCS #1 v1.5), with the key of a certificate that a server of
+    PayPal gives, over TLS, which is what vouches for it.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import padding, rsa
+    try:
+        signature = base64.b64decode(headers['PAYPAL-TRANSMISSION-SIG'], None,
+                                     True)
+        text = '%s|%s|%s|%d' % (
+            headers['PAYPAL-TRANSMISSION-ID'],
+            headers['PAYPAL-TRANSMISSION-TIME'], webhook, zlib.crc32(body))
+        url = headers['PAYPAL-CERT-URL']
+        if headers['PAYPAL-AUTH-ALGO'] != 'SHA256withRSA':
+            raise ValueError(headers['PAYPAL-AUTH-ALGO'])
+    except (KeyError, ValueError):
+        raise ServerError('a webhook without a good signature') from None
+    key = (yield ('provider', 'paypal', 'CERT', url, None, None))
+    try:
+        if not isinstance(key, rsa.RSAPublicKey):
+            raise InvalidSignature
+        key.verify(signature, text.encode('utf-8', 'replace'),
+                   padding.PKCS1v15(), hashes.SHA256())
+    except InvalidSignature:
+        raise ServerError('a webhook without a good signature') from None
+
+
+# Webhooks, and what they left out.
+
+
+def pay_webhook(shop, out, provider, headers, body):
+    """Steps: do what a webhook is about; `headers` by upper-case name with
+    hyphens, `body` bytes as they came.
+
+    ServerError if the provider did not send it: say 400.  ProviderError or
+    StoreError if it could not be done now: say 503, and it comes again.
+    """
+    now = yield ('now',)
+    if provider == 'stripe':
+        stripe_verify(headers.get('STRIPE-SIGNATURE', ''), body,
+                      shop.secrets, now)
+    else:
+        yield from paypal_verify(headers, body, shop.webhook, now)
+    try:
+        event = json.loads(body)
+    except ValueError:
+        raise ServerError('a webhook that is not JSON') from None
+    if provider == 'stripe':
+        yield from stripe_event(shop, out, event)
+        return
+    # What it says is what the API says, which is given to us alone.
+    event = yield from paypal_get('/v1/notifications/webhooks-events/'
+                                  + ident_check(pick(event, 'id')))
+    if event is not None:
+        yield from paypal_event(shop, out, event)
+
+
+def pay_reconcile(shop, out):
+    """Steps: find what webhooks left out: all checkouts that are due are read
+    at their providers, and all events since the last time.
+
+    One that cannot be read now does not hold up the others.
+    """
+    now = yield ('now',)
+    for key in (yield ('list', 'checkout/due/')):
+        name = key.rpartition('/')[2]
+        yield from tried(out, 'checkout ' + name,
+                         due_settle(shop, out, name, now))
+    for provider in sorted(shop.providers):
+        yield from tried(out, provider, events_read(shop, out, provider, now))
+
+
+def tried(out, what, steps):
+    """Steps: True if `steps` got to their end; what stops them is said."""
+    try:
+        yield from steps
+        return True
+    except (StoreError, ProviderError, ServerError) as e:
+        out.differs.append('%s: %s' % (what, e))
+        return False
+
+
+def due_settle(shop, out, name, now):
+    """Steps: settle a checkout, if there ever was one."""
+    yield from checkout_settle(shop, out, name)
+    if out.state == 'unknown' and (
+            int(name[17:25], 16) + CHECKOUT_DAYS * DAY < now):
+        yield ('delete', checkout_due(name))
+
+
+def events_read(shop, out, provider, now):
+    """Steps: do what the events of a provider are about, the oldest first,
+    and remember how far that is.
+    """
+    prefix = 'checkout/seen/%s/' % provider
+    seen = yield from versioned_get(prefix)
+    since = max(now - EVENT_DAYS * DAY + 3600,
+                seen[1]['until'] - EVENT_OVERLAP if seen else 0)
+    if provider == 'stripe':
+        events = yield from stripe_list('/v1/events?created[gte]=%d%s' % (
+            since, ''.join('&types[]=' + kind for kind in STRIPE_EVENTS)))
+    else:
+        events = yield from paypal_list(since, now)
+    done, one = True, (stripe_event if provider == 'stripe'
+                       else paypal_event)
+    for event in reversed(events):
+        done &= yield from tried(out, 'event of ' + provider,
+                                 one(shop, out, event))
+    if done:
+        old = yield ('list', prefix)
+        yield from versioned_put(prefix, seen[0] + 1 if seen else 0,
+                                 {'until': now})
+        for key in old:
+            yield ('delete', key)
+
+
+def paypal_list(since, now):
+    """Steps: all events between two times, the newest first."""
+    form = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(since)), \
+        time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(now))
+    path = ('/v1/notifications/webhooks-events?page_size=100&start_time=%s'
+            '&end_time=%s' % form)
+    found = []
+    while path:
+        page = yield from paypal_get(path)
+        found += pick(page, 'events', list, [])
+        path = None
+        for link in pick(page, 'links', list, []):
+            if link.get('rel') == 'next':
+                # Of its host nothing is believed.
+                href = pick(link, 'href')
+                path = href[href.index('/v1/'):] if '/v1/' in href else None
+    return found
+
+
+##############################################################################
 # Export
 #
 # What is held about a person, for that person.  All are steps.
@@ -6173,8 +6960,20 @@ def account_export(ident):
                      if name not in ('salt', 'stored')}
                     for version in versions],
         'machines': machines, 'mails': mails, 'money': money,
+        'checkouts': (yield from export_checkouts(ident)),
         'usage': (yield from export_usage(ident, machines)),
         'standing': (yield from versions_all(standing_prefix(ident)))}
+
+
+def export_checkouts(ident):
+    """Steps: payments that an account's owner has begun."""
+    found = []
+    for key in (yield ('list', 'checkout/asked/%s/' % ident)):
+        checkout = yield from checkout_load('%s.%s' % (
+            ident, key.rpartition('/')[2]))
+        if checkout:
+            found.append(checkout._asdict())
+    return found
 
 
 def versions_all(prefix):
@@ -7918,7 +8717,8 @@ class Scrub:
                               % ident)
         for key in (yield ('list', 'site/')):
             yield from self._versioned(key)
-        for prefix in ('mail/', 'link/', 'owned/', 'session/', 'ask/'):
+        for prefix in ('mail/', 'link/', 'owned/', 'session/', 'ask/',
+                       'checkout/'):
             for key in (yield ('list', prefix)):
                 yield from self._summed(key)
         yield from self._ledger()
@@ -8308,6 +9108,402 @@ def extract_made(key, size, digest):
 
 
 ##############################################################################
+# Payments: requests
+#
+# The keys of payment providers, and their APIs over HTTPS.  Knows status
+# codes, and what may be sent again; not what payments are.
+##############################################################################
+
+PAY_LIMIT = {
+    'attempts': 3,              # as Stripe's own clients do
+    'silence': 10,              # seconds, of a connection
+    'in all': 25,               # seconds; no new attempt after
+    'first delay': 0.5,         # seconds; doubled by each attempt
+    'longest delay': 5,
+    'answer': 8 * MIB,
+    'certificates': 8,          # number, that are kept
+}
+# The version whose fields we read; without it Stripe takes the one that the
+# account began with.
+STRIPE_VERSION = '2026-06-24.dahlia'
+PROVIDER_HOSTS = {
+    'stripe': ('https://api.stripe.com', 'https://checkout.stripe.com'),
+    'paypal': ('https://api-m.paypal.com', 'https://www.paypal.com')}
+PAYPAL_SANDBOX = 'https://api-m.sandbox.paypal.com'
+PROVIDER_OPTIONS = {
+    'stripe': {'secret-key', 'webhook-secret', 'price', 'api', 'page'},
+    'paypal': {'client-id', 'client-secret', 'webhook-id', 'api', 'page'}}
+
+
+def loopback(url):
+    """True if a URL is of a server on this host, such as a test's."""
+    import urllib.parse
+    return urllib.parse.urlsplit(url).hostname in ('localhost', '127.0.0.1',
+                                                   '::1')
+
+
+def form_flat(value, name=''):
+    """A dict as pairs for a form: {'a': {'b': [1]}} is a[b][0]=1."""
+    if not isinstance(value, (dict, list)):
+        return [(name, str(value))]
+    pairs = []
+    for key, one in (value.items() if isinstance(value, dict)
+                     else enumerate(value)):
+        pairs += form_flat(one, '%s[%s]' % (name, key) if name else key)
+    return pairs
+
+
+def provider_reason(status, body):
+    """What an API says is wrong, in a line."""
+    text = ''
+    try:
+        error = json.loads(body)
+        error = error.get('error', error)
+        if isinstance(error, dict):
+            details = error.get('details') or [{}]
+            text = ' '.join(str(x) for x in (
+                error.get('code') or error.get('name') or '',
+                details[0].get('issue', ''), error.get('message', '')) if x)
+    except (ValueError, AttributeError, TypeError, LookupError):
+        pass                            # it says something else
+    return printable('%d %s' % (status, text))[:300].strip()
+
+
+class Provider:
+    """Requests to one API; any thread."""
+
+    def __init__(self, name, api):
+        import urllib.request
+        self.name = name
+        self.api = api
+        # Not one that follows redirects: keys go with the requests.
+        self.opener = urllib.request.OpenerDirector()
+        for handler in ('ProxyHandler', 'HTTPHandler', 'HTTPSHandler',
+                        'HTTPDefaultErrorHandler', 'HTTPErrorProcessor',
+                        'UnknownHandler'):
+            self.opener.add_handler(getattr(urllib.request, handler)())
+
+    def send(self, method, path, data, headers):
+        """The answer, bytes; ProviderError.
+
+        Every request can be made again: what changes something has a key
+        that makes it happen once.
+        """
+        begin, attempt = time.monotonic(), 0
+        while True:
+            attempt += 1
+            try:
+                return self._once(method, path, data, headers)
+            except ProviderError as e:
+                wait = self._wait(attempt)
+                if not e.again or attempt == PAY_LIMIT['attempts'] or (
+                        time.monotonic() - begin + wait
+                        > PAY_LIMIT['in all']):
+                    raise
+            time.sleep(wait)
+
+    @staticmethod
+    def _wait(attempt):
+        """Seconds before the next attempt; not all clients at once."""
+        first = PAY_LIMIT['first delay']
+        wait = min(PAY_LIMIT['longest delay'], first * 2 ** (attempt - 1))
+        return max(first, wait * (0.5 + os.urandom(1)[0] / 510))
+
+    def _once(self, method, path, data, headers):
+        import http.client
+        import urllib.error
+        import urllib.parse
+        import urllib.request
+        url = self.api + urllib.parse.quote(path, '/?&=:')
+        request = urllib.request.Request(
+            url, data, dict(headers, **{'User-Agent': 'tarsnapd/' + VERSION}),
+            method=method)
+        try:
+            with self.opener.open(
+                    request, timeout=PAY_LIMIT['silence']) as response:
+                body = response.read(PAY_LIMIT['answer'])
+                if response.read(1):
+                    raise ProviderError('%s: an answer without end'
+                                        % self.name)
+                if response.length:     # read() says nothing of that
+                    raise ProviderError('%s: half an answer' % self.name, 0,
+                                        True)
+                return body
+        except urllib.error.HTTPError as e:
+            raise self._error(e) from None
+        except http.client.HTTPException as e:
+            raise ProviderError('%s: %s' % (self.name, type(e).__name__), 0,
+                                True) from None
+        except OSError as e:
+            reason = getattr(e, 'reason', None) or e.strerror or e
+            raise ProviderError('%s: %s' % (self.name, printable(
+                str(reason))), 0, True) from None
+
+    def _error(self, e):
+        """The ProviderError of a status that is none of success."""
+        try:
+            with e:
+                body = e.read(65536)
+        except OSError:
+            body = b''
+        again = e.headers.get('Stripe-Should-Retry')
+        return ProviderError(
+            '%s: %s' % (self.name, provider_reason(e.code, body)), e.code,
+            again == 'true' if again in ('true', 'false')
+            else e.code == 409 or e.code >= 500)
+
+    def json(self, method, path, data, headers):
+        """The answer, a dict."""
+        try:
+            answer = json.loads(self.send(method, path, data, headers))
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise ProviderError('%s: an answer that is not JSON' % self.name)
+        return answer
+
+
+def basic(user, password):
+    """The value of an Authorization header."""
+    return 'Basic ' + base64.b64encode(
+        ('%s:%s' % (user, password)).encode()).decode()
+
+
+class Stripe(Provider):
+    """Stripe's API, v1."""
+
+    def __init__(self, section, api):
+        super().__init__('stripe', api)
+        self.authorization = basic(section['secret-key'], '')
+
+    def ask(self, method, path, body, key):
+        """The answer, a dict; `body` goes as a form."""
+        import urllib.parse
+        headers = {'Authorization': self.authorization,
+                   'Stripe-Version': STRIPE_VERSION}
+        data = None
+        if method == 'POST':
+            headers['Idempotency-Key'] = key
+            data = urllib.parse.urlencode(form_flat(body)).encode()
+        return self.json(method, path, data, headers)
+
+
+class PayPal(Provider):
+    """PayPal's REST API.  `cache` is a file, disposable, that keeps what many
+    processes would ask for: a token, and certificates.
+    """
+
+    def __init__(self, section, api, cache):
+        super().__init__('paypal', api)
+        self.authorization = basic(section['client-id'],
+                                   section['client-secret'])
+        # Of these keys at this API.
+        self.tag = sha256((api + self.authorization).encode()).hex()[:16]
+        self.cache = cache
+
+    def ask(self, method, path, body, key):
+        """The answer, a dict; `body` goes as JSON.  For method CERT `path`
+        is a URL, and what comes back is the public key in what is there.
+        """
+        if method == 'CERT':
+            return self._key(path)
+        data = None if body is None else json.dumps(body).encode()
+        headers = {'Content-Type': 'application/json',
+                   'Prefer': 'return=representation'}
+        if key:
+            headers['PayPal-Request-Id'] = key
+        for fresh in (False, True):
+            headers['Authorization'] = 'Bearer ' + self._token(fresh)
+            try:
+                return self.json(method, path, data, headers)
+            except ProviderError as e:
+                if e.status != 401 or fresh:
+                    raise
+        raise AssertionError('no answer and no error')
+
+    def _token(self, fresh):
+        kept = self._recall().get('token', {})
+        if not fresh and kept.get('until', 0) > time.time() + 60:
+            return kept['text']
+        answer = self.json('POST', '/v1/oauth2/token',
+                           b'grant_type=client_credentials',
+                           {'Authorization': self.authorization})
+        token = pick(answer, 'access_token')
+        self._keep(token={'text': token, 'until': time.time() + pick(
+            answer, 'expires_in', int)})
+        return token
+
+    def _key(self, url):
+        """The key in the certificate at a URL of PayPal; None if there is
+        none that is PayPal's and good today.
+        """
+        import urllib.parse
+        kept = self._recall().get('certificates', {})
+        if url in kept:
+            return certificate_key(kept[url].encode())
+        there = urllib.parse.urlsplit(url)
+        place = '%s://%s' % (there.scheme, there.netloc)
+        if not (there.path.startswith('/v1/notifications/certs/')
+                and (place == self.api if loopback(self.api)
+                     else place in ('https://api.paypal.com',
+                                    'https://api.sandbox.paypal.com'))):
+            return None
+        pem = Provider('paypal', place).send('GET', there.path, None, {})
+        key = certificate_key(pem)
+        if key is not None:
+            kept = dict(list(kept.items())[1 - PAY_LIMIT['certificates']:])
+            self._keep(certificates=dict(kept, **{url: pem.decode()}))
+        return key
+
+    def _recall(self):
+        """What the cache has for these keys, a dict."""
+        try:
+            found = json.loads(read_file(self.cache))
+            return found if found.get('tag') == self.tag else {}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def _keep(self, **values):
+        """Keep what may as well be asked for again."""
+        try:
+            write_file(self.cache, json.dumps(dict(
+                self._recall(), tag=self.tag, **values)).encode())
+        except OSError:
+            pass
+
+
+def certificate_key(pem):
+    """The public key in a PEM certificate of PayPal; None if it is none, or
+    not good today.
+    """
+    import datetime
+    from cryptography import x509
+    try:
+        cert = x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        return None
+    names = [x.value for x in cert.subject.get_attributes_for_oid(
+        x509.oid.NameOID.COMMON_NAME)]
+    # Newer versions of the package warn of the names without _utc.
+    start, end = (getattr(cert, name + '_utc', None) or getattr(
+        cert, name).replace(tzinfo=datetime.timezone.utc)
+        for name in ('not_valid_before', 'not_valid_after'))
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if not start <= now <= end or not any(
+            x.endswith('.paypal.com') for x in names):
+        return None
+    return cert.public_key()
+
+
+def keys_read(file):
+    """The sections of a file of providers' keys, {name: dict}.
+
+    ServerError if somebody else can read it, or it is no such file.
+    """
+    import configparser
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        found = os.stat(file)
+        if found.st_mode & 0o077:
+            raise ServerError('%s: others can read it' % file)
+        if os.geteuid() not in (0, found.st_uid):
+            raise ServerError('%s: it is somebody else\'s' % file)
+        parser.read_string(read_file(file).decode('utf-8'), file)
+        sections = {name: dict(parser[name]) for name in parser.sections()}
+    except (configparser.Error, UnicodeDecodeError) as e:
+        # What is wrong there may be a key: it is not said.
+        raise ServerError('%s: %s' % (file, type(e).__name__)) from None
+    except OSError as e:
+        raise ServerError('%s: %s' % (file, e.strerror)) from None
+    for name, section in sections.items():
+        strange = set(section) - PROVIDER_OPTIONS.get(name, set())
+        if name not in PROVIDER_OPTIONS or strange:
+            raise ServerError('%s: unknown %s' % (
+                file, min(strange) if name in PROVIDER_OPTIONS else name))
+        needed = {'stripe': ('secret-key',),
+                  'paypal': ('client-id', 'client-secret')}[name]
+        if not all(section.get(x) for x in needed):
+            raise ServerError('%s: [%s] needs %s' % (
+                file, name, ' and '.join(needed)))
+    return sections
+
+
+class Shop:
+    """What can be paid, how, and where to.
+
+    `conf` has pay-keys, a file in directory `path` or elsewhere, and may have
+    pay-first, pay-least and pay-most; `base` is the URL of our pages' place.
+    Of `server`, also one that is nothing but pages, we need how accounts are
+    charged and whether mail goes out.
+    """
+
+    def __init__(self, conf, path, base, server):
+        self.post = server.post
+        self.prices = server.prices
+        self.amnesty = server.amnesty
+        self.base = base
+        # What can be paid at once, in dollars.
+        self.first, self.least, self.most = (
+            self._dollars(conf, 'pay-' + name, default) for name, default in (
+                ('first', '5'), ('least', '5'), ('most', '500')))
+        if not max(self.first, self.least) <= self.most:
+            raise ServerError('pay-most is less than pay-first or pay-least')
+        keys = keys_read(os.path.join(path, conf['pay-keys']))
+        self.providers = {}             # name -> Provider
+        self.hosts = {}                 # name -> where its pages are
+        for name, section in keys.items():
+            self._add(name, section, path)
+        stripe = keys.get('stripe', {})
+        self.price = stripe.get('price')
+        self.secrets = stripe.get('webhook-secret', '').split()
+        self.webhook = keys.get('paypal', {}).get('webhook-id', '')
+
+    @staticmethod
+    def _dollars(conf, name, default):
+        text = conf.get(name, default)
+        if not text.isdecimal() or not 0 < int(text) < 10 ** 6:
+            raise ServerError('%s is a number of dollars, not %s'
+                              % (name, printable(text)))
+        return int(text)
+
+    def _add(self, name, section, path):
+        api, page = PROVIDER_HOSTS[name]
+        api = section.get('api', api).rstrip('/')
+        if api == PAYPAL_SANDBOX:
+            page = 'https://www.sandbox.paypal.com'
+        page = section.get('page', page).rstrip('/')
+        for url in (api, page):
+            if not url.startswith('https://') and not loopback(url):
+                raise ServerError('%s is not https' % printable(url))
+        self.hosts[name] = page
+        self.providers[name] = (
+            Stripe(section, api) if name == 'stripe'
+            else PayPal(section, api, os.path.join(path, 'paypal.cache')))
+
+    def offered(self):
+        """Names of the providers that can be paid through."""
+        return [name for name in ('stripe', 'paypal')
+                if name in self.providers and (name != 'stripe'
+                                               or self.price)]
+
+    def ask(self, name, *request):
+        """Carry out the wish ('provider', name, ...)."""
+        return self.providers[name].ask(*request)
+
+    def lax(self, name):
+        """True of a test double, which leaves out what Stripe says."""
+        return loopback(self.providers[name].api)
+
+    def pages(self, name):
+        """Where a provider's pages are: scheme and host."""
+        return self.hosts[name]
+
+    def page(self, name, checkout):
+        """The URL of our page `name` about a checkout."""
+        return '%s%s?checkout=%s' % (self.base, name, checkout.name)
+
+
+##############################################################################
 # Server directory
 #
 # tarsnapd.conf, the keys, store/, spool/, index/, tmp/; and perform(), which
@@ -8330,7 +9526,8 @@ CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 'storage-price', 'upload-price', 'download-price', 'amnesty',
                 'mail-from', 'mail-bounces', 'mail-smtp', 'mail-tls',
                 'mail-ca-bundle', 'mail-user', 'mail-password-file',
-                'mail-sendmail', 'web-url'}
+                'mail-sendmail', 'web-url',
+                'pay-keys'}
 # Those that init may write.  A secret is no word for a command line.
 INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
@@ -8338,12 +9535,13 @@ OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
              'scrub.lock', 'clean.lock', 'canary.key', 'journal', 'guesses',
              'guesses-journal', 'mail', 'mail.lock', 'ledger.db',
-             'ledger.db-wal', 'ledger.db-shm'}
+             'ledger.db-wal', 'ledger.db-shm', 'pay.keys', 'paypal.cache'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
 ACCOUNT_PLACES = {'account', 'address', 'owner', 'mail', 'link', 'ledger',
                   'usage', 'traffic', 'pay', 'adjust', 'closed',
-                  'standing', 'owned', 'site', 'session', 'ask'}
+                  'standing', 'owned', 'site', 'session', 'ask',
+                  'checkout'}
 
 CONF = '''\
 # tarsnapd.conf(5)
@@ -8916,6 +10114,8 @@ class Guesses:
 class Server:
     """An open server directory."""
 
+    _shop = None                        # a Shop, made when first asked for
+
     def __init__(self, path, complain=None):
         self.path = path
         self.complain = complain        # called with one line, or None
@@ -9042,6 +10242,8 @@ class Server:
             return self.view.call(wish[1], wish[2:])
         if verb == 'guess':
             return getattr(self.guesses, wish[1])(*wish[2:])
+        if verb == 'provider':
+            return self.shop().ask(*wish[1:])
         if verb == 'spool':
             target = self.spools if wish[1] is None else wish[1]
             try:
@@ -9101,8 +10303,24 @@ class Server:
                 continue
             try:
                 value = self.perform(wish)
-            except (StoreError, Refused) as e:
+            except (StoreError, Refused, ProviderError) as e:
                 error = e
+
+    def url(self, name=''):
+        """The address of one of the account pages."""
+        return self.conf.get('web-url', '').rpartition('/')[0] + '/' + name
+
+    def shop(self):
+        """What can be paid here, a Shop; ServerError.
+
+        Not made before: who serves need not be able to read the keys.
+        """
+        if self._shop is None:
+            if not self.conf.get('pay-keys'):
+                raise ServerError('%s: no pay-keys are configured'
+                                  % self.path)
+            self._shop = Shop(self.conf, self.path, self.url(), self)
+        return self._shop
 
     def traffic_write(self):
         """Have what was sent written down, where somebody pays for it."""
@@ -11329,6 +12547,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py pay SRV refund NAME PAYMENT [DOLLARS] [--chargeback]
                    [--reference NAME] [--text TEXT]
        tarsnapd.py pay SRV list [NAME] [--json]
+       tarsnapd.py pay SRV reconcile | price
        tarsnapd.py machine SRV list | show MACHINE
        tarsnapd.py machine SRV quota MACHINE BYTES | none
        tarsnapd.py machine SRV read-only MACHINE on | off
@@ -11596,7 +12815,9 @@ USER_VERBS = {                          # what it does, number of words
 
 
 def command_pay(args):
-    """Payments that an operator enters: by bank, in cash, by cheque."""
+    """Payments: those that an operator enters, by bank, in cash, by cheque;
+    and those of providers.
+    """
     options, words = take_options(
         args, {'--by': True, '--reference': True, '--currency': True,
                '--text': True, '--chargeback': False, '--json': False}, 2, 5)
@@ -11605,11 +12826,11 @@ def command_pay(args):
             {name[2:] for name in options} <= set(known.split())):
         raise ServerError(
             'pay SRV add NAME DOLLARS --by PROVIDER --reference NAME, '
-            'pay SRV refund NAME PAYMENT [DOLLARS], or pay SRV list [NAME]; '
-            'see --help')
+            'pay SRV refund NAME PAYMENT [DOLLARS], pay SRV list [NAME], '
+            'pay SRV reconcile, or pay SRV price; see --help')
     server = open_server(words[0])
     try:
-        act(server, options, *words[2:])
+        return act(server, options, *words[2:])
     finally:
         server.close()
 
@@ -11686,10 +12907,31 @@ def pay_list(server, options, name=None):
                         + (row['text'] and ' ' + row['text'])))
 
 
+def pay_reconciled(server, _):
+    """Find what webhooks left out; status 2 if something differs."""
+    if server.read_only:
+        raise ServerError('%s: the store is read-only' % server.path)
+    out = Outcome()
+    server.run(pay_reconcile(server.shop(), out))
+    for line in out.did:
+        print(printable(line))
+    for line in out.differs:
+        say(printable(line))
+    return 2 if out.differs else 0
+
+
+def pay_price(server, _):
+    """Have a Price of one dollar at Stripe; the line for the file of keys."""
+    if 'stripe' not in server.shop().providers:
+        raise ServerError('%s has no [stripe]' % server.conf['pay-keys'])
+    print('price = %s' % server.run(stripe_price()))
+
+
 PAY_VERBS = {                   # what it does, least and most words, options
     'add': (pay_add, 2, 2, 'by reference currency text'),
     'refund': (pay_refund, 2, 3, 'chargeback reference text'),
-    'list': (pay_list, 0, 1, 'json')}
+    'list': (pay_list, 0, 1, 'json'),
+    'reconcile': (pay_reconciled, 0, 0, ''), 'price': (pay_price, 0, 0, '')}
 
 
 def account_addresses(server, idents):
@@ -12623,7 +13865,7 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         return 1
-    except (ServerError, StoreError, Refused) as e:
+    except (ServerError, StoreError, ProviderError, Refused) as e:
         say(str(e))
     except OSError as e:
         say('%s: %s' % (e.filename or argv[0], e.strerror or e))

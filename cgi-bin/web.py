@@ -25,7 +25,8 @@ from tarsnapd import ServerError, StoreError, printable     # noqa: E402
 
 OPTIONS = {'accounts', 'server', 'notice', 's3-endpoint', 's3-region',
            's3-addressing', 's3-profile', 's3-access-key', 's3-secret-key',
-           's3-session-token', 's3-checksum', 's3-ca-bundle'}
+           's3-session-token', 's3-checksum', 's3-ca-bundle',
+           'pay-keys', 'pay-first', 'pay-least', 'pay-most'}
 
 # What a request may have; bytes, unless the name says otherwise.
 MOST = {'body': 65536, 'query': 4096, 'cookies': 8192, 'fields': 64,

@@ -63,6 +63,7 @@ class Reports(Clocked):
             'upload': money_text(days[0].up * 250 * 10 ** 6),
             'download': money_text(0), 'payments': money_text(51 * ATTO // 2),
             'refunds': money_text(0), 'chargebacks': money_text(0),
+            'reversals': money_text(0),
             'credits': money_text(5 * ATTO), 'adjustments': money_text(0),
             'closing': money_text(61 * ATTO // 2 - spent)})
         december = self.report('2026-12')

@@ -1,0 +1,922 @@
+# Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
+"""Payments through Stripe and PayPal: who was charged has it in the ledger,
+once, whatever is lost, late, twice, forged or killed on the way.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+import unittest
+from unittest import mock
+
+import paypeer
+import rawclient
+import tarsnapd
+from rawclient import here
+from tarsnapd import ATTO, DAY, Outcome, ProviderError, ServerError
+
+KEYS = '''\
+[stripe]
+secret-key = sk_test_123
+webhook-secret = whsec_new {secret}
+price = {price}
+api = {stripe}
+page = {page}
+[paypal]
+client-id = client
+client-secret = secret
+webhook-id = {webhook}
+api = {paypal}
+page = {paypal}
+'''
+
+
+class Killed(BaseException):
+    """What no process survives."""
+
+
+class Killing(tarsnapd.Server):
+    """A server whose process dies before a wish, or what is the same, after
+    the one before it.
+    """
+
+    wishes, at = 0, 0
+    ahead = 0                       # seconds, of its clock
+
+    def perform(self, wish):
+        if wish[0] not in ('now', 'random', 'all'):
+            self.wishes += 1
+            if self.wishes == self.at:
+                raise Killed
+        return super().perform(wish)
+
+    def perform_here(self, wish):
+        if wish[0] == 'now':
+            return int(time.time()) + self.ahead
+        return super().perform_here(wish)
+
+
+class Case(unittest.TestCase):
+
+    PRICES = ''
+
+    @classmethod
+    def setUpClass(cls):
+        cls.fake = paypeer.Fake(cls.addClassCleanup)
+        cls.path = rawclient.server_directory(cls)
+        with open(os.path.join(cls.path, 'tarsnapd.conf'), 'a') as file:
+            file.write('web-url = https://backup.example.org/a/account.cgi\n'
+                       'pay-keys = pay.keys\n' + cls.PRICES)
+        cls.price = cls.fake.stripe('POST', '/v1/prices', {
+            'product': cls.fake.make('product', 'prod_')['id'],
+            'currency': 'usd', 'unit_amount': '100'})
+        cls.keys()
+
+    @classmethod
+    def keys(cls, **values):
+        """Write the file of keys."""
+        values = {'price': cls.price['id'], 'secret': paypeer.SECRET,
+                  'webhook': cls.fake.WEBHOOK, 'stripe': cls.fake.url,
+                  'page': cls.fake.url, 'paypal': cls.fake.url, **values}
+        tarsnapd.write_file(os.path.join(cls.path, 'pay.keys'),
+                            KEYS.format(**values).encode())
+
+    def setUp(self):
+        for name, value in (('first delay', 0.001), ('silence', 0.3)):
+            patch = mock.patch.dict(tarsnapd.PAY_LIMIT, {name: value})
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.server = self.open()
+        self.clear()
+
+    def open(self):
+        server = Killing(self.path)
+        self.addCleanup(server.close)
+        return server
+
+    def clear(self):
+        """Nobody has paid anything, and the account is a new one."""
+        self.fake.reset()
+        self.fake.things[self.price['id']] = self.price
+        for key in self.server.accounts.list('checkout/'):
+            self.server.accounts.delete(key)
+        self.account = os.urandom(8).hex()
+        self.server.ahead = 0
+
+    # What happens to us.
+
+    def begin(self, provider='stripe', dollars=10):
+        """(name of a checkout, what the provider calls it)"""
+        name, url = self.server.run(tarsnapd.checkout_begin(
+            self.server.shop(), provider, self.account, dollars))
+        self.assertTrue(url.startswith(self.fake.url))
+        return name, url.replace('=', '/').rpartition('/')[2]
+
+    def settle(self, name):
+        """The payer is back, or somebody who says so; the Outcome."""
+        out = Outcome()
+        self.server.run(tarsnapd.checkout_settle(self.server.shop(), out,
+                                                 name))
+        return out
+
+    def hook(self, event, server=None, **how):
+        """A webhook comes; the Outcome."""
+        out, server = Outcome(), server or self.server
+        server.run(tarsnapd.pay_webhook(
+            server.shop(), out,
+            'paypal' if 'event_type' in event else 'stripe',
+            *self.fake.hook(event, **how)))
+        return out
+
+    def reconcile(self, server=None):
+        out, server = Outcome(), server or self.server
+        server.run(tarsnapd.pay_reconcile(server.shop(), out))
+        return out
+
+    # What came of it.
+
+    def entries(self):
+        """[(kind, cents)] in the ledger, as they are called."""
+        found = self.server.run(tarsnapd.pay_entries(self.account))
+        return sorted((money.kind, money.amount * 100 // ATTO)
+                      for money in found.values())
+
+    def balance(self):
+        return sum(cents for _, cents in self.entries())
+
+    def check(self, *entries):
+        """Just these are in the ledger, and what providers say is."""
+        self.assertEqual(self.entries(), sorted(entries))
+        self.assertEqual(self.balance(),
+                         self.fake.charged().get(self.account, 0))
+
+    def due(self):
+        return self.server.accounts.list('checkout/due/')
+
+
+class StripeFlow(Case):
+
+    def test_a_payment(self):
+        """By the webhook; what the browser says changes nothing."""
+        name, session = self.begin()
+        self.assertEqual(self.settle(name).state, 'open')
+        self.check()
+        event = self.fake.stripe_pay(session)
+        out = self.hook(event)
+        self.assertEqual((out.state, out.differs), ('paid', []))
+        self.check(('payment', 1000))
+        self.assertEqual(self.settle(name).did, [])
+        self.assertEqual(self.due(), [])
+        _, _, headers, form = self.fake.seen[0]
+        self.assertEqual(headers['Stripe-Version'], tarsnapd.STRIPE_VERSION)
+        self.assertEqual(headers['Idempotency-Key'], name)
+        self.assertEqual(form['success_url'], 'https://backup.example.org/a/'
+                         'paid.cgi?checkout=' + name)
+
+    def test_what_was_asked_is_durable_before_anybody_is_asked(self):
+        self.fake.plan = lambda *_: 'reset'
+        with self.assertRaises(ProviderError):
+            self.begin()
+        due, = self.due()
+        name = due.rpartition('/')[2]
+        checkout = self.server.run(tarsnapd.checkout_load(name))
+        self.assertEqual((checkout.cents, checkout.session), (1000, None))
+        # It never was one: it goes after a while, without a word.
+        self.assertEqual(self.reconcile().did, [])
+        self.server.ahead = 6 * DAY
+        self.fake.plan = lambda *_: None
+        self.assertEqual(self.reconcile().differs, [])
+        self.assertEqual(self.due(), [])
+
+    def test_answer_lost(self):
+        """The same request again is the same session, not a second one."""
+        for fate in ('lost', 'torn', 'hang', 'reset', 500, 409):
+            with self.subTest(fate):
+                self.clear()
+                self.fake.plan = lambda n, *_, fate=fate: (
+                    fate if n == 1 else None)
+                name, session = self.begin()
+                self.hook(self.fake.stripe_pay(session))
+                self.check(('payment', 1000))
+                self.assertEqual(
+                    len(self.fake.under('checkout.session')), 1)
+
+    def test_a_refusal_is_not_repeated(self):
+        for fate in (400, 401, 402, 404, 429):
+            self.clear()
+            self.fake.plan = lambda *_, fate=fate: fate
+            with self.assertRaises(ProviderError) as caught:
+                self.begin()
+            self.assertEqual((self.fake.count, caught.exception.status),
+                             (1, fate))
+
+    def test_transfer_that_takes_days(self):
+        for good in (True, False):
+            self.clear()
+            name, session = self.begin()
+            out = self.hook(self.fake.stripe_pay(session, later=True))
+            self.assertEqual(out.state, 'waiting')
+            self.server.ahead = 9 * DAY
+            self.assertEqual(self.reconcile().did, [])
+            self.assertEqual(len(self.due()), 1)
+            out = self.hook(self.fake.stripe_arrives(session, good),
+                            when=int(time.time()) + 9 * DAY)
+            self.assertEqual(out.state, 'paid' if good else 'ended')
+            self.check(*[('payment', 1000)][:good])
+            self.assertEqual(self.due(), [])
+
+    def test_expired(self):
+        name, session = self.begin()
+        self.assertEqual(self.hook(self.fake.stripe_expire(session)).state,
+                         'ended')
+        self.assertEqual((self.due(), self.entries()), ([], []))
+
+    def test_events_late_twice_and_in_another_order(self):
+        """In any order it comes to the same."""
+        name, session = self.begin()
+        events = [self.fake.stripe_pay(session),
+                  self.fake.stripe_refund(session, 300),
+                  self.fake.stripe_refund(session, 200)]
+        events.append(self.fake.stripe_dispute(session, 500))
+        events.append(self.fake.stripe_closed(events[-1], 'won'))
+        for event in events[::-1] + events:
+            self.assertEqual(self.hook(event).differs, [])
+        self.check(('payment', 1000), ('refund', -300), ('refund', -200),
+                   ('chargeback', -500), ('reversal', 500))
+
+    def test_disputes(self):
+        for status, entries in (
+                ('warning_needs_response', []), ('prevented', []),
+                ('needs_response', [('chargeback', -1000)]),
+                ('lost', [('chargeback', -1000)])):
+            self.clear()
+            name, session = self.begin()
+            self.hook(self.fake.stripe_pay(session))
+            event = self.fake.stripe_dispute(session, 1000)
+            self.hook(self.fake.stripe_closed(event, status))
+            self.check(('payment', 1000), *entries)
+
+    def test_refund_that_fails(self):
+        name, session = self.begin()
+        self.hook(self.fake.stripe_pay(session))
+        event = self.fake.stripe_refund(session, 1000)
+        self.hook(event)
+        self.check(('payment', 1000), ('refund', -1000))
+        self.hook(self.fake.stripe_refund_fails(event))
+        self.check(('payment', 1000), ('refund', -1000), ('reversal', 1000))
+
+    def test_another_amount_or_currency_is_not_entered(self):
+        for values in ({'amount_total': 999}, {'amount_total': 100000},
+                       {'currency': 'idr'}):
+            self.clear()
+            name, session = self.begin()
+            out = self.hook(self.fake.stripe_pay(session, **values))
+            self.assertEqual(out.state, 'differs')
+            self.assertIn('in place of 10.00 USD', out.differs[0])
+            self.assertEqual(self.entries(), [])
+            # It is said every day until an operator has entered something.
+            self.assertEqual(len(self.reconcile().differs), 2)
+            self.assertEqual(len(self.due()), 1)
+
+    def test_refund_of_what_was_not_entered_takes_nothing(self):
+        name, session = self.begin()
+        self.hook(self.fake.stripe_pay(session, amount_total=400))
+        out = self.hook(self.fake.stripe_refund(session, 400))
+        self.assertIn('was not entered', out.differs[-1])
+        self.assertEqual(self.entries(), [])
+
+    def test_what_an_operator_entered_stands(self):
+        name, session = self.begin()
+        event = self.fake.stripe_pay(session)
+        self.server.run(tarsnapd.ledger_pay(
+            self.account, 'stripe', session, 7 * ATTO))
+        out = self.hook(event)
+        self.assertEqual((out.state, out.did), ('paid', []))
+        self.assertEqual(self.entries(), [('payment', 700)])
+
+    def test_events_of_something_else(self):
+        """The same Stripe account may sell other things."""
+        other = self.fake.make(
+            'checkout.session', 'cs_', status='complete', metadata={},
+            payment_status='paid', payment_intent=None, amount_total=1)
+        for event in (
+                self.fake.stripe_event('checkout.session.completed', other),
+                self.fake.stripe_event('invoice.paid', {'object': 'invoice'}),
+                self.fake.stripe_event('charge.refunded', {
+                    'object': 'charge', 'payment_intent': self.fake.make(
+                        'payment_intent', 'pi_', metadata={})['id']})):
+            self.assertEqual(self.hook(event).differs, [])
+        self.assertEqual(self.entries(), [])
+
+    def test_a_session_of_another_checkout(self):
+        """Only what the provider keeps of a checkout counts for it."""
+        name, session = self.begin()
+        self.fake.things[session]['metadata'] = {'checkout': 'x'}
+        self.fake.stripe_pay(session)
+        self.assertEqual(self.settle(name).state, 'differs')
+        self.assertEqual(self.entries(), [])
+
+
+class PayPalFlow(Case):
+
+    def test_a_payment(self):
+        name, order = self.begin('paypal')
+        self.assertEqual(self.settle(name).state, 'open')
+        self.fake.paypal_approve(order)
+        out = self.settle(name)
+        self.assertEqual((out.state, out.differs), ('paid', []))
+        self.check(('payment', 1000))
+        for event in self.fake.events['paypal']:
+            self.assertEqual(self.hook(event).did, [])
+        self.assertEqual(self.due(), [])
+        tokens = sum(path == '/v1/oauth2/token' for path in self.paths())
+        self.assertLessEqual(tokens, 1)
+
+    def paths(self):
+        return [path for _, path, _, _ in self.fake.seen]
+
+    def test_the_payer_never_comes_back(self):
+        """His approval is told by a webhook, or found by reconcile."""
+        for how in ('hook', 'reconcile'):
+            self.clear()
+            name, order = self.begin('paypal')
+            event = self.fake.paypal_approve(order)
+            if how == 'hook':
+                self.hook(event)
+            else:
+                self.reconcile()
+            self.check(('payment', 1000))
+
+    def test_capture_of_which_the_answer_is_lost(self):
+        for fate in ('lost', 'torn', 'hang', 'reset', 500):
+            with self.subTest(fate):
+                self.clear()
+                name, order = self.begin('paypal')
+                self.fake.paypal_approve(order)
+                seen = []
+
+                def plan(n, method, path, seen=seen, fate=fate):
+                    if path.endswith('/capture'):
+                        seen.append(path)
+                        return fate if len(seen) == 1 else None
+                    return None
+                self.fake.plan = plan
+                self.assertEqual(self.settle(name).state, 'paid')
+                self.assertEqual(len(seen), 2)
+                self.check(('payment', 1000))
+
+    def test_card_declined_then_another(self):
+        name, order = self.begin('paypal')
+        self.fake.funds = False
+        self.fake.paypal_approve(order)
+        self.assertEqual(self.settle(name).state, 'open')
+        self.fake.funds = True
+        self.fake.paypal_approve(order)
+        self.assertEqual(self.settle(name).state, 'paid')
+        self.check(('payment', 1000))
+
+    def test_pending(self):
+        name, order = self.begin('paypal')
+        self.fake.captured = 'PENDING'
+        self.addCleanup(self.fake.__dict__.pop, 'captured', None)
+        self.fake.paypal_approve(order)
+        self.assertEqual(self.settle(name).state, 'waiting')
+        self.check()
+        self.hook(self.fake.paypal_arrives(order))
+        self.check(('payment', 1000))
+
+    def test_another_amount_or_currency_is_not_entered(self):
+        self.addCleanup(self.fake.__dict__.pop, 'amount', None)
+        for values in ({'value': '9.99'}, {'currency_code': 'MXN'}):
+            self.clear()
+            self.fake.amount = values
+            name, order = self.begin('paypal')
+            self.fake.paypal_approve(order)
+            out = self.settle(name)
+            self.assertEqual((out.state, self.entries()), ('differs', []))
+
+    def test_events_late_twice_and_in_another_order(self):
+        name, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.settle(name)
+        self.fake.paypal_refund(order, '2.50')
+        self.fake.paypal_refund(order, '7.50', 'REVERSED', listed=False)
+        self.fake.paypal_dispute(order, 'RESOLVED_SELLER_FAVOUR')
+        events = list(self.fake.events['paypal'])
+        for event in events[::-1] + events:
+            self.assertEqual(self.hook(event).differs, [])
+        self.assertEqual(self.entries(), sorted([
+            ('payment', 1000), ('refund', -250), ('chargeback', -750),
+            ('reversal', 750)]))
+
+    def test_dispute_that_the_buyer_wins(self):
+        name, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.settle(name)
+        self.hook(self.fake.paypal_dispute(order, 'RESOLVED_BUYER_FAVOUR'))
+        self.hook(self.fake.paypal_refund(order, '10.00', 'REVERSED'))
+        # Also the order lists it: it is the same.
+        self.check(('payment', 1000), ('chargeback', -1000)) if (
+            'chargeback', -1000) in self.entries() else self.check(
+                ('payment', 1000), ('refund', -1000))
+
+    def test_more_than_was_paid_is_not_taken(self):
+        name, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.settle(name)
+        self.hook(self.fake.paypal_refund(order, '10.00'))
+        out = self.hook(self.fake.paypal_refund(order, '10.00', 'REVERSED'))
+        self.assertIn('more than is left', out.differs[0])
+        self.assertEqual(self.balance(), 0)
+
+    def test_never_approved(self):
+        name, order = self.begin('paypal')
+        del self.fake.things[order]
+        self.assertEqual(self.settle(name).state, 'open')
+        self.server.ahead = 6 * DAY
+        self.assertEqual(self.settle(name).state, 'ended')
+        self.assertEqual(self.due(), [])
+
+    def test_what_a_webhook_says_is_read_again(self):
+        """A signed one, too, counts only as PayPal's API gives it."""
+        name, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.settle(name)
+        forged = {'id': 'WH-1', 'event_type': 'PAYMENT.CAPTURE.REFUNDED',
+                  'resource': {'id': 'R1', 'amount': {
+                      'value': '10.00', 'currency_code': 'USD'}}}
+        self.assertEqual(self.hook(forged).did, [])
+        self.check(('payment', 1000))
+
+    def test_token_that_is_not_good_any_more(self):
+        self.begin('paypal')
+        self.fake.tokens.clear()
+        self.begin('paypal')
+
+
+class Signatures(Case):
+
+    def forged(self, says, headers, body, provider='stripe'):
+        with self.assertRaisesRegex(ServerError, says):
+            self.server.run(tarsnapd.pay_webhook(
+                self.server.shop(), Outcome(), provider, headers, body))
+        self.assertEqual(self.entries(), [])
+
+    def test_stripe(self):
+        name, session = self.begin()
+        event = self.fake.stripe_pay(session)
+        now, bad = int(time.time()), 'without a good signature'
+        _, body = self.fake.hook(event)
+        sign = paypeer.stripe_signature
+        good = sign(body, now, paypeer.SECRET)
+        for header in (
+                '', 't=,v1=', good.replace('v1', 'v0'), good[:-1],
+                good.replace('t=', 't=1'), good + ',t=%d' % now,
+                sign(body, now, 'whsec_other'), 'v1=' + good[-64:],
+                good.replace('v1=', 'v1=\xe4'), 't=%s,v1=x' % ('9' * 99)):
+            self.forged(bad, {'STRIPE-SIGNATURE': header}, body)
+        self.forged(bad, {'STRIPE-SIGNATURE': good}, body + b' ')
+        self.forged(bad, {}, body)
+        self.forged('long ago', *self.fake.hook(event, when=now - 301))
+        self.forged('not JSON', {'STRIPE-SIGNATURE': sign(
+            b'{', now, paypeer.SECRET)}, b'{')
+        # Two secrets while they are exchanged, and several signatures.
+        self.hook(event, when=now - 299, secret='whsec_new')
+        self.check(('payment', 1000))
+        out = Outcome()
+        self.server.run(tarsnapd.pay_webhook(
+            self.server.shop(), out, 'stripe', {
+                'STRIPE-SIGNATURE': good.replace(
+                    'v1=', 'v1=%s, v1=' % ('0' * 64))}, body))
+        self.assertEqual(out.state, 'paid')
+
+    def test_paypal(self):
+        name, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        event = self.fake.events['paypal'][0]
+        bad = 'without a good signature'
+        headers, body = self.fake.hook(event)
+        for change in (
+                {'PAYPAL-TRANSMISSION-ID': 'id-2'},
+                {'PAYPAL-TRANSMISSION-SIG': 'AAAA'},
+                {'PAYPAL-TRANSMISSION-SIG': '='},
+                {'PAYPAL-AUTH-ALGO': 'SHA1withRSA'},
+                {'PAYPAL-CERT-URL': 'https://evil.example/v1/notifications/'
+                 'certs/CERT-1'},
+                {'PAYPAL-CERT-URL': self.fake.url + '/v2/CERT-1'},
+                {'PAYPAL-CERT-URL': 'file:///v1/notifications/certs/x'}):
+            self.forged(bad, dict(headers, **change), body, 'paypal')
+        self.forged(bad, {}, body, 'paypal')
+        self.forged(bad, headers, body + b' ', 'paypal')
+        self.forged(bad, *self.fake.hook(event, webhook='OTHER'), 'paypal')
+        out = self.hook(event)
+        self.assertEqual(out.state, 'paid')
+
+    def test_whose_certificate(self):
+        for name, days, good in (
+                ('messageverificationcerts.paypal.com', (-1, 1), True),
+                ('messageverificationcerts.paypal.com', (-9, -1), False),
+                ('messageverificationcerts.paypal.com', (1, 9), False),
+                ('paypal.com.example.org', (-1, 1), False)):
+            _, pem = paypeer.paypal_certificate(name, days)
+            self.assertEqual(tarsnapd.certificate_key(pem) is not None, good)
+        self.assertIsNone(tarsnapd.certificate_key(b'nothing'))
+
+
+class Limits(Case):
+
+    def test_amounts(self):
+        for dollars in (0, 4, 501, -5):
+            with self.assertRaisesRegex(ServerError, r'\$5 to \$500'):
+                self.begin(dollars=dollars)
+        self.assertEqual(self.due(), [])
+
+    def test_the_first_payment_is_a_larger_one(self):
+        shop = self.server.shop()
+        shop.least = 2
+        with self.assertRaisesRegex(ServerError, r'\$5 to'):
+            self.begin(dollars=2)
+        _, session = self.begin(dollars=5)
+        self.hook(self.fake.stripe_pay(session))
+        self.begin(dollars=2)
+
+    def test_many_at_once(self):
+        for _ in range(tarsnapd.CHECKOUT_MOST):
+            self.begin()
+        with self.assertRaisesRegex(ServerError, 'too many'):
+            self.begin()
+        self.account = os.urandom(8).hex()
+        self.begin()
+
+    def test_pages_elsewhere(self):
+        """No browser is sent where the configuration does not say."""
+        self.server.shop().hosts['stripe'] = 'https://checkout.stripe.com'
+        with self.assertRaisesRegex(ProviderError, 'which is not'):
+            self.begin()
+
+    def test_names_of_checkouts_that_are_none(self):
+        for name in ('', 'x', '../' * 5, self.account + '.' + '0' * 24,
+                     '%s.%s\n' % (self.account, '0' * 24)):
+            self.assertEqual(self.settle(name).state, 'unknown')
+
+    def test_answers_that_make_no_sense(self):
+        name, session = self.begin()
+        thing = dict(self.fake.things[session])
+        for field, value in (
+                ('payment_status', None), ('status', 3), ('metadata', []),
+                ('metadata', None), ('amount_total', '1000'),
+                ('amount_total', True), ('currency', None),
+                ('payment_intent', 5)):
+            self.fake.things[session] = {
+                **thing, 'status': 'complete', 'payment_status': 'unpaid'
+                if field == 'payment_intent' else 'paid', field: value}
+            if field == 'currency':
+                self.server.shop().lax = lambda name: False
+            with self.assertRaises(ProviderError, msg=field):
+                self.settle(name)
+        self.assertEqual(self.entries(), [])
+
+
+class Keys(Case):
+
+    def wrong(self, says, text, mode=0o600):
+        file = os.path.join(self.path, 'pay.keys')
+        with open(file, 'w') as out:
+            out.write(text)
+        os.chmod(file, mode)
+        status, out, err = here('pay', self.path, 'reconcile')
+        self.assertEqual((status, out, err.count('\n')), (1, '', 1), err)
+        self.assertIn(says, err)
+        self.assertNotIn('sk_', err)
+
+    def test_files_that_are_refused(self):
+        self.addCleanup(self.keys)
+        good = '[stripe]\nsecret-key = sk_1\n'
+        self.wrong('others can read it', good, 0o640)
+        self.wrong('others can read it', good, 0o604)
+        self.wrong('unknown price-list', good + 'price-list = x\n')
+        self.wrong('unknown amazon', '[amazon]\n')
+        self.wrong('[stripe] needs secret-key', '[stripe]\nprice = x\n')
+        self.wrong('[paypal] needs client-id and', '[paypal]\napi = x\n')
+        self.wrong('MissingSectionHeader', 'secret-key = sk_1\n')
+        self.wrong('is not https', good + 'api = http://stripe.example\n')
+        self.wrong('is not https', good + 'page = http://stripe.example\n')
+        os.unlink(os.path.join(self.path, 'pay.keys'))
+        status, _, err = here('pay', self.path, 'reconcile')
+        self.assertEqual((status, err.count('\n')), (1, 1))
+
+    def test_the_hosts_of_a_sandbox(self):
+        self.addCleanup(self.keys)
+        self.keys(paypal=tarsnapd.PAYPAL_SANDBOX + '/')
+        file = os.path.join(self.path, 'pay.keys')
+        with open(file) as keys:
+            text = keys.read()
+        text = text.replace('page = %s/\n' % tarsnapd.PAYPAL_SANDBOX, '')
+        tarsnapd.write_file(file, text.encode())
+        shop = self.open().shop()
+        self.assertEqual(shop.pages('paypal'),
+                         'https://www.sandbox.paypal.com')
+        self.assertFalse(shop.lax('paypal'))
+
+    def test_price(self):
+        """Made once; without it there is no paying through Stripe."""
+        self.addCleanup(self.keys)
+        self.keys(price='')
+        self.assertEqual(self.open().shop().offered(), ['paypal'])
+        _, out, _ = here('pay', self.path, 'price')
+        self.assertRegex(out, r'\Aprice = price_\w+\n\Z')
+        self.assertEqual(here('pay', self.path, 'price')[1], out)
+        price = self.fake.things[out.split()[2]]
+        self.assertEqual((price['unit_amount'], price['currency']),
+                         (100, 'usd'))
+
+
+class Reconcile(Case):
+
+    def test_every_webhook_was_lost(self):
+        """Payments, refunds and disputes are found, once."""
+        _, one = self.begin()
+        self.fake.stripe_pay(one)
+        self.fake.stripe_refund(one, 100)
+        event = self.fake.stripe_dispute(one, 300)
+        self.fake.stripe_closed(event, 'lost')
+        _, two = self.begin('paypal')
+        self.fake.paypal_approve(two)
+        status, out, err = here('pay', self.path, 'reconcile')
+        self.assertEqual((status, err), (0, ''))
+        self.assertEqual(len(out.splitlines()), 4)
+        self.fake.paypal_refund(two, '4.00')
+        out = self.reconcile()
+        self.assertEqual((len(out.did), out.differs), (1, []))
+        self.check(('payment', 1000), ('refund', -100), ('chargeback', -300),
+                   ('payment', 1000), ('refund', -400))
+        self.assertEqual(here('pay', self.path, 'reconcile'), (0, '', ''))
+
+    def test_what_differs_is_said(self):
+        _, session = self.begin()
+        self.fake.stripe_pay(session, amount_total=1)
+        status, out, err = here('pay', self.path, 'reconcile')
+        self.assertEqual((status, out), (2, ''))
+        self.assertIn('0.01 USD was paid in place of 10.00 USD', err)
+
+    def test_one_provider_is_down(self):
+        """The other one is reconciled, and nothing is taken for read."""
+        _, session = self.begin()
+        self.fake.stripe_pay(session)
+        self.fake.stripe_refund(session, 100)
+        _, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.fake.plan = lambda n, method, path: (
+            500 if path.startswith('/v1/refunds') else None)
+        out = self.reconcile()
+        self.assertEqual(len(out.did), 2)
+        self.assertIn('500', out.differs[0])
+        self.assertEqual([key.split('/')[2] for key in self.server.accounts
+                          .list('checkout/seen/')], ['paypal'])
+        self.fake.plan = lambda *_: None
+        self.reconcile()
+        self.check(('payment', 1000), ('refund', -100), ('payment', 1000))
+
+    def test_events_are_read_from_where_the_last_time_ended(self):
+        self.reconcile()
+        self.server.ahead = 5 * DAY
+        self.reconcile()
+        self.server.ahead = 6 * DAY
+        self.fake.seen.clear()
+        self.reconcile()
+        asked, = [form for _, path, _, form in self.fake.seen
+                  if path == '/v1/events']
+        since = int(asked['created[gte]'])
+        self.assertLess(abs(since - time.time() - 4 * DAY), 600)
+        self.assertEqual(len(self.server.accounts.list('checkout/seen/')), 2)
+
+
+class Accounts(Case):
+    """Where accounts are charged, and mail goes out."""
+
+    PRICES = 'storage-price = 250\nmail-from = backup@example.org\n'
+
+    def test_money_is_there_at_once_and_a_receipt(self):
+        self.account = self.server.run(tarsnapd.account_create(
+            'zoe@example.net', b'pw'))
+        _, session = self.begin()
+        self.hook(self.fake.stripe_pay(session))
+        self.assertEqual(self.server.perform(
+            ('view', 'balance', self.account)).money, 10 * ATTO)
+        standing = self.server.run(tarsnapd.versioned_get(
+            tarsnapd.standing_prefix(self.account)))
+        self.assertEqual(standing[1]['state'], 'ok')
+        mails = self.server.run(tarsnapd.mail_list())
+        self.assertEqual([(mail['kind'], mail['values']['reference'])
+                          for _, mail, _ in mails], [('receipt', session)])
+        export = self.server.run(tarsnapd.account_export(self.account))
+        self.assertEqual(export['checkouts'][0]['session'], session)
+        self.assertEqual(here('scrub', self.path)[0], 0)
+
+
+class Kills(Case):
+    """A process that dies at any step, and whatever an API does."""
+
+    def setUp(self):
+        super().setUp()
+        # No power is cut here, and nothing goes over a wire.
+        for patch in (mock.patch('os.fsync'), mock.patch.object(
+                tarsnapd.Provider, '_once',
+                lambda *request: self.fake.direct(*request))):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def lives(self, provider):
+        """What happens, one after the other; each is (what the payer or the
+        provider does, what we do then).
+        """
+        fake, now = self.fake, {}
+
+        def ours(key):
+            return lambda: now.get(key) and self.hook(now[key])
+
+        def begin():
+            now['name'], now['id'] = self.begin(provider)
+
+        def note(key, make, *args):
+            def act():
+                if 'id' in now:
+                    now[key] = make(now['id'], *args)
+            return act
+
+        yield lambda: None, begin
+        if provider == 'stripe':
+            yield note('paid', fake.stripe_pay), ours('paid')
+        else:
+            yield note('paid', fake.paypal_approve), ours('paid')
+        yield lambda: None, lambda: 'name' in now and self.settle(now['name'])
+        if provider == 'stripe':
+            yield note('back', fake.stripe_refund, 300), ours('back')
+            yield note('dispute', fake.stripe_dispute, 700), ours('dispute')
+            yield (lambda: 'id' in now and now.update(
+                won=fake.stripe_closed(now['dispute'], 'won'))), ours('won')
+        else:
+            def captured():
+                if 'id' in now and fake.under('capture'):
+                    now['back'] = fake.paypal_refund(now['id'], '3.00')
+            yield captured, ours('back')
+
+    def live(self, provider, at=0):
+        """All of it, killed at a wish; then reconcile."""
+        self.clear()
+        server = self.server
+        server.wishes, server.at = 0, at
+        for theirs, ours in self.lives(provider):
+            theirs()
+            with contextlib.suppress(Killed, ProviderError):
+                ours()
+        server.at = 0
+        self.fake.plan = lambda *_: None
+        wishes = server.wishes
+        out = self.reconcile()
+        self.assertEqual(out.differs, [])
+        self.assertEqual(self.balance(),
+                         self.fake.charged().get(self.account, 0))
+        self.assertEqual(self.reconcile().did, [])
+        if at == 0 and not self.plan:
+            self.assertEqual(out.did, [])
+        return wishes
+
+    def test_killed_at_each_step(self):
+        for provider in ('stripe', 'paypal'):
+            wishes = self.live(provider)
+            self.assertGreater(wishes, 30)
+            self.assertGreater(self.balance(), 0)
+            for at in range(1, wishes + 1):
+                with self.subTest(provider, at=at):
+                    self.live(provider, at)
+
+    def test_each_request_goes_wrong(self):
+        """Once, so that it is repeated; and from then on, until reconcile."""
+        for provider in ('stripe', 'paypal'):
+            self.live(provider)
+            for at in range(1, self.fake.count + 1):
+                for fate, on in (('lost', False), ('lost', True),
+                                 (500, True), (403, True)):
+                    with self.subTest(provider, at=at, fate=fate, on=on):
+                        self.plan = lambda n, *_, at=at, fate=fate, on=on: (
+                            fate if n == at or on and n > at else None)
+                        self.live(provider)
+
+    plan = None
+
+    def clear(self):
+        super().clear()
+        if self.plan:
+            self.fake.plan = self.plan
+
+    def test_many_at_once(self):
+        """Webhooks, the payer's return and reconcile, in several processes:
+        each has its own files open.
+        """
+        for provider in ('stripe', 'paypal') * 5:
+            self.clear()
+            name, ident = self.begin(provider)
+            if provider == 'stripe':
+                event = self.fake.stripe_pay(ident)
+            else:
+                event = self.fake.paypal_approve(ident)
+            if provider == 'stripe':
+                self.fake.stripe_refund(ident, 300)
+            servers = [self.open() for _ in range(4)]
+            errors, start = [], threading.Barrier(len(servers))
+
+            def act(number, server, event=event, errors=errors, start=start):
+                start.wait()
+                try:
+                    if number % 2:
+                        self.hook(event, server)
+                    else:
+                        errors.extend(self.reconcile(server).differs)
+                except Exception as e:
+                    errors.append(e)
+            threads = [threading.Thread(target=act, args=pair)
+                       for pair in enumerate(servers)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(errors, [])
+            self.assertEqual(self.balance(),
+                             self.fake.charged()[self.account])
+
+
+class Doubles(Case):
+    """Against programs that others wrote."""
+
+    def test_emulate(self):
+        """Checkout with its page, and its signature."""
+        hooks = paypeer.Hooks(self.addCleanup)
+        stripe = paypeer.Emulate(self.addCleanup, hooks.url)
+        self.addCleanup(self.keys)
+        page = stripe.url.replace('127.0.0.1', 'localhost')
+        self.keys(stripe=stripe.url, page=page, price='')
+        status, out, err = here('pay', self.path, 'price')
+        self.assertEqual((status, err), (0, ''))
+        self.keys(stripe=stripe.url, page=page, price=out.split()[2])
+        server = self.server = self.open()
+        name, url = server.run(tarsnapd.checkout_begin(
+            server.shop(), 'stripe', self.account, 25))
+        self.assertIn('25.00', stripe.call(
+            'GET', url[len(page):]).decode())
+        self.assertEqual(self.settle(name).state, 'open')
+        self.assertEqual(stripe.pay(url), 'https://backup.example.org/a/'
+                         'paid.cgi?checkout=' + name)
+        out = Outcome()
+        server.run(tarsnapd.pay_webhook(
+            server.shop(), out, 'stripe',
+            *hooks.wait('checkout.session.completed')))
+        self.assertEqual((out.state, self.entries()),
+                         ('paid', [('payment', 2500)]))
+        self.assertEqual(self.settle(name).did, [])
+        # One whose webhook is not listened to, and one that expires.
+        name, url = server.run(tarsnapd.checkout_begin(
+            server.shop(), 'stripe', self.account, 5))
+        stripe.pay(url)
+        third, url = server.run(tarsnapd.checkout_begin(
+            server.shop(), 'stripe', self.account, 5))
+        stripe.call('POST', '/v1/checkout/sessions/%s/expire'
+                    % url.rpartition('/')[2])
+        out = self.reconcile()
+        self.assertEqual(len(out.did), 1)
+        # It lists no events; so that was said.
+        self.assertIn('stripe: ', out.differs[0])
+        self.assertEqual(self.balance(), 3000)
+        self.assertEqual(self.due(), [])
+
+    def test_localstripe(self):
+        """Refunds, their lists, and its signature."""
+        stripe = paypeer.LocalStripe(self.addCleanup)
+        hooks = paypeer.Hooks(self.addCleanup)
+        stripe.hook(hooks.url)
+        name, session = self.begin()
+        self.hook(self.fake.stripe_pay(session))
+        self.addCleanup(self.keys)
+        self.keys(stripe=stripe.url)
+        server = self.server = self.open()
+        intent = stripe.paid(name, 1000)
+        headers, body = hooks.wait('payment_intent.succeeded')
+        tarsnapd.stripe_verify(headers['STRIPE-SIGNATURE'], body,
+                               server.shop().secrets, time.time())
+        for cents in (300, 200):
+            stripe.call('POST', '/v1/refunds', {
+                'payment_intent': intent, 'amount': cents})
+            out = Outcome()
+            server.run(tarsnapd.pay_webhook(
+                server.shop(), out, 'stripe', *self.fake.hook({
+                    'type': 'charge.refunded', 'data': {'object': {
+                        'object': 'charge', 'payment_intent': intent}}})))
+            self.assertEqual((len(out.did), out.differs), (1, []))
+        self.assertEqual(self.entries(), sorted([
+            ('payment', 1000), ('refund', -300), ('refund', -200)]))
+
+
+if __name__ == '__main__':
+    unittest.main()
