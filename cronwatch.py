@@ -866,6 +866,7 @@ class Memory:
             'n': 0,         # runs so far; a run is known by its number
             'at': [],       # when the last ones came
             'odd': [],      # runs that were not learned, or at a wrong time
+            'gone': [],     # runs that came after they had been missed
             'new': [],      # runs with a new kind of line
             'newbad': [],   # runs with one that had a bad word
             'status': {},   # exit status -> last run
@@ -918,7 +919,7 @@ class Memory:
         if len(self.at) > keep:
             del self.at[:-keep]
         first, now = self.first, self.at[-1]
-        for name in ('odd', 'new', 'newbad'):
+        for name in ('odd', 'gone', 'new', 'newbad'):
             setattr(self, name, [n for n in getattr(self, name)
                                  if n >= first])
         for feature, (runs, values) in list(self.values.items()):
@@ -1051,6 +1052,7 @@ class Judge:
             self.missing_lines()
             self.counts()
             self.numbers()
+            self.stale()
             self.order()
         self.time()
         fine = set(self.memory.fine)
@@ -1344,13 +1346,34 @@ class Judge:
     def stuck(self, values, value, line):
         """A number that was another one each time stands still."""
         past = values[-60:]
-        if len(past) < 20 or past[-1] != value or past[-2] != value:
-            return None
-        before = past[:-2]
-        if any(a == b for a, b in zip(before, before[1:])):
+        if len(past) < 20 or past[-1] != value or past[-2] != value \
+                or len(set(past)) < len(past) - 1:
             return None
         return WARNING, 41, '%s for the third time; it was another number ' \
             'each time before: %s' % (amount(value), quoted(line[1]))
+
+    def stale(self):
+        """The last mail once more: numbers that hardly ever are the same
+        twice all stand still.
+        """
+        import math
+        lively, still, surprise = 0, [], 0.0
+        for feature, (value, line) in self.observed.values.items():
+            _, values = self.memory.values.get(feature, ((), ()))
+            if len(values) < 12 or line is None:
+                continue
+            past = values[-40:]
+            same = sum(1 for a, b in zip(past, past[1:]) if a == b)
+            if same > len(past) / 8:
+                continue
+            lively += 1
+            if value == past[-1]:
+                still.append(line)
+                surprise -= math.log((same + 0.5) / len(past))
+        if len(still) > 0.7 * lively and surprise > 9:
+            self.say('stale', 'value', WARNING, 47, 'the numbers are those '
+                     'of the last mail; they differed each time before',
+                     still[:10])
 
     def order(self):
         """Lines that always came one after the other, the other way round."""
@@ -1432,14 +1455,17 @@ def next_due(memory):
     What followed on runs at the same hour of the same weekday says it, else
     on runs at the same hour, else all runs.
     """
-    odd = set(memory.odd)
-    times = [at for n, at in enumerate(memory.at, memory.first)
-             if n not in odd]
-    if len(times) < 4 or not memory.at:
+    import math
+    skip = set(memory.odd)
+    times = [(n, at) for n, at in enumerate(memory.at, memory.first)
+             if n not in skip]
+    if len(times) < 4:
         return None
     last = memory.at[-1]
-    pairs = [(a, b - a) for a, b in zip(times, times[1:])]
-    usual = median([gap for _, gap in pairs[-60:]])
+    gone = set(memory.gone)
+    pairs = [(a, b - a) for (_, a), (n, b) in zip(times, times[1:])
+             if n not in gone]
+    usual = median([gap for _, gap in pairs[-60:]] or [0])
     if len(pairs) < (3 if usual > 20 * DAY else 5 if usual > 5 * DAY else 8):
         return None
     hour, day = day_seconds(last), time.localtime(last)[6]
@@ -1451,15 +1477,19 @@ def next_due(memory):
         same = [gap for _, gap in near]
     if len(same) < 6 or usual > 5 * DAY:
         same = [gap for _, gap in pairs]
-    same = sorted(same[-60:])
-    most = same[-1 - len(same) // 20]
-    grace = max(600, 0.1 * most)
-    if most > 3 * median(same):         # it comes when it likes
+    same = same[-60:]
+    usual = median(same)
+    long = [gap for gap in same if gap > 1.5 * usual + 600]
+    most = max(gap for gap in same if gap <= 1.5 * usual + 600)
+    if len(long) > len(same) / 40:
+        # It leaves some out: as many in a row as will hardly ever be.
         if len(pairs) < 15:
             return None
-        grace = 1.5 * same[-1]
-    return last + max(most + grace, memory.patience * median(same)), \
-        median(same)
+        share = (len(long) + 1) / (len(same) + 1)
+        most = max(1.2 * max(long), usual * math.log(1e-4) / math.log(
+            min(share, 0.8)))
+    wait = most + max(600, 0.1 * most)
+    return last + max(wait, memory.patience * usual), usual
 
 
 def run_learn(memory, observed, evidence):
@@ -3070,6 +3100,9 @@ class Watch:
         covered = set()
         for name, entry in list(memory.open.items()):
             if 'absent' in entry['held']:
+                # Twice is no accident any more.
+                if len(memory.told.get('absent', ())) < 3:
+                    memory.gone.append(memory.n)
                 self._end(memory, name, run.at, 'it came after all, after %s'
                           % period(run.at - memory.at[-1]))
                 continue
@@ -3155,6 +3188,7 @@ class Watch:
         memory.open[str(finding.id)] = {
             'since': memory.n, 'at': now, 'strong': True,
             'held': {'absent': [[memory.n, None]]}}
+        memory.told.setdefault('absent', []).append(now)
         self.state.memory_keep(row['id'], memory)
         self.state.db.execute('UPDATE job SET due = NULL WHERE id = ?',
                               (row['id'],))
