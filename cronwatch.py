@@ -29,6 +29,7 @@ Map of this file, bottom up:
     Alarms          who is told, how, and until when
     Watch           a mail from arrival to alarm; feedback
     Reports         what it believes, and why
+    Delivery        whatever happens, the mail is not lost
     Commands        the command line
 """
 
@@ -135,19 +136,28 @@ class Intake:
 
     def __init__(self, stream):
         """Read `stream` to its end.  OSError where there is no room."""
-        self.head = stream.read(HEAD_BYTES)
-        self.size = len(self.head)
+        self.head = b''
+        self.size = 0
         self.beyond = 0         # line ends behind head
         self.spill = None       # a file with all of it, where head is not all
-        if self.size == HEAD_BYTES:
-            import tempfile
-            self.spill = tempfile.TemporaryFile()
-            block = self.head
-            while block:
-                self.spill.write(block)
-                block = stream.read(1 << 18)
-                self.size += len(block)
-                self.beyond += block.count(b'\n')
+        parts = []
+        while self.size < HEAD_BYTES:
+            block = stream.read(HEAD_BYTES)
+            if not block:
+                self.head = b''.join(parts)
+                return
+            parts.append(block)
+            self.size += len(block)
+        import tempfile
+        whole = b''.join(parts)
+        self.head = whole[:HEAD_BYTES]
+        self.beyond = whole.count(b'\n', HEAD_BYTES)
+        self.spill = tempfile.TemporaryFile()
+        while whole:
+            self.spill.write(whole)
+            whole = stream.read(1 << 18)
+            self.size += len(whole)
+            self.beyond += whole.count(b'\n')
 
     def blocks(self):
         """All of it again, block by block."""
@@ -168,7 +178,6 @@ def text_lines(text, beyond=0):
     Colours are dropped, and of a line that overwrote itself (progress) what
     was left in the end is kept.
     """
-    import re
     if '\x1b' in text:
         text = re.sub(r'\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*\x07?|.)',
                       '', text)
@@ -195,7 +204,6 @@ def text_lines(text, beyond=0):
 def html_text(text):
     """What a reader sees of HTML, roughly: a line for each block."""
     import html
-    import re
     text = re.sub(r'(?is)<(script|style|head)\b.*?(</\1\s*>|\Z)|<!--.*?-->',
                   ' ', text)
     text = re.sub(r'\s+', ' ', text)
@@ -285,7 +293,6 @@ def message_text(message, left=None):
 
 def varying_masked(text):
     """Of a subject or command, what is the same each time."""
-    import re
     text = re.sub(r'(?i)\b(mon|tues?|wed(nes)?|thu(rs)?|fri|sat(ur)?|sun)'
                   r'(day)?\b', '#', text)
     text = re.sub(r'(?i)\b(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?'
@@ -314,7 +321,6 @@ def job_name(message, lines):
     What a systemd unit reported begins with a line of systemctl status.  Any
     other mail is known by sender and subject.
     """
-    import re
     subject = re.sub(r'(?i)^(re|fwd?):\s*', '',
                      header_text(message.get('Subject')))
     found = re.match(r'Cron <([^@>]*)@([^>]*)> (.*)$', subject)
@@ -351,6 +357,12 @@ def mail_parse(raw):
     """The email.message.Message of bytes, whatever they are."""
     from email.parser import BytesParser
     return BytesParser().parsebytes(raw)
+
+
+def mail_read(raw, at):
+    """The Run that the mail `raw`, or its beginning, tells of."""
+    return mail_run(mail_parse(raw[:HEAD_BYTES]), at, len(raw),
+                    raw.count(b'\n', HEAD_BYTES))
 
 
 def mail_date(message):
@@ -411,7 +423,6 @@ class Miner:
         self.kinds = json.loads(state) if state else {}
 
     def _split(self, line):
-        import re
         parts = re.split(r'(-?\d+(?:\.\d+)?)', line)
         values = {str(i // 2): float(part)
                   for i, part in enumerate(parts) if i % 2}
@@ -660,11 +671,40 @@ class State:
         return json.loads(unpacked(row[0])) if row else []
 
     def forget(self, now):
-        """Drop alarms and findings of long ago."""
-        alarms_forget(self, now - 400 * DAY)
+        """Drop findings of long ago."""
         self.db.execute('DELETE FROM finding WHERE at < ? AND ended IS NOT'
-                        ' NULL AND id NOT IN (SELECT finding FROM alarm'
-                        ' WHERE finding IS NOT NULL)', (now - 400 * DAY,))
+                        ' NULL AND id NOT IN (SELECT finding FROM alarm)',
+                        (now - 400 * DAY,))
+
+
+def finding_text(state, finding):
+    """What a mail about a finding says: the lines concerned, marked in their
+    mail, and what else was not as usual.
+    """
+    wanted = {number for number, _ in finding.lines if number is not None}
+    said = ['- ' + reason for reason in finding.also]
+    if said:
+        said = ['Also:'] + said + ['']
+    gone = [text for number, text in finding.lines if number is None]
+    if gone and finding.kind != 'absent':
+        said += ['Missing:'] + ['- ' + text for text in gone[:20]] + ['']
+    elif gone:
+        said += gone[:50] + ['']
+    lines = state.mail_of(finding.id)
+    if lines:
+        said.append('The mail, what is unusual marked with >:')
+    near = {number + i for number in wanted for i in range(-4, 5)}
+    last = None
+    for place, (number, text) in enumerate(lines):
+        if len(lines) > 60 and number not in near and place >= 10 * (
+                not wanted):
+            continue
+        if last is not None and number > last + 1 and len(lines) > 60:
+            said.append('    ...')
+        said.append('%s%4d  %s' % ('> ' if number in wanted else '  ',
+                                   number, text[:300]))
+        last = number
+    return '\n'.join(said)
 
 
 ##############################################################################
@@ -775,7 +815,6 @@ class Words:
     """Which lines say that something is wrong."""
 
     def __init__(self):
-        import re
         self.strong = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % STRONG, re.I)
         self.mild = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % MILD, re.I)
         self.grave = re.compile(r'(?<!\w)(?:%s)' % GRAVE, re.I)
@@ -3040,8 +3079,7 @@ class Watch:
 
     def learn(self, raw, at):
         """Learn a mail of the past; True if it is not older than known."""
-        message = mail_parse(raw[:HEAD_BYTES])
-        run = mail_run(message, at, len(raw), raw.count(b'\n', HEAD_BYTES))
+        run = mail_read(raw, at)
         row = self.state.job(run.key)
         if row is not None and run.at <= row['seen']:
             return False
@@ -3066,15 +3104,17 @@ class Watch:
             run_learn(memory, observed, evidence)
             self._persist(memory, run)
             number = state.job_keep(row, run, memory, miner, run.at)
-            finding = self._found(number, memory, run, fresh, tell)
+            finding = self._found(number, memory, run, fresh)
+            state.mail_add(number, run, finding.id if finding else None)
             if finding is not None:
                 state.memory_keep(number, memory)
-            state.mail_add(number, run, finding.id if finding else None)
+                if tell and finding.severity != NOTICE:
+                    raise_alarm(state, finding, run.at)
         if finding is None or finding.severity == NOTICE or not tell:
             return []
         return [finding]
 
-    def _found(self, job, memory, run, fresh, tell):
+    def _found(self, job, memory, run, fresh):
         """Keep what is new of the evidence as one Finding; it or None."""
         if not fresh:
             return None
@@ -3089,8 +3129,6 @@ class Watch:
                 'held': {one.cause: [[one.run, one.held]] for one in loud}}
             for one in loud:
                 memory.told.setdefault(one.cause, []).append(run.at)
-            if tell:
-                raise_alarm(self.state, finding, run.at)
         return finding
 
     def _open_go_on(self, memory, run, evidence):
@@ -3167,8 +3205,8 @@ class Watch:
                 if not many or not findings:
                     raise_alarm(state, finding, now)
                     findings.append(finding)
-            state.fact_set('checked', now)
-            state.forget(now)
+            if rows:
+                state.forget(now)
         return findings
 
     def _absent(self, row, rows, now):
@@ -3244,9 +3282,8 @@ class Watch:
                            message.get('References', ''))
         if '<cronwatch.' not in named:
             return False
-        import re
-        for number, token in re.findall(r'<cronwatch\.(\d+)\.([0-9a-f]{16})@',
-                                        named):
+        for number, token in re.findall(r'\b(\d+)-([0-9a-f]{16})\b', ' '.join(
+                re.findall(r'<cronwatch\.[^<>\s]*>', named))):
             try:
                 finding = self.state.finding(int(number))
             except Error:
@@ -3265,10 +3302,21 @@ class Watch:
             return True
         return False
 
-
-def finding_message_id(finding, host):
-    """The Message-ID of the mail about a finding, which a reply names."""
-    return '<cronwatch.%d.%s@%s>' % (finding.id, finding.token, host)
+    def forget(self, job):
+        """Learn job number `job` anew."""
+        state, now = self.state, self.clock()
+        with state.change():
+            for number, in state.db.execute(
+                    'SELECT id FROM finding WHERE job = ? AND ended IS NULL',
+                    (job,)).fetchall():
+                state.finding_end(number, now)
+                end_alarm(state, state.finding(number), now,
+                          'the job is learned anew')
+            state.db.execute('DELETE FROM mail WHERE job = ?', (job,))
+            state.db.execute(
+                'UPDATE job SET runs = 0, due = NULL, miner = ?, memory = ?'
+                ' WHERE id = ?', (packed(Miner().dumps()),
+                                  packed(Memory().dump()), job))
 
 
 ##############################################################################
@@ -3277,28 +3325,734 @@ def finding_message_id(finding, host):
 # What it believes, and why: for people and as JSON.  Changes nothing.
 ##############################################################################
 
+
+def date(at):
+    return time.strftime('%Y-%m-%d %H:%M', time.localtime(at))
+
+
+def jobs_known(state):
+    """Each job as a dict for `list`, by name."""
+    found = []
+    for row in state.db.execute(
+            'SELECT job.id, job.name, runs, seen, due, usual, (SELECT count(*)'
+            ' FROM finding WHERE job = job.id AND ended IS NULL) AS open'
+            ' FROM job ORDER BY name'):
+        entry = dict(row)
+        entry['learning'] = row['runs'] < LEARN_RUNS
+        found.append(entry)
+    return found
+
+
+def list_text(state):
+    """Lines of `list`: number, state, runs, last mail, name."""
+    for job in jobs_known(state):
+        said = ('%d open' % job['open'] if job['open'] else
+                'learning' if job['learning'] else 'as usual')
+        yield '%5d  %-9s %5d runs, last %s  %s' % (
+            job['id'], said, job['runs'], date(job['seen']), job['name'])
+
+
+def findings_since(state, at, condition='1'):
+    """Findings since `at`, or still open, that meet an SQL condition."""
+    return [Finding.of(row) for row in state.db.execute(
+        'SELECT finding.*, job.name FROM finding JOIN job ON job.id ='
+        ' finding.job WHERE (finding.at >= ? OR ended IS NULL) AND %s'
+        ' ORDER BY finding.at' % condition, (at,))]
+
+
+def finding_line(finding):
+    """A finding in one line."""
+    return '%5d  %s  %-8s %s: %s%s' % (
+        finding.id, date(finding.at), finding.severity, finding.job,
+        finding.reason, '' if finding.ended is None else
+        '' if finding.severity == NOTICE else
+        ' (over since %s)' % date(finding.ended))
+
+
+def beliefs(state, row):
+    """What is known of a job, as a dict that JSON can hold."""
+    memory, _ = state.memory(row)
+    known = {
+        'id': row['id'], 'job': row['name'], 'key': row['key'],
+        'runs': memory.n, 'remembered': len(memory.at),
+        'learning': memory.n < LEARN_RUNS, 'seen': row['seen'],
+        'due': row['due'], 'usual_interval': row['usual'],
+        'status': sorted(memory.status), 'lines': [], 'numbers': [],
+        'open': sorted(map(int, memory.open)), 'bad': memory.bad,
+        'fine': memory.fine}
+    for key, kind in memory.kinds.items():
+        if not kind['n']:
+            continue
+        always = memory.always(key)
+        runs = max(1, memory.n - max(memory.first, kind['n'][0]))
+        known['lines'].append({
+            'key': key, 'line': kind['s'], 'always': bool(always),
+            'share': round(len(kind['n']) / runs, 3), 'runs': len(kind['n']),
+            'count': [min(kind['c']), max(kind['c'])],
+            'bad_words': kind['w']})
+    known['lines'].sort(key=lambda one: -one['share'])
+    for feature, (_, values) in memory.values.items():
+        key = feature.partition('.')[0]
+        if len(values) < 4:
+            continue
+        known['numbers'].append({
+            'name': feature, 'usual': Judge.range(values),
+            'last': values[-1], 'values': values[-60:],
+            'line': memory.kinds[key]['s'] if key in memory.kinds else key})
+    return known
+
+
+def explain_text(state, row):
+    """Lines of `explain`."""
+    known = beliefs(state, row)
+    yield '%s (job %d)' % (known['job'], known['id'])
+    yield '  %d runs%s, the last one %s' % (
+        known['runs'], ', learning' if known['learning'] else '',
+        date(known['seen']))
+    if known['due']:
+        yield '  comes after %s; missed if not here by %s' % (
+            period(known['usual_interval']), date(known['due']))
+    elif not known['open']:
+        yield '  comes when it likes: it is never missed'
+    told = [name for name in known['status'] if name != 'None']
+    if told:
+        yield '  exit status: %s' % ', '.join(told)
+    for number in known['open']:
+        yield '  open: %s' % finding_line(state.finding(number))
+    yield 'Lines, by the share of mails that have them:'
+    for one in known['lines'][:100]:
+        low, high = one['count']
+        yield '  %-6s %-12s %s' % (
+            'always' if one['always'] else '%d%%' % round(100 * one['share']),
+            '' if high == 1 else '%s times' % (
+                low if low == high else '%d-%d' % (low, high)),
+            one['line'][:100])
+    yield 'Numbers, by their usual range:'
+    for one in known['numbers'][:200]:
+        if '.' not in one['name']:
+            yield '  %-24s %s' % (one['usual'], one['name'])
+        elif len(set(one['values'])) > 1 or len(one['values']) >= 15:
+            yield '  %-24s last %s in %s' % (
+                one['usual'], amount(one['last']), one['line'][:80])
+
+
+def digest_text(state, now, days=7):
+    """Lines of the digest of the last days: what was raised, what was new
+    and kept quiet, what is learning, what was silent.
+    """
+    since = now - days * DAY
+    jobs = jobs_known(state)
+    mails, quiet = 0, []
+    for job in jobs:
+        row = state.db.execute('SELECT * FROM job WHERE id = ?',
+                               (job['id'],)).fetchone()
+        memory, _ = state.memory(row)
+        came = sum(1 for at in memory.at if at >= since)
+        mails += came
+        if came:
+            quiet.append((came, job['name']))
+    found = findings_since(state, since)
+    loud = [one for one in found if one.severity != NOTICE]
+    yield '%d mails of %d jobs in %d days; %d findings, %d of them open.' % (
+        mails, len(quiet), days, len(loud),
+        sum(1 for one in loud if one.ended is None))
+    passed = passed_on(os.path.dirname(state.path))
+    if passed:
+        yield '%d mails could not be judged and are in passed/new.' % passed
+    for title, chosen in (
+            ('Open', [one for one in loud if one.ended is None]),
+            ('Over', [one for one in loud if one.ended is not None]),
+            ('New, and not worth an alarm',
+             [one for one in found if one.severity == NOTICE])):
+        if chosen:
+            yield ''
+            yield title + ':'
+            for one in chosen[-40:]:
+                yield finding_line(one)
+    learning = [job['name'] for job in jobs if job['learning']]
+    if learning:
+        yield ''
+        yield 'Learning: %s' % ', '.join(learning[:40])
+    if quiet:
+        yield ''
+        yield 'Mails by job:'
+        for came, name in sorted(quiet, reverse=True)[:100]:
+            yield '%5d  %s' % (came, name)
+
+
+def passed_on(folder):
+    """Mails that were kept because they could not be judged."""
+    try:
+        return len(os.listdir(os.path.join(folder, 'passed', 'new')))
+    except OSError:
+        return 0
+
+
+def chart(values, width=180, height=32):
+    """A series as a small SVG: a line, its usual range shaded."""
+    low, high = min(values), max(values)
+    span = (high - low) or 1
+    cut = len(values) // 20
+    usual = sorted(values)[cut], sorted(values)[-1 - cut]
+
+    def y(value):
+        return 2 + (height - 4) * (1 - (value - low) / span)
+
+    points = ' '.join('%.1f,%.1f' % (
+        2 + (width - 4) * i / max(1, len(values) - 1), y(value))
+        for i, value in enumerate(values))
+    return ('<svg width="%d" height="%d" role="img"><rect x="0" y="%.1f" '
+            'width="%d" height="%.1f" class="usual"/><polyline points="%s"/>'
+            '</svg>' % (width, height, y(usual[1]) - 1, width,
+                        y(usual[0]) - y(usual[1]) + 2, points))
+
+
+STYLE = '''body{font:15px/1.4 sans-serif;margin:2em auto;max-width:64em;
+padding:0 1em;color:#222;background:#fff}h2{font-size:1em;margin:2em 0 .3em}
+table{border-collapse:collapse}td,th{padding:.15em .8em .15em 0;
+text-align:left;vertical-align:middle}.warning,.critical{color:#a00}
+.notice,.faint{color:#666}code{white-space:pre-wrap;overflow-wrap:anywhere}
+polyline{fill:none;stroke:#06c;stroke-width:1.5}.usual{fill:#dbe9f7}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}
+.usual{fill:#234}polyline{stroke:#6bf}.warning,.critical{color:#f77}
+.notice,.faint{color:#999}}'''
+
+
+def report_html(state, now):
+    """Blocks of a page on all jobs that needs nothing but itself."""
+    from html import escape
+    yield ('<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
+           '<meta name="viewport" content="width=device-width">'
+           '<title>cronwatch</title><style>%s</style>\n<h1>cronwatch</h1>\n'
+           '<p class="faint">%s</p>\n' % (STYLE, date(now)))
+    found = findings_since(state, now - 14 * DAY)
+    yield '<h2>Findings of two weeks, and open ones</h2>\n<table>\n'
+    for one in reversed(found[-200:]):
+        yield ('<tr class="%s"><td>%d<td>%s<td>%s<td>%s<td><code>%s</code>\n'
+               % (one.severity, one.id, date(one.at), 'open'
+                  if one.ended is None else one.severity, escape(one.job),
+                  escape(one.reason)))
+    yield '</table>\n'
+    for job in jobs_known(state):
+        row = state.db.execute('SELECT * FROM job WHERE id = ?',
+                               (job['id'],)).fetchone()
+        known = beliefs(state, row)
+        yield '<h2>%s</h2>\n<p class="faint">%d runs%s, last %s%s</p>\n' % (
+            escape(known['job']), known['runs'],
+            ', learning' if known['learning'] else '', date(known['seen']),
+            ', next by ' + date(known['due']) if known['due'] else '')
+        yield '<table>\n'
+        shown = [one for one in known['numbers']
+                 if len(set(one['values'])) > 1]
+        shown.sort(key=lambda one: '.' in one['name'])
+        for one in shown[:12]:
+            yield '<tr><td>%s<td>%s<td><code>%s</code>\n' % (
+                chart(one['values']), escape(one['usual']),
+                escape(one['line'][:120]))
+        yield '</table>\n'
+    yield '</html>\n'
+
+
+##############################################################################
+# Delivery
+#
+# A mail that is handed over is judged, or else passed on as it came: never
+# lost, never bounced, whatever is wrong with us.  Called by Commands only.
+##############################################################################
+
+DELIVERY_OPTIONS = {
+    # Where mails go that could not be judged: an address, an mbox (a path),
+    # a maildir (a path with / at its end).  If none is given, or it fails:
+    # the maildir `passed` beside the state.
+    'forward': (str, None),
+    # Which of those that were judged go there, too: none, raised, all.
+    'pass': (str, 'none'),
+}
+
+SECONDS = 240           # that a delivery may take before it is given up
+TEMPFAIL = 75           # the mail program keeps the mail and tries again
+
+
+def say(text):
+    """To the system's log: a mail program would bounce what we print."""
+    import syslog
+    syslog.openlog('cronwatch', syslog.LOG_PID, syslog.LOG_MAIL)
+    syslog.syslog(syslog.LOG_ERR, text)
+
+
+def pass_on(intake, target, folder):
+    """Hand a mail on as it came; durable on return.  OSError if that can be
+    done in no way.
+    """
+    for place in (target, os.path.join(folder, 'passed') + '/'):
+        if not place:
+            continue
+        try:
+            if place.endswith('/'):
+                return to_maildir(intake, place)
+            if place.startswith('/'):
+                return to_mbox(intake, place)
+            return to_address(intake, place)
+        except (OSError, ValueError) as e:
+            say('pass on to %s: %s' % (place, e))
+    raise OSError('a mail could not be passed on')
+
+
+def to_maildir(intake, path):
+    import socket
+    for name in ('tmp', 'new', 'cur'):
+        os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
+    name = '%.6f.%d.%s' % (time.time(), os.getpid(),
+                           socket.gethostname().replace('/', '_'))
+    with open(os.path.join(path, 'tmp', name), 'xb') as file:
+        for block in intake.blocks():
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(os.path.join(path, 'tmp', name),
+              os.path.join(path, 'new', name))
+    folder = os.open(os.path.join(path, 'new'), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def to_mbox(intake, path):
+    """Append under a lock; what could not be written whole is cut off."""
+    import fcntl
+    with open(path, 'ab') as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        start = os.fstat(file.fileno()).st_size
+        try:
+            file.write(b'From cronwatch %s\n' % time.asctime(
+                time.gmtime()).encode())
+            rest = b''
+            for block in intake.blocks():
+                block, end, rest = (rest + block).rpartition(b'\n')
+                file.write(re.sub(br'(?m)^(>*From )', br'>\1', block + end))
+            file.write(re.sub(br'^(>*From )', br'>\1', rest)
+                       + b'\n\n'[not rest:])
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, start)
+            raise
+
+
+def to_address(intake, address):
+    import subprocess
+    with subprocess.Popen(['/usr/sbin/sendmail', '-i', '--', address],
+                          stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as child:
+        for block in intake.blocks():
+            child.stdin.write(block)
+        child.stdin.close()
+        if child.wait():
+            raise OSError('sendmail: exit status %d' % child.returncode)
+
+
+def marked(intake, verdict):
+    """Blocks of the mail with a header that says what was found."""
+    head = ('X-Cronwatch: %s\n' % verdict).encode('ascii', 'replace')
+    blocks = intake.blocks()
+    first = next(blocks)
+    if first.startswith(b'From ') and b'\n' in first:
+        line, first = first.split(b'\n', 1)
+        head = line + b'\n' + head
+    yield head + first
+    yield from blocks
+
+
+def deliver(folder, stream, out=None):
+    """Take a mail from `stream`; (exit status, list of Findings).
+
+    With `out`, a filter: the mail goes there, with a header that says what
+    was found.
+    """
+    import signal
+
+    def late(*_):
+        raise TimeoutError('it took more than %d seconds' % SECONDS)
+
+    intake, conf, findings, verdict = None, {}, [], None
+    try:
+        intake = Intake(stream)
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(SECONDS)
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        conf = conf_read(os.path.join(folder, 'cronwatch.conf'), OPTIONS)
+        watch = Watch(os.path.join(folder, 'state.db'), conf)
+        findings = watch.deliver(intake.head, None, intake.size,
+                                 intake.beyond)
+        verdict = 'raised %d, %s' % (
+            findings[0].id, findings[0].kind) if findings else 'quiet'
+        alarms_send(watch.state, conf, time.time())
+    # Nothing whatever may lose the mail.
+    except Exception as e:
+        say('%s: %s' % (type(e).__name__, e))
+        if intake is None:
+            return TEMPFAIL, []
+    signal.alarm(0)
+    try:
+        if out is not None:
+            for block in (intake.blocks() if verdict is None
+                          else marked(intake, verdict)):
+                out.write(block)
+            out.flush()
+        elif verdict is None or conf['pass'] == 'all' or (
+                findings and (conf['pass'] == 'raised'
+                              or not conf['person'])):
+            pass_on(intake, conf.get('forward'), folder)
+    except OSError as e:
+        say('%s' % e)
+        return TEMPFAIL, findings
+    return 0, findings
+
+
 ##############################################################################
 # Commands
 #
-# The command line.  deliver does without argparse: it is run for each mail.
+# The command line.
+#
+# Exit statuses: 0 as usual; 1 something was raised or is open (check, show,
+# deliver --status); 2 the command or the configuration is wrong; 75 a mail
+# could not even be passed on, and whoever delivers it is to try again.  run
+# has that of its command.
 ##############################################################################
 
-OPTIONS = (ALARM_OPTIONS,)
+OPTIONS = (ALARM_OPTIONS, DELIVERY_OPTIONS)
+
+
+def show(args, entries, lines):
+    """Print `lines`, or `entries` as JSON."""
+    if args.json:
+        import json
+        print(json.dumps(entries, indent=1, ensure_ascii=False))
+    else:
+        for line in lines:
+            print(line)
+
+
+def watch_open(args):
+    os.makedirs(args.dir, mode=0o700, exist_ok=True)
+    conf = conf_read(os.path.join(args.dir, 'cronwatch.conf'), OPTIONS)
+    return Watch(os.path.join(args.dir, 'state.db'), conf)
+
+
+def command_deliver(args):
+    status, findings = deliver(
+        args.dir, sys.stdin.buffer, sys.stdout.buffer if args.filter else None)
+    if args.json and not args.filter:
+        show(args, [one.as_json() for one in findings], ())
+    return status or (1 if findings and args.status else 0)
+
+
+def command_check(args):
+    watch = watch_open(args)
+    findings = watch.check()
+    alarms_send(watch.state, watch.conf, time.time())
+    show(args, [one.as_json() for one in findings],
+         map(finding_line, findings))
+    return 1 if findings else 0
+
+
+def mails_of(path):
+    """Yield (epoch, file, start, bytes) of the mails with a date in a mail,
+    an mbox or a maildir.
+    """
+    if os.path.isdir(path):
+        folders = [os.path.join(path, name) for name in ('cur', 'new')]
+        if not any(map(os.path.isdir, folders)):
+            folders = [path]
+        for folder in filter(os.path.isdir, folders):
+            for name in os.listdir(folder):
+                yield from mails_of(os.path.join(folder, name))
+        return
+    with open(path, 'rb') as file:
+        starts = [0]
+        if file.read(5) == b'From ':
+            starts, place, blank = [], 0, True
+            file.seek(0)
+            for line in file:
+                if blank and line.startswith(b'From '):
+                    starts.append(place)
+                place += len(line)
+                blank = line in (b'\n', b'\r\n')
+        starts.append(file.seek(0, os.SEEK_END))
+        for start, end in zip(starts, starts[1:]):
+            file.seek(start)
+            at = mail_date(mail_parse(file.read(min(end - start, 1 << 16))))
+            if at is not None:
+                yield at, path, start, end - start
+
+
+def command_learn(args):
+    watch = watch_open(args)
+    dated, learned = [], 0
+    for path in args.path:
+        try:
+            dated += mails_of(path)
+        except OSError as e:
+            raise Error('%s: %s' % (path, e.strerror)) from None
+    for at, path, start, size in sorted(dated):
+        with open(path, 'rb') as file:
+            file.seek(start)
+            learned += watch.learn(file.read(min(size, HEAD_BYTES)), at)
+    show(args, {'learned': learned, 'mails': len(dated)},
+         ['%d mails learned, of %d' % (learned, len(dated))])
+    return 0
+
+
+def command_ok(args):
+    watch = watch_open(args)
+    for number in args.finding:
+        watch.ok(number)
+    alarms_send(watch.state, watch.conf, time.time())
+    return 0
+
+
+def command_bad(args):
+    watch = watch_open(args)
+    for number in args.finding:
+        watch.bad(number)
+    return 0
+
+
+def command_list(args):
+    watch = watch_open(args)
+    show(args, jobs_known(watch.state), list_text(watch.state))
+    return 0
+
+
+def command_show(args):
+    watch = watch_open(args)
+    if args.finding is None:
+        found = findings_since(watch.state, time.time() - args.days * DAY,
+                               'severity != "notice"')
+        show(args, [one.as_json() for one in found],
+             map(finding_line, found))
+        return 1 if any(one.ended is None for one in found) else 0
+    finding = watch.state.finding(args.finding)
+    show(args, finding.as_json(), [finding_line(finding), '',
+                                   finding_text(watch.state, finding)])
+    return 0
+
+
+def command_explain(args):
+    watch = watch_open(args)
+    rows = watch.state.jobs_named(args.job)
+    if not rows:
+        raise Error('no job is called %s' % args.job)
+    for row in rows:
+        show(args, beliefs(watch.state, row),
+             explain_text(watch.state, row))
+    return 0
+
+
+def command_report(args):
+    watch = watch_open(args)
+    for block in report_html(watch.state, time.time()):
+        sys.stdout.write(block)
+    return 0
+
+
+def command_digest(args):
+    watch = watch_open(args)
+    now = time.time()
+    found = findings_since(watch.state, now - args.days * DAY)
+    show(args, [one.as_json() for one in found],
+         digest_text(watch.state, now, args.days))
+    return 0
+
+
+def command_forget(args):
+    watch = watch_open(args)
+    rows = watch.state.jobs_named(args.job)
+    if len(rows) != 1:
+        raise Error('%d jobs are called %s' % (len(rows), args.job))
+    watch.forget(rows[0]['id'])
+    return 0
+
+
+class Child:
+    """A command under watch: its output, as it comes, until it is over."""
+
+    SIGNALS = ('SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2')
+
+    def __init__(self, words, echo):
+        """Start it; OSError if that can not be done."""
+        import signal
+        import subprocess
+        self.early = []         # signals that came before there was a child
+        self.process = None
+        self.echo = echo
+        terminal = False
+        try:
+            terminal = os.tcgetpgrp(0) == os.getpgrp()
+        except OSError:
+            pass
+        for name in self.SIGNALS:
+            number = getattr(signal, name)
+            # What is ignored (nohup) stays so, and what a terminal sends the
+            # child gets from it.
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            if terminal and name in ('SIGINT', 'SIGQUIT'):
+                signal.signal(number, lambda *_: None)
+                continue
+            signal.signal(number, self.signalled)
+        self.process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            bufsize=0)
+        for number in self.early:
+            self.process.send_signal(number)
+
+    def signalled(self, number, _):
+        if self.process is None:
+            self.early.append(number)
+        else:
+            self.process.send_signal(number)
+
+    def read(self, _=None):
+        """Some bytes of its output; none when it is over.  What it left
+        running in the background with the output open is not waited for.
+        """
+        import select
+        pipe = self.process.stdout.fileno()
+        while True:
+            ready, _, _ = select.select([pipe], [], [], 1)
+            if ready:
+                block = os.read(pipe, 1 << 16)
+                if self.echo and block:
+                    sys.stdout.buffer.write(block)
+                    sys.stdout.buffer.flush()
+                return block
+            if self.process.poll() is not None:
+                return b''
+
+
+def run_name(words):
+    """(key, name) of the job that a command line is."""
+    import getpass
+    import shlex
+    import socket
+    name = words if isinstance(words, str) else ' '.join(
+        map(shlex.quote, words))
+    who = '%s@%s' % (getpass.getuser(), socket.gethostname())
+    return ('run %s %s' % (who, varying_masked(name)),
+            '%s: %s' % (who, name))
+
+
+def command_run(args):
+    """Run a command and judge what it said; its exit status."""
+    started, clock = time.time(), time.monotonic()
+    child, problem = None, b''
+    try:
+        child = Child(args.command_line, args.verbose)
+        intake = Intake(child)
+        status = child.process.wait()
+    except OSError as e:
+        if child is not None:       # no room for the output
+            child.process.stdout.close()
+            return died(child.process.wait())
+        import io
+        problem = ('%s: %s\n' % (args.command_line[0],
+                                 e.strerror)).encode()
+        intake = Intake(io.BytesIO(problem))
+        status = 127 if isinstance(e, FileNotFoundError) else 126
+    findings, fault = [], None
+    try:
+        watch = watch_open(args)
+        key, name = run_name(args.name or args.command_line)
+        lines, count = text_lines(intake.head.decode('utf-8', 'replace'),
+                                  intake.beyond)
+        findings = watch.take(Run(
+            key[:500], name[:200], time.time(), lines, count, intake.size,
+            status, time.monotonic() - clock))
+        alarms_send(watch.state, watch.conf, time.time())
+        for finding in findings:
+            print('cronwatch: %s\n\n%s' % (finding.reason, finding_text(
+                watch.state, finding)))
+    # Whatever is wrong with us, the command's output and status are not lost.
+    except Exception as e:
+        fault = e
+    if fault is not None:
+        if not args.verbose:
+            for block in intake.blocks():
+                sys.stdout.buffer.write(block)
+        sys.stdout.flush()
+        print('cronwatch: %s: %s' % (type(fault).__name__, fault),
+              file=sys.stderr)
+    sys.stdout.flush()
+    del started
+    return died(status)
+
+
+def died(status):
+    """The exit status of a command; dies of the signal that it died of."""
+    if status >= 0:
+        return status
+    import resource
+    import signal
+    sys.stdout.flush()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(-status, signal.SIG_DFL) if -status not in (
+        signal.SIGKILL, signal.SIGSTOP) else None
+    os.kill(os.getpid(), -status)
+    return 128 - status
 
 
 def parser_make():
     import argparse
     parser = argparse.ArgumentParser(
-        prog='cronwatch', description='Raise what is not as usual in the '
-        'mails of cron.')
+        prog='cronwatch', description='Reads the mails of cron and raises '
+        'what is not as usual.')
     parser.add_argument('--version', action='version',
                         version='cronwatch ' + VERSION)
     parser.add_argument('--dir', default=os.environ.get(
-        'CRONWATCH_DIR', os.path.expanduser('~/.cronwatch')),
-        help='where state.db and cronwatch.conf are')
-    commands = parser.add_subparsers(dest='command', metavar='command')
-    commands.add_parser('deliver', help='take a mail on standard input')
-    commands.add_parser('check', help='raise mails that did not come')
+        'CRONWATCH_DIR') or os.path.expanduser('~/.cronwatch'),
+        help='where state.db and cronwatch.conf are (~/.cronwatch)')
+    parser.add_argument('--json', action='store_true',
+                        help='print JSON for programs')
+    commands = parser.add_subparsers(dest='command', metavar='command',
+                                     required=True)
+
+    def add(name, function, text):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function)
+        return command
+
+    command = add('deliver', command_deliver,
+                  'judge and learn the mail on standard input')
+    command.add_argument('--filter', action='store_true', help='write the '
+                         'mail to standard output, with a header X-Cronwatch')
+    command.add_argument('--status', action='store_true',
+                         help='exit with 1 if something was raised')
+    command = add('learn', command_learn, 'learn from old mails')
+    command.add_argument('path', nargs='+', help='maildir, mbox or mail')
+    command = add('run', command_run, 'run a command and judge its output')
+    command.add_argument('--name', help='of the job, if not the command')
+    command.add_argument('-v', '--verbose', action='store_true',
+                         help='print the output as well')
+    command.add_argument('command_line', nargs=argparse.REMAINDER,
+                         metavar='command ...')
+    add('check', command_check, 'raise mails that did not come')
+    for name, function, text in (
+            ('ok', command_ok, 'what was found is normal from now on'),
+            ('bad', command_bad, 'what was found is never normal')):
+        add(name, function, text).add_argument('finding', type=int, nargs='+')
+    add('list', command_list, 'the jobs')
+    command = add('show', command_show, 'findings, or one with its mail')
+    command.add_argument('finding', type=int, nargs='?')
+    command.add_argument('--days', type=int, default=7)
+    command = add('explain', command_explain, 'what is believed of a job')
+    command.add_argument('job', help='its number, or a part of its name')
+    add('report', command_report, 'a page in HTML on all jobs')
+    command = add('digest', command_digest, 'what happened, for a mail a week')
+    command.add_argument('--days', type=int, default=7)
+    command = add('forget', command_forget, 'learn a job anew')
+    command.add_argument('job', help='its number, or a part of its name')
     alarm_parsers(commands)
     return parser
 
@@ -3306,17 +4060,24 @@ def parser_make():
 def main(argv=None):
     """Run one command; the exit status."""
     args = parser_make().parse_args(sys.argv[1:] if argv is None else argv)
-    os.makedirs(args.dir, mode=0o700, exist_ok=True)
-    conf = conf_read(os.path.join(args.dir, 'cronwatch.conf'), OPTIONS)
-    watch = Watch(os.path.join(args.dir, 'state.db'), conf)
-    if 'run' in args:
-        return args.run(watch.state, conf, args) or 0
-    if args.command == 'deliver':
-        watch.deliver(sys.stdin.buffer.read())
-    elif args.command == 'check':
-        watch.check()
-    alarms_send(watch.state, conf, time.time())
-    return 0
+    if args.command == 'run':
+        if args.command_line[:1] == ['--']:
+            del args.command_line[0]
+        if not args.command_line:
+            print('cronwatch: run what?', file=sys.stderr)
+            return 2
+    import sqlite3
+    try:
+        if 'run' in args:               # a command of alarms
+            watch = watch_open(args)
+            return args.run(watch.state, watch.conf, args) or 0
+        return args.function(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (Error, OSError, sqlite3.Error) as e:
+        print('cronwatch: %s' % e, file=sys.stderr)
+        return 2
 
 
 if __name__ == '__main__':
