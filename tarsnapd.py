@@ -68,6 +68,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     drivers               at once: embedded and on a pipe
     event loop            many connections over TLS
     canary                a small client, which sees whether a server works
+    check                 what a monitor is told
     commands, main        the command line
 
 Formats and protocol are written down byte by byte in tarsnap-format(5) and
@@ -9516,6 +9517,11 @@ def say(line):
     print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
 
 
+def moment(seconds):
+    """A time as UTC, to the second."""
+    return time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime(seconds))
+
+
 CONF_OPTIONS = {'listen', 'store', 'accounts', 'workers', 'front-certificate',
                 'delete-delay',
                 's3-endpoint', 's3-region', 's3-addressing', 's3-profile',
@@ -9533,8 +9539,8 @@ INIT_OPTIONS = ('listen', 'store', 'accounts', 's3-endpoint', 's3-region',
                 's3-addressing', 's3-profile')
 OWN_FILES = {'tarsnapd.conf', 'identity.key', 'secret', 'tls.key', 'tls.crt',
              'store', 'accounts', 'spool', 'index', 'tmp', 'scrub',
-             'scrub.lock', 'clean.lock', 'canary.key', 'journal', 'guesses',
-             'guesses-journal', 'mail', 'mail.lock', 'ledger.db',
+             'scrub.lock', 'clean.lock', 'canary.key', 'address', 'journal',
+             'guesses', 'guesses-journal', 'mail', 'mail.lock', 'ledger.db',
              'ledger.db-wal', 'ledger.db-shm', 'pay.keys', 'paypal.cache'}
 STORE_VERBS = ('get', 'put', 'list', 'size', 'made', 'delete', 'mend')
 # What is in the store of accounts, where that is not the store of blocks.
@@ -12047,6 +12053,9 @@ def announce(server, listener, workers=1):
     """Say that clients, and signals, may come."""
     host, port = listener.getsockname()[:2]
     address = '%s:%d' % ('[%s]' % host if ':' in host else host, port)
+    with contextlib.suppress(OSError):      # who only serves need not write
+        write_file(os.path.join(server.path, 'address'), (
+            address + '\n').encode())
     say('listening on ' + address)
     server.journal.write('start', [
         ('version', VERSION), ('address', address), ('workers', workers),
@@ -12253,7 +12262,8 @@ class CanaryLine:
             self.sock = socket.create_connection(
                 (host.strip('[]'), int(port)), seconds)
             self.sock = context.wrap_socket(self.sock)
-        self.cert_hash = sha256(self.sock.getpeercert(True))
+        self.certificate = self.sock.getpeercert(True)      # DER
+        self.cert_hash = sha256(self.certificate)
 
     @contextlib.contextmanager
     def dying(self):
@@ -12513,6 +12523,281 @@ def canary_run(key, address, seconds, look=False):
 
 
 ##############################################################################
+# Check
+#
+# What a monitor is told of: the front door, which a canary goes through, and,
+# where the server directory is, what nobody notices before it is too late.
+# Each part adds faults and figures to a Checked.  Changes nothing but what a
+# canary leaves.
+##############################################################################
+
+# What monitors call the exit statuses of a check.
+CHECK_OK, CHECK_WARNING, CHECK_CRITICAL, CHECK_UNKNOWN = range(4)
+CHECK_WORDS = ('OK', 'WARNING', 'CRITICAL', 'UNKNOWN')
+CHECK_WORSE = (CHECK_OK, CHECK_WARNING, CHECK_UNKNOWN, CHECK_CRITICAL)
+
+CHECK_EXPIRY = (14 * DAY, 3 * DAY)      # of a certificate, until it ends
+CHECK_BILL = (6 * 3600, 30 * 3600)      # after a day could be billed
+CHECK_MAIL = (2 * 3600, DAY)            # a mail has waited
+CHECK_DISK = 10 * 10 ** 9               # bytes free, or a twentieth if less
+CHECK_MAILS = 200                       # of those that wait are looked at
+
+# Figures for Prometheus: name -> what it is.
+CHECK_FIGURES = {
+    'check_status': 'Status of a part: 0 well, 1 warning, 2 critical, '
+                    '3 unknown.',
+    'check_timestamp_seconds': 'When the check ended.',
+    'check_step_seconds': 'How long a step of the canary took.',
+    'certificate_expiry_timestamp_seconds': 'When a certificate ends.',
+    'disk_free_bytes': 'Bytes that are free for us.',
+    'disk_size_bytes': 'Bytes of the file system.',
+    'billed_timestamp_seconds': 'End of the last day that was billed.',
+    'mail_due': 'Mails that wait.',
+    'mail_oldest_timestamp_seconds': 'Since when the first of them does.',
+    'spool_bytes': 'Bytes of transactions that are not committed.',
+    'cleaned_timestamp_seconds': 'End of the last round of cleaning.',
+    'scrubbed_timestamp_seconds': 'End of the last round of scrubbing.',
+    'damaged_objects': 'Objects that scrubbing found damaged.',
+}
+
+
+class Checked:
+    """What a check has found by now."""
+
+    def __init__(self, now):
+        self.now = now
+        self.parts = {}         # part -> its status
+        self.faults = []        # (status, line)
+        self.figures = []       # (name, labels, number)
+        self.well = []          # what to say if nothing is wrong
+        self.nagios = []        # figures as Nagios reads them
+
+    def fault(self, part, status, text):
+        self.parts[part] = max(self.parts.get(part, CHECK_OK), status,
+                               key=CHECK_WORSE.index)
+        if status:
+            self.faults.append((status, text if part == 'door' else
+                                '%s: %s' % (part, text)))
+
+    def figure(self, name, number, **labels):
+        self.figures.append((name, labels, number))
+
+    def limit(self, part, value, limits, text):
+        """A fault if `value` is above the first or the second limit."""
+        self.fault(part, sum(value > limit for limit in limits), text)
+
+    @contextlib.contextmanager
+    def part(self, part):
+        """A part of the check; what it cannot find out is a fault, too."""
+        self.parts.setdefault(part, CHECK_OK)
+        try:
+            yield
+        except StoreError as e:
+            self.fault(part, CHECK_CRITICAL, str(e))
+        except (ServerError, OSError) as e:
+            self.fault(part, CHECK_UNKNOWN, str(e))
+
+    def status(self):
+        return max([status for status, _ in self.faults],
+                   key=CHECK_WORSE.index, default=CHECK_OK)
+
+    def lines(self):
+        """One line for each fault, the worst first, or one that all is well;
+        the figures of the canary follow the first.
+        """
+        faults = sorted(self.faults, key=lambda fault: -CHECK_WORSE.index(
+            fault[0])) or [(CHECK_OK, '; '.join(self.well))]
+        lines = ['tarsnapd %s - %s' % (CHECK_WORDS[status], text)
+                 for status, text in faults]
+        if self.nagios:
+            lines[0] += '|' + ' '.join(self.nagios)
+        return lines
+
+    def prometheus(self):
+        """The figures as Prometheus reads them from a file."""
+        self.figure('check_timestamp_seconds', self.now)
+        for part, status in self.parts.items():
+            self.figure('check_status', status, part=part)
+        lines = []
+        for name, what in CHECK_FIGURES.items():
+            rows = [(labels, number) for found, labels, number
+                    in self.figures if found == name]
+            if rows:
+                lines += ['# HELP tarsnapd_%s %s' % (name, what),
+                          '# TYPE tarsnapd_%s gauge' % name]
+            for labels, number in rows:
+                # A string of JSON is one of theirs.
+                words = ','.join('%s=%s' % (label, json.dumps(
+                    value, ensure_ascii=False))
+                    for label, value in labels.items())
+                lines.append('tarsnapd_%s%s %s' % (
+                    name, words and '{%s}' % words, number))
+        return '\n'.join(lines) + '\n'
+
+
+def check_door(found, key, address, limits, look):
+    """Send a canary, which may take that many seconds: (to warn, to fail)."""
+    try:
+        canary = canary_run(key, address, limits[1], look)
+    except CanaryDead as e:
+        return found.fault('door', CHECK_CRITICAL, '%s: %s' % (address, e))
+    seconds = sum(canary.times.values())
+    did = 'wrote, read and deleted' if 'write' in canary.times else 'read'
+    text = '%s: %s a block in %.3f s' % (address, did, seconds)
+    found.limit('door', seconds, limits[:1], text)
+    found.well.append(text)
+    found.nagios = ['time=%.3fs;%d;%d;0' % (seconds, *limits)]
+    for step, number in canary.times.items():
+        found.nagios.append('%s=%.3fs' % (step, number))
+        found.figure('check_step_seconds', round(number, 3), step=step)
+    check_certificate(found, 'certificate', address,
+                      certificate_end(canary.line.certificate))
+
+
+def certificate_end(der):
+    """When a certificate ends, in seconds."""
+    import datetime
+    from cryptography import x509
+    found = x509.load_der_x509_certificate(der)
+    try:
+        end = found.not_valid_after_utc
+    except AttributeError:              # before cryptography 42
+        end = found.not_valid_after.replace(tzinfo=datetime.timezone.utc)
+    return int(end.timestamp())
+
+
+def check_certificate(found, part, where, end):
+    """Judge when the certificate that was seen at `where` ends."""
+    left = end - found.now
+    found.figure('certificate_expiry_timestamp_seconds', end, where=where)
+    text = ('the certificate at %s ends on %s' if left > 0 else
+            'the certificate at %s ended on %s') % (where, moment(end))
+    found.limit(part, -left, [-limit for limit in CHECK_EXPIRY], text)
+
+
+def check_web(found, url, seconds):
+    """The account pages, as a browser comes to them."""
+    import http.client
+    import ssl
+    import urllib.parse
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ('http', 'https') or not parts.hostname:
+        raise ServerError('%s is not a URL' % printable(url))
+    kind = (http.client.HTTPSConnection if parts.scheme == 'https' else
+            http.client.HTTPConnection)
+    try:
+        with contextlib.closing(kind(parts.netloc, timeout=seconds)) as line:
+            line.request('GET', parts._replace(
+                scheme='', netloc='', fragment='').geturl() or '/')
+            sock, answer = line.sock, line.getresponse()
+            ends = getattr(sock, 'getpeercert', dict)().get('notAfter')
+            answer.read(MIB)
+    except (OSError, http.client.HTTPException) as e:
+        return found.fault('web', CHECK_CRITICAL, '%s: %s' % (
+            url, ' '.join(str(e).split()) or type(e).__name__))
+    if ends:
+        check_certificate(found, 'web', url, int(ssl.cert_time_to_seconds(
+            ends)))
+    found.fault('web', CHECK_OK if answer.status < 400 else CHECK_CRITICAL,
+                '%s: status %d %s' % (url, answer.status, answer.reason))
+
+
+def check_disk(found, server, floor):
+    """What is free where we write; below `floor` bytes it is critical."""
+    seen = set()
+    for path in [server.path] + [store.root for store in (
+            server.store, server.accounts) if isinstance(store, FileStore)]:
+        device, space = os.stat(path).st_dev, os.statvfs(path)
+        if device in seen:
+            continue
+        seen.add(device)
+        free = space.f_bavail * space.f_frsize
+        size = space.f_blocks * space.f_frsize
+        found.figure('disk_free_bytes', free, path=path)
+        found.figure('disk_size_bytes', size, path=path)
+        least = floor or min(CHECK_DISK, size // 20)
+        found.limit('disk', -free, (-2 * least, -least),
+                    '%s: %d bytes are free, %d should be' % (
+                        path, free, 2 * least))
+        if space.f_files and space.f_favail < space.f_files // 20:
+            found.fault('disk', CHECK_CRITICAL, '%s: %d of %d inodes are free'
+                        % (path, space.f_favail, space.f_files))
+
+
+def check_bill(found, server):
+    """Whether the days that are over were billed."""
+    if server.prices is None:
+        return
+    if server.run(start_get()) is None:
+        return found.fault('bill', CHECK_WARNING, '"tarsnapd bill" was never '
+                           'run')
+    server.run(ledger_catch_up())
+    places = server.perform(('view', 'places')).values()
+    last = min(day for day, _ in places) + 1
+    found.figure('billed_timestamp_seconds', last * DAY)
+    found.limit('bill', found.now - BILL_LATER - (last + 1) * DAY, CHECK_BILL,
+                '%s is not billed' % day_text(last))
+
+
+def check_mail(found, server):
+    """Whether mail goes out."""
+    if server.post is None:
+        return
+    names = server.perform(('list', 'mail/due/'))
+    found.figure('mail_due', len(names))
+    oldest, why = found.now, ''
+    for key in names[:CHECK_MAILS]:
+        mail = server.run(summed_get(key))
+        if mail and mail['time'] < oldest:
+            oldest = mail['time']
+            why = server.run(mail_tries(key.rpartition('/')[2]))[1].get(
+                'reason', 'no attempt was made')
+    if names:
+        found.figure('mail_oldest_timestamp_seconds', oldest)
+    found.limit('mail', found.now - oldest, CHECK_MAIL,
+                '%d wait, one since %s: %s' % (len(names), moment(oldest),
+                                               why))
+
+
+def check_backlog(found, server):
+    """Whether cleaning and scrubbing keep up, and what scrubbing found."""
+    held = sum(os.path.getsize(os.path.join(top, name)) for top, _, names
+               in os.walk(server.spools.root) for name in names
+               if os.path.exists(os.path.join(top, name)))
+    found.figure('spool_bytes', held)
+    seconds, _ = clean_conf(server.conf)
+    with contextlib.suppress(FileNotFoundError):
+        last = int(os.stat(os.path.join(server.path, 'clean.lock')).st_mtime)
+        found.figure('cleaned_timestamp_seconds', last)
+        if seconds and not server.read_only:
+            found.limit('backlog', found.now - last, [2 * seconds + DAY],
+                        'nothing was cleaned since %s' % moment(last))
+    scrub, (rate, seconds) = scrub_saved(server.path), scrub_conf(server.conf)
+    found.figure('damaged_objects', len(scrub.damage))
+    if scrub.damage:
+        found.fault('store', CHECK_CRITICAL, '%d objects are damaged; '
+                    '"tarsnapd scrub" names them' % len(scrub.damage))
+    if scrub.finished:
+        found.figure('scrubbed_timestamp_seconds', int(scrub.finished))
+        if rate:
+            found.limit('backlog', found.now - scrub.finished,
+                        [3 * seconds + DAY], 'the last round of scrubbing '
+                        'ended on %s' % moment(scrub.finished))
+
+
+def check_directory(found, server, floor):
+    """All that can only be seen where the server directory is."""
+    with found.part('store'):
+        server.perform(('get', 'store-id', 0, None))
+    for name, run in (('disk', lambda: check_disk(found, server, floor)),
+                      ('bill', lambda: check_bill(found, server)),
+                      ('mail', lambda: check_mail(found, server)),
+                      ('backlog', lambda: check_backlog(found, server))):
+        with found.part(name):
+            run()
+
+
+##############################################################################
 # Commands
 #
 # The command line: `tarsnapd.py COMMAND SRV ...`.  Results on stdout, one line
@@ -12560,7 +12845,8 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py mail SRV [--list | --dry-run | --text KIND |
                    --announce FILE]
        tarsnapd.py check [SRV] [--server HOST:PORT] [--key FILE] [--read]
-                   [--warn SECONDS] [--timeout SECONDS]
+                   [--warn SECONDS] [--timeout SECONDS] [--disk BYTES]
+                   [--web URL] [--prometheus FILE]
        tarsnapd.py scrub SRV [--part N] [--rate BYTES] [--json]
        tarsnapd.py repair SRV [--dry-run]
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
@@ -12796,11 +13082,6 @@ def balance_say(server, ident):
         server.run(standing_update({ident: balance}, server.prices,
                                    server.amnesty, server.post))
         print('balance %s' % money_text(balance.money))
-
-
-def moment(seconds):
-    """A time as UTC, to the second."""
-    return time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime(seconds))
 
 
 USER_VERBS = {                          # what it does, number of words
@@ -13751,26 +14032,30 @@ def take_options(args, known, least, most=None):
     return options, words
 
 
-# What monitors call the exit statuses of a check.
-CHECK_OK, CHECK_WARNING, CHECK_CRITICAL, CHECK_UNKNOWN = range(4)
-CHECK_WORDS = ('OK', 'WARNING', 'CRITICAL', 'UNKNOWN')
-
-
 def command_check(args):
-    """Whether a server works: one line on stdout, a monitor's status."""
+    """Whether all is well: one line on stdout for each fault, or one that
+    there is none; a monitor's status.
+    """
+    found = Checked(int(time.time()))
     try:
-        status, text = check(args)
+        file = check(found, args)
+        if file:
+            write_file(file, found.prometheus().encode(), 0o644)
     except (ServerError, StoreError) as e:
-        status, text = CHECK_UNKNOWN, str(e)
-    print('tarsnapd %s - %s' % (CHECK_WORDS[status], text))
-    return status
+        found.fault('door', CHECK_UNKNOWN, str(e))
+    except OSError as e:
+        found.fault('door', CHECK_UNKNOWN, '%s: %s' % (e.filename,
+                                                       e.strerror))
+    print('\n'.join(found.lines()))
+    return found.status()
 
 
-def check(args):
-    """(status, what there is to say)."""
+def check(found, args):
+    """Do what the arguments say; where Prometheus wants its figures."""
     options, words = take_options(args, {
         '--server': True, '--key': True, '--read': False, '--warn': True,
-        '--timeout': True}, 0, 1)
+        '--timeout': True, '--disk': True, '--web': True,
+        '--prometheus': True}, 0, 1)
     limits = [option_number(options, name, default, 1, 3600)
               for name, default in (('--warn', 10), ('--timeout', 60))]
     path = words[0] if words else ''
@@ -13778,43 +14063,59 @@ def check(args):
     if not words and not {'--server', '--key'} <= options.keys():
         raise ServerError('check needs a server directory, or --server and '
                           '--key')
-    address = options.get('--server') or check_address(path)
-    listen_check(address)
-    if words and '--key' not in options and not os.path.exists(key):
-        server = open_server(path)
-        canary_make(server, key)
-        server.close()
+    if '--disk' in options and not words:
+        raise ServerError('--disk needs a server directory')
+    floor = size_parse(options['--disk']) if '--disk' in options else None
+    if words and not is_server(path):
+        raise ServerError('%s: not a server directory' % path)
+    if words:
+        conf_read(path)
+        check_here(found, path, floor, '' if '--key' in options else key)
+    with found.part('door'):
+        address = options.get('--server') or check_address(path)
+        listen_check(address)
+        check_door(found, canary_load(key), address, limits,
+                   '--read' in options)
+    if '--web' in options:
+        with found.part('web'):
+            check_web(found, options['--web'], limits[1])
+    return options.get('--prometheus')
+
+
+def check_here(found, path, floor, key):
+    """All that can be seen in a server directory; `key` is the file of the
+    canary that is to be made if there is none, or empty.
+    """
     try:
-        canary = canary_run(canary_load(key), address, limits[1],
-                            '--read' in options)
-    except CanaryDead as e:
-        return CHECK_CRITICAL, '%s: %s' % (address, e)
-    return check_says(canary, address, limits)
+        server = open_server(path)
+    except (ServerError, StoreError) as e:      # so it would not start
+        return found.fault('store', CHECK_CRITICAL, str(e))
+    with contextlib.closing(server):
+        if key and not os.path.exists(key):
+            with found.part('store'):
+                canary_make(server, key)
+        check_directory(found, server, floor)
 
 
 def check_address(path):
     """Where a server directory is served, as seen from this host."""
-    if not is_server(path):
-        raise ServerError('%s: not a server directory' % path)
     conf = conf_read(path)
     if conf.get('front-certificate'):
         raise ServerError('%s is behind a front; --server says where that '
                           'listens' % path)
     host, _, port = (conf.get('listen') or ':%d' % PORT).rpartition(':')
+    if port == '0':
+        # Any that is free: the one of the server that was started last.
+        try:
+            found = read_file(os.path.join(path, 'address'), 300)
+        except FileNotFoundError:
+            raise ServerError('%s listens at any port, and was not started '
+                              'yet; --server says where' % path) from None
+        host, _, port = found.decode('ascii', 'replace').strip().rpartition(
+            ':')
     if host.strip('[]') in ('', '::', '0.0.0.0'):
         host = 'localhost'
     return '%s:%s' % (host, port)
-
-
-def check_says(canary, address, limits):
-    """(status, line) about a Canary that came back."""
-    seconds = sum(canary.times.values())
-    did = 'wrote, read and deleted' if 'write' in canary.times else 'read'
-    figures = ['time=%.3fs;%d;%d;0' % (seconds, *limits)] + [
-        '%s=%.3fs' % step for step in canary.times.items()]
-    return (CHECK_WARNING if seconds > limits[0] else CHECK_OK,
-            '%s: %s a block in %.3f s|%s' % (address, did, seconds,
-                                             ' '.join(figures)))
 
 
 COMMANDS = {

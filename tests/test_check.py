@@ -41,7 +41,7 @@ class Case(unittest.TestCase):
 
     def check(self, status, *words, says='', address=None):
         """A check at the server's address, and what it must come to."""
-        return self.told(here('check', self.path, '--server',
+        return self.told(here('check', self.path, '--disk', '1', '--server',
                               address or self.address, *words), status, says)
 
     def told(self, done, status, says=''):
@@ -302,6 +302,236 @@ class Fails(Case):
         with open(os.path.join(self.path, 'tarsnapd.conf'), 'a') as file:
             file.write('front-certificate = tls.crt\n')
         self.told(here('check', self.path), UNKNOWN, 'is behind a front')
+
+
+class Directory(Case):
+    """What only shows where the server directory is."""
+
+    def setUp(self):
+        super().setUp()
+        with open(os.path.join(self.path, 'tarsnapd.conf'), 'a') as file:
+            file.write('storage-price = 250\nupload-price = 250\n'
+                       'download-price = 250\nmail-from = a@example.org\n'
+                       'scrub-rate = 1M\n')
+        self.server = tarsnapd.Server(self.path)
+        self.addCleanup(self.server.close)
+        self.now = int(time.time())
+
+    def found(self, look, *more, now=None):
+        """What one part of a check finds: [(status, line)]."""
+        found = tarsnapd.Checked(now or self.now)
+        look(found, self.server, *more)
+        self.figured = {name: number for name, _, number in found.figures}
+        return found.faults
+
+    def wrong(self, status, says, *found, **more):
+        (found_status, line), = self.found(*found, **more)
+        self.assertEqual(found_status, status, line)
+        self.assertIn(says, line)
+
+    def test_days_that_are_not_billed(self):
+        look, day = tarsnapd.check_bill, tarsnapd.DAY
+        self.wrong(WARNING, 'never run', look)
+        midnight = self.now // day * day
+        self.server.run(tarsnapd.start_make(midnight // day))
+        for hours, status in ((30, OK), (31, WARNING), (54, WARNING),
+                              (55, CRITICAL)):
+            with self.subTest(hours):
+                now = midnight + hours * 3600
+                if status == OK:
+                    self.assertEqual(self.found(look, now=now), [])
+                else:
+                    self.wrong(status, time.strftime(
+                        '%Y-%m-%d is not billed', time.gmtime(midnight)),
+                        look, now=now)
+        with mock.patch.object(tarsnapd.Server, 'perform_here', (
+                lambda server, wish, own=tarsnapd.Server.perform_here:
+                midnight + day + 700 if wish == ('now',)
+                else own(server, wish))):
+            self.server.run(tarsnapd.bill(self.server.prices))
+        self.assertEqual(self.found(look, now=midnight + 54 * 3600), [])
+        self.assertEqual(self.figured['billed_timestamp_seconds'],
+                         midnight + day)
+
+    def test_mail_that_waits(self):
+        look = tarsnapd.check_mail
+        self.assertEqual(self.found(look), [])
+        self.server.run(tarsnapd.mail_put(
+            'receipt', 'zoe@example.net', '1', dict.fromkeys(
+                ('amount', 'balance', 'date', 'reference'), 'x')))
+        self.assertEqual(self.found(look, now=self.now + 7000), [])
+        self.wrong(WARNING, '1 wait', look, now=self.now + 7300)
+        self.wrong(CRITICAL, 'no attempt was made', look,
+                   now=self.now + 86500)
+        self.assertEqual(self.figured['mail_due'], 1)
+
+    def test_a_disk_that_is_full(self):
+        look = tarsnapd.check_disk
+        self.assertEqual(self.found(look, 1), [])
+        free = self.figured['disk_free_bytes']
+        self.wrong(WARNING, 'bytes are free', look, free * 2 // 3)
+        self.wrong(CRITICAL, 'bytes are free', look, free * 2)
+
+    def test_cleaning_and_scrubbing_that_came_to_a_stop(self):
+        look, lock = tarsnapd.check_backlog, os.path.join(
+            self.path, 'clean.lock')
+        self.assertEqual(self.found(look), [])
+        open(lock, 'w').close()
+        self.assertEqual(self.found(look), [])
+        os.utime(lock, (1, self.now - 4 * 86400))
+        self.wrong(WARNING, 'nothing was cleaned since', look)
+        os.unlink(lock)
+        scrub = tarsnapd.Scrub({'finished': self.now - 5 * 86400, 'damage': [
+            ['seg/1', 1, 'bytes', 'it is torn']]})
+        with mock.patch.object(tarsnapd, 'scrub_saved', lambda path: scrub):
+            faults = self.found(look)
+        self.assertEqual([status for status, _ in faults],
+                         [CRITICAL, WARNING])
+        self.assertIn('1 objects are damaged', faults[0][1])
+        self.assertIn('last round of scrubbing', faults[1][1])
+
+    def test_a_store_that_is_away(self):
+        self.start()
+        here('check', self.path, '--server', self.address)
+        self.serve.stop()
+        os.rename(os.path.join(self.path, 'store'),
+                  os.path.join(self.path, 'away'))
+        status, out, _ = here('check', self.path, '--server', self.address)
+        lines = out.splitlines()
+        self.assertEqual(status, CRITICAL)
+        self.assertIn('CRITICAL - store: ', lines[0])
+        self.assertIn('Connection refused', lines[1])
+
+    def test_each_fault_is_a_line_the_worst_first(self):
+        self.start()
+        status, out, _ = here('check', self.path, '--server', self.address,
+                              '--disk', '1')
+        self.assertEqual((status, out.count('\n')), (WARNING, 1))
+        self.assertIn('WARNING - bill: "tarsnapd bill" was never run|time=',
+                      out)
+        self.serve.stop()
+        status, out, _ = here('check', self.path, '--server', self.address,
+                              '--disk', '1')
+        self.assertEqual(status, CRITICAL)
+        self.assertEqual([line.split()[1] for line in out.splitlines()],
+                         ['CRITICAL', 'WARNING'])
+
+    def test_figures_for_prometheus(self):
+        self.start()
+        file = os.path.join(self.path, 'x"y.prom')
+        here('check', self.path, '--server', self.address, '--prometheus',
+             file)
+        self.assertEqual(stat.S_IMODE(os.stat(file).st_mode) & 0o44, 0o44)
+        with open(file) as lines:
+            lines = lines.read().splitlines()
+        declared = {line.split()[2] for line in lines if line[:6] == '# TYPE'}
+        samples = [re.fullmatch(r'(tarsnapd_\w+)(\{(?:\w+="[^"\n]*",?)+\})? '
+                                r'([0-9.e+]+)', line)
+                   for line in lines if line[0] != '#']
+        self.assertNotIn(None, samples)
+        self.assertEqual({one.group(1) for one in samples}, declared)
+        values = {one.group(1) + (one.group(2) or ''): float(one.group(3))
+                  for one in samples}
+        self.assertEqual(values['tarsnapd_check_status{part="door"}'], OK)
+        self.assertEqual(values['tarsnapd_check_status{part="bill"}'],
+                         WARNING)
+        self.assertEqual(values['tarsnapd_damaged_objects'], 0)
+        self.assertIn('tarsnapd_check_step_seconds{step="write"}', values)
+        self.assertGreater(values[
+            'tarsnapd_certificate_expiry_timestamp_seconds{where="%s"}'
+            % self.address], self.now + 10 ** 9)
+
+    def test_a_certificate_that_ends(self):
+        for days, says in ((20, None), (10, (WARNING, 'ends on')),
+                           (1, (CRITICAL, 'ends on')),
+                           (-1, (CRITICAL, 'ended on'))):
+            found = tarsnapd.Checked(self.now)
+            tarsnapd.check_certificate(found, 'certificate', 'x',
+                                       self.now + days * 86400)
+            self.assertEqual([(status, says and says[1]) for status, line
+                              in found.faults if says and says[1] in line],
+                             [says] if says else [])
+
+
+class Address(Case):
+
+    def test_a_port_that_was_free(self):
+        with open(os.path.join(self.path, 'tarsnapd.conf'), 'w') as file:
+            file.write('[server]\nlisten = 127.0.0.1:0\n')
+        self.told(here('check', self.path, '--disk', '1'), UNKNOWN,
+                  'was not started yet')
+        self.start()
+        self.told(here('check', self.path, '--disk', '1'), OK,
+                  self.address + ': wrote')
+
+
+class Web(unittest.TestCase):
+    """Account pages, over TLS and not."""
+
+    def setUp(self):
+        import http.server
+        self.status = 200
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+
+            def log_message(self, *words):
+                pass
+
+            def do_GET(handler):
+                handler.send_response(self.status)
+                handler.end_headers()
+
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0),
+                                                      Handler)
+        self.port = self.server.server_port
+        thread = threading.Thread(target=self.server.serve_forever,
+                                  kwargs={'poll_interval': 0.02})
+        thread.start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(thread.join)
+        self.addCleanup(self.server.shutdown)
+
+    def found(self, url):
+        found = tarsnapd.Checked(int(time.time()))
+        with found.part('web'):
+            tarsnapd.check_web(found, url, 10)
+        self.figures = found.figures
+        return found.status(), ' '.join(line for _, line in found.faults)
+
+    def test_pages(self):
+        url = 'http://127.0.0.1:%d/account.cgi?x=1' % self.port
+        self.assertEqual(self.found(url), (OK, ''))
+        self.status = 500
+        self.assertEqual(self.found(url)[0], CRITICAL)
+        self.assertIn('status 500', self.found(url)[1])
+        for url, status, says in (
+                ('http://127.0.0.1:9/', CRITICAL, 'refused'),
+                ('ftp://127.0.0.1/', UNKNOWN, 'is not a URL'),
+                ('x', UNKNOWN, 'is not a URL')):
+            self.assertEqual(self.found(url)[0], status)
+            self.assertIn(says, self.found(url)[1])
+
+    def test_a_certificate_is_verified_and_looked_at(self):
+        import ssl
+        import s3peers
+        where = tempfile.mkdtemp(prefix='web-')
+        self.addCleanup(shutil.rmtree, where)
+        ca = os.path.join(where, 'cert.pem')
+        s3peers.certificate(ca)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(ca)
+        self.server.socket = context.wrap_socket(self.server.socket,
+                                                 server_side=True)
+        url = 'https://localhost:%d/' % self.port
+        self.assertEqual(self.found(url)[0], CRITICAL)
+        self.assertIn('verify failed', self.found(url)[1])
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=ca):
+            self.assertEqual(self.found(url), (OK, ''))
+            (name, labels, number), = self.figures
+            self.assertEqual(labels, {'where': url})
+            with mock.patch.object(tarsnapd.time, 'time',
+                                   lambda: number - 5 * 86400):
+                self.assertEqual(self.found(url)[0], WARNING)
 
 
 class Key(Case):
