@@ -671,10 +671,11 @@ class State:
         return json.loads(unpacked(row[0])) if row else []
 
     def forget(self, now):
-        """Drop findings of long ago."""
+        """Drop alarms and findings of long ago."""
+        alarms_forget(self, now - 400 * DAY)
         self.db.execute('DELETE FROM finding WHERE at < ? AND ended IS NOT'
-                        ' NULL AND id NOT IN (SELECT finding FROM alarm)',
-                        (now - 400 * DAY,))
+                        ' NULL AND id NOT IN (SELECT finding FROM alarm'
+                        ' WHERE finding IS NOT NULL)', (now - 400 * DAY,))
 
 
 def finding_text(state, finding):
@@ -691,7 +692,10 @@ def finding_text(state, finding):
     elif gone:
         said += gone[:50] + ['']
     lines = state.mail_of(finding.id)
-    if lines:
+    if not lines:               # it is not kept any more
+        said += ['%d: %s' % (number, text) for number, text in finding.lines
+                 if number is not None]
+    else:
         said.append('The mail, what is unusual marked with >:')
     near = {number + i for number in wanted for i in range(-4, 5)}
     last = None
@@ -1735,14 +1739,12 @@ def raise_alarm(state, finding, now):
 
     Runs within the transaction of the finding.  alarms_send sends.
     """
-    body = '\n'.join([*finding.also, ''] * bool(finding.also) + [
-        text if number is None else '%d: %s' % (number, text)
-        for number, text in finding.lines])
     state.db.execute(
         'INSERT OR IGNORE INTO alarm(finding, severity, title, body, at, base)'
         ' VALUES (?, ?, ?, ?, ?, ?)',
         (finding.id, finding.severity, alarm_line(
-            '%s: %s' % (finding.job, finding.reason)), body, now, now))
+            '%s: %s' % (finding.job, finding.reason)),
+         finding_text(state, finding), now, now))
 
 
 def end_alarm(state, finding, now, why):
@@ -3066,6 +3068,7 @@ class Watch:
 
         `raw` may be the beginning of a mail of `size` bytes with `beyond`
         line ends more.  Durable on return.  A reply to an alarm is obeyed.
+        None for a mail of ours, which is not judged.
         """
         now = self.clock() if now is None else now
         size = len(raw) if size is None else size
@@ -3073,6 +3076,8 @@ class Watch:
             beyond += raw.count(b'\n', HEAD_BYTES)
             raw = raw[:HEAD_BYTES]
         message = mail_parse(raw)
+        if message.get('X-Cronwatch') in ('raise', 'over'):
+            return None
         if self.reply(message, now):
             return []
         return self.take(mail_run(message, now, size, beyond))
@@ -3685,8 +3690,9 @@ def deliver(folder, stream, out=None):
         watch = Watch(os.path.join(folder, 'state.db'), conf)
         findings = watch.deliver(intake.head, None, intake.size,
                                  intake.beyond)
-        verdict = 'raised %d, %s' % (
-            findings[0].id, findings[0].kind) if findings else 'quiet'
+        if findings is not None:
+            verdict = 'raised %d, %s' % (
+                findings[0].id, findings[0].kind) if findings else 'quiet'
         alarms_send(watch.state, conf, time.time())
     # Nothing whatever may lose the mail.
     except Exception as e:
@@ -3707,7 +3713,7 @@ def deliver(folder, stream, out=None):
     except OSError as e:
         say('%s' % e)
         return TEMPFAIL, findings
-    return 0, findings
+    return 0, findings or []
 
 
 ##############################################################################
