@@ -12340,7 +12340,7 @@ class Canary:
             answer = self.auth(statement, role)
         self.n, = U64.unpack_from(answer)
         self.head = answer[8:40]
-        self.read_only = answer[48]
+        self.read_only = answer[48] & 1
         self.archives = {}              # id -> (record, lineage, state, time)
         self.now = 0                    # the newest of these times
         self.lap('connect')

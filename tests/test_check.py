@@ -406,7 +406,7 @@ class Directory(Case):
         self.start()
         status, out, _ = here('check', self.path, '--server', self.address,
                               '--disk', '1')
-        self.assertEqual((status, out.count('\n')), (WARNING, 1))
+        self.assertEqual((status, out.count('\n')), (WARNING, 1), out)
         self.assertIn('WARNING - bill: "tarsnapd bill" was never run|time=',
                       out)
         self.serve.stop()
