@@ -6237,6 +6237,10 @@ class Outcome:
             checkout.session or checkout.name, checkout.account, text))
 
 
+class Forged(ServerError):
+    """A webhook that its provider did not send, or long ago."""
+
+
 MUST = object()
 
 
@@ -6327,7 +6331,8 @@ def checkout_begin(shop, provider, account, dollars):
         yield from once(key, versioned_encode(key, value))
     begin = stripe_begin if provider == 'stripe' else paypal_begin
     session, url = yield from begin(shop, checkout)
-    if not url.startswith(shop.pages(provider) + '/'):
+    if not url.startswith(shop.pages(provider) + '/') or not (
+            url.isascii() and url.isprintable() and ' ' not in url):
         raise ProviderError('payment at %s, which is not %s' % (
             printable(url), shop.pages(provider)))
     key = checkout_key('made', name)
@@ -6474,8 +6479,8 @@ def stripe_begin(shop, checkout):
             'mode': 'payment',
             'line_items': [{'price': shop.price,
                             'quantity': checkout.cents // 100}],
-            'success_url': shop.page('paid.cgi', checkout),
-            'cancel_url': shop.page('unpaid.cgi', checkout),
+            'success_url': shop.page(checkout),
+            'cancel_url': shop.page(checkout),
             'client_reference_id': checkout.name, 'metadata': mark,
             'payment_intent_data': {'metadata': mark},
             'expires_at': checkout.time + CHECKOUT_SECONDS}, checkout.name)
@@ -6573,7 +6578,7 @@ def stripe_disputes(shop, out, checkout, paid, intent):
 
 
 def stripe_verify(header, body, secrets, now):
-    """ServerError unless Stripe signed a webhook's body, bytes, of late.
+    """Forged unless Stripe signed a webhook's body, bytes, of late.
 
     The header is t=SECONDS,v1=HEX,...: HMAC-SHA-256 of "SECONDS." and the
     body, with the endpoint's secret as it stands; while that is being
@@ -6587,7 +6592,7 @@ def stripe_verify(header, body, secrets, now):
         elif name == 'v1':
             signatures.append(value.encode('utf-8', 'replace'))
     if len(times) != 1 or len(times[0]) > 12:
-        raise ServerError('a webhook without a good signature')
+        raise Forged('a webhook without a good signature')
     good = False
     for secret in secrets:
         wanted = hmac.digest(secret.encode(), times[0].encode() + b'.' + body,
@@ -6595,9 +6600,9 @@ def stripe_verify(header, body, secrets, now):
         for signature in signatures:
             good |= hmac.compare_digest(wanted, signature)
     if not good:
-        raise ServerError('a webhook without a good signature')
+        raise Forged('a webhook without a good signature')
     if int(times[0]) < now - WEBHOOK_SECONDS:
-        raise ServerError('a webhook that was signed long ago')
+        raise Forged('a webhook that was signed long ago')
 
 
 WEBHOOK_SECONDS = 300           # Stripe's own tolerance
@@ -6635,8 +6640,8 @@ def paypal_begin(shop, checkout):
             'amount': {'currency_code': CURRENCY,
                        'value': '%d.%02d' % divmod(checkout.cents, 100)}}],
         'payment_source': {'paypal': {'experience_context': {
-            'return_url': shop.page('paid.cgi', checkout),
-            'cancel_url': shop.page('unpaid.cgi', checkout),
+            'return_url': shop.page(checkout),
+            'cancel_url': shop.page(checkout),
             'shipping_preference': 'NO_SHIPPING',
             'user_action': 'PAY_NOW'}}}}, checkout.name)
     for link in pick(order, 'links', list):
@@ -6795,7 +6800,7 @@ def paypal_disputes(shop, out, checkout, paid, ident):
 
 
 def paypal_verify(headers, body, webhook, now):
-    """Steps: ServerError unless PayPal signed a webhook's body, bytes.
+    """Steps: Forged unless PayPal signed a webhook's body, bytes.
 
     Signed is "TRANSMISSION ID|TIME|WEBHOOK ID|CRC-32 of the body", RSA with
     SHA-256 (PKCS #1 v1.5), with the key of a certificate that a server of
@@ -6814,7 +6819,7 @@ def paypal_verify(headers, body, webhook, now):
         if headers['PAYPAL-AUTH-ALGO'] != 'SHA256withRSA':
             raise ValueError(headers['PAYPAL-AUTH-ALGO'])
     except (KeyError, ValueError):
-        raise ServerError('a webhook without a good signature') from None
+        raise Forged('a webhook without a good signature') from None
     key = (yield ('provider', 'paypal', 'CERT', url, None, None))
     try:
         if not isinstance(key, rsa.RSAPublicKey):
@@ -6822,7 +6827,7 @@ def paypal_verify(headers, body, webhook, now):
         key.verify(signature, text.encode('utf-8', 'replace'),
                    padding.PKCS1v15(), hashes.SHA256())
     except InvalidSignature:
-        raise ServerError('a webhook without a good signature') from None
+        raise Forged('a webhook without a good signature') from None
 
 
 # Webhooks, and what they left out.
@@ -6832,8 +6837,8 @@ def pay_webhook(shop, out, provider, headers, body):
     """Steps: do what a webhook is about; `headers` by upper-case name with
     hyphens, `body` bytes as they came.
 
-    ServerError if the provider did not send it: say 400.  ProviderError or
-    StoreError if it could not be done now: say 503, and it comes again.
+    Forged if the provider did not send it: say 400.  Any other error if it
+    could not be done now: say 503, and it comes again.
     """
     now = yield ('now',)
     if provider == 'stripe':
@@ -6844,7 +6849,7 @@ def pay_webhook(shop, out, provider, headers, body):
     try:
         event = json.loads(body)
     except ValueError:
-        raise ServerError('a webhook that is not JSON') from None
+        raise Forged('a webhook that is not JSON') from None
     if provider == 'stripe':
         yield from stripe_event(shop, out, event)
         return
@@ -9499,9 +9504,9 @@ class Shop:
         """Where a provider's pages are: scheme and host."""
         return self.hosts[name]
 
-    def page(self, name, checkout):
-        """The URL of our page `name` about a checkout."""
-        return '%s%s?checkout=%s' % (self.base, name, checkout.name)
+    def page(self, checkout):
+        """The URL where a payer comes back to, paid or not."""
+        return '%spaid.cgi?checkout=%s' % (self.base, checkout.name)
 
 
 ##############################################################################

@@ -514,7 +514,8 @@ def machine_table(account, machine, first, last):
 
 
 WORDS = {'payment': 'Payment', 'refund': 'Refund', 'credit': 'Credit',
-         'chargeback': 'Taken back by the bank', 'adjustment': 'Adjustment'}
+         'chargeback': 'Taken back by the bank', 'adjustment': 'Adjustment',
+         'reversal': 'Given back to you'}
 
 
 def payments(site):
@@ -530,8 +531,15 @@ def payments(site):
     return web.page(
         site, 'Payments', facts([('Balance', h(
             '<strong>{}</strong>', money_short(account.balance.money)))]),
+        add_money(site),
         web.table(('Date', 'What', 'Reference', 'Text', 'Amount', ''), rows,
                   numbers=(4,)) if rows else para('There are none yet.'))
+
+
+def add_money(site):
+    """A link to where one pays, if one can."""
+    return h('<p class="links"><a href="pay.cgi">Add money</a></p>') if (
+        'pay-keys' in site.conf) else ''
 
 
 def reference(key):

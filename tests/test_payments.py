@@ -4,7 +4,6 @@ once, whatever is lost, late, twice, forged or killed on the way.
 """
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -619,6 +618,15 @@ class Keys(Case):
         self.assertEqual(shop.pages('paypal'),
                          'https://www.sandbox.paypal.com')
         self.assertFalse(shop.lax('paypal'))
+
+    def test_the_manual_names_every_event(self):
+        with open(os.path.join(os.path.dirname(os.path.dirname(
+                os.path.abspath(__file__))), 'man', 'tarsnap-web.8')) as page:
+            text = page.read().split('.Sh STRIPE AND PAYPAL')[1]
+        self.assertEqual(
+            [line.split()[1] for line in text.splitlines()
+             if line.startswith('.Li ')],
+            tarsnapd.STRIPE_EVENTS + tarsnapd.PAYPAL_EVENTS)
 
     def test_price(self):
         """Made once; without it there is no paying through Stripe."""

@@ -269,7 +269,8 @@ class Browser:
                         headers)
 
     def follow(self):
-        while self.page.status == 303:
+        while self.page.status == 303 and (
+                '://' not in self.page.headers['Location']):
             self.get(self.page.headers['Location'])
         return self.page
 
