@@ -6,6 +6,7 @@ of UTC; amounts are attodollars until they are shown.
 """
 
 import collections
+import os
 
 import web                      # which knows where tarsnapd.py is
 from web import Html, h, para, tarsnapd
@@ -237,7 +238,7 @@ class Month:
 # style sheet knows dark from light.
 ##############################################################################
 
-WIDTH, HEIGHT, LEFT, BELOW = 640, 200, 64, 22      # user units
+WIDTH, HEIGHT, LEFT, BELOW = 640, 200, 84, 22      # user units
 
 
 def scale_top(most):
@@ -266,7 +267,7 @@ def chart(title, month, bars, words):
             '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>'
             '<text x="{}" y="{}" text-anchor="end">{}</text>', LEFT, WIDTH,
             '%.1f' % y, '%.1f' % y, LEFT - 6, '%.1f' % (y + 4),
-            web.size_text(top * share)))
+            web.size_text(top * share) if share else '0'))
     for day, bar in sorted(bars.items()):
         x, y = LEFT + (day - month.first) * width, HEIGHT + 8
         for i, quantity in enumerate(bar):
@@ -357,8 +358,8 @@ def money_part(account):
                  ('Storage each month', money_short(
                      balance.held * site.prices.storage))]
     pairs += [('Stored', web.size_text(balance.held)),
-              ('Charged until', 'nothing yet' if account.billed is None
-               else 'the end of ' + day_text(account.billed))]
+              ('Charged up to', 'nothing yet' if account.billed is None
+               else web.date(account.billed))]
     return web.join((facts(pairs), warning(account, left)))
 
 
@@ -393,18 +394,19 @@ def machines_part(account):
 def keygen_part(site):
     """How to add a machine, ready to copy."""
     server = site.conf.get('server', 'SERVER:PORT')
-    words = ['tarsnap-keygen', '--keyfile', '/root/tarsnap.key',
-             '--machine', 'NAME', '--server', server,
-             '--user', quoted(site.account['address'])]
+    command = ('tarsnap-keygen --keyfile /root/tarsnap.key --machine NAME '
+               '\\\n    --server %s --user %s' % (
+                   server, quoted(site.account['address'])))
     fingerprint = site.facts.get('fingerprint')
     if fingerprint:
-        words += ['--fingerprint', fingerprint]
+        command += ' \\\n    --fingerprint ' + fingerprint
     return h(
         '<h2>Add a machine</h2><p>On the machine, with a name of your choice '
         'for NAME; it asks for the password of this account:</p>'
         '<pre tabindex="0"><code>{}</code></pre>'
         '<p>Keep a copy of the key file elsewhere: without it nobody can '
-        'read the backups.</p>{}', ' '.join(words),
+        'read the backups.</p>{}', web.join(
+            h('{}\n', line) for line in command.split('\n')),
         h('<p>The fingerprint of the server is<br><code class="long">{}'
           '</code></p>', fingerprint) if fingerprint else '')
 
@@ -423,12 +425,12 @@ def last_backup(account, machine):
     since.
     """
     if machine.backup is None:
-        return 'none until ' + day_text(account.billed) if (
+        return h('none up to {}', web.date(account.billed)) if (
             account.billed is not None) else 'not known yet'
     if not machine.silent:
-        return day_text(machine.backup)
+        return web.date(machine.backup)
     return h('{} <strong class="late">silent for {} days{}</strong>',
-             day_text(machine.backup), account.billed - machine.backup,
+             web.date(machine.backup), account.billed - machine.backup,
              ', usually {}'.format(machine.usual) if machine.usual else '')
 
 
@@ -462,11 +464,11 @@ def activity_page(site):
 
 
 def activity_table(account, first, last, verbose):
-    """Rows as a table, the newest day first."""
+    """Rows as a table."""
     heads = ['', 'Date', *(['Machine'] if verbose else []), 'What',
              'Quantity', 'Amount', 'Balance']
-    rows = [[row.rectype, day_text(row.day),
-             *([row.machine] if verbose else []), row.type,
+    rows = [[row.rectype, web.date(row.day),
+             *([row.machine] if verbose else []), kind_cell(row.type),
              '' if row.quantity == '' else '%d bytes' % row.quantity,
              '' if row.amount is None else money_fine(row.amount),
              '' if row.balance is None else money_short(row.balance)]
@@ -498,6 +500,11 @@ def machine_page(site):
         machine_table(account, machine, month.first, month.last))
 
 
+def kind_cell(kind):
+    """A kind of usage or money, on one line."""
+    return h('<span class="kind">{}</span>', kind)
+
+
 def money_fine(amount):
     """Attodollars with six digits, rounded down; CSV has them all."""
     sign, amount = '-' * (amount < 0), abs(amount)
@@ -507,8 +514,8 @@ def money_fine(amount):
 def machine_table(account, machine, first, last):
     return web.table(
         ('Date', 'What', 'Quantity', 'Amount'),
-        [(day_text(day), kind, '%d bytes' % quantity, money_fine(amount))
-         for day, kind, quantity, amount
+        [(web.date(day), kind_cell(kind), '%d bytes' % quantity,
+          money_fine(amount)) for day, kind, quantity, amount
          in machine_rows(account, machine.number, first, last)],
         'Amounts in US dollars; days of UTC', (2, 3))
 
@@ -521,7 +528,7 @@ WORDS = {'payment': 'Payment', 'refund': 'Refund', 'credit': 'Credit',
 def payments(site):
     """All that came and went but usage, with receipts."""
     account = Account(site, site.account)
-    rows = [(web.day_of(when), WORDS.get(kind, kind),
+    rows = [(web.date(when // tarsnapd.DAY), WORDS.get(kind, kind),
              reference(key), text, ('' if amount < 0 else '+')
              + money_short(amount),
              h('<a href="receipt.cgi?entry={}">Receipt</a>',
@@ -556,7 +563,7 @@ def receipt(site):
         if kind == 'payment' and reference(key) == name:
             return web.page(site, 'Receipt', facts([
                 ('From', site.service), ('To', site.account['address']),
-                ('Date', web.day_of(when)), ('Reference', name),
+                ('Date', web.date(when // tarsnapd.DAY)), ('Reference', name),
                 ('For', 'Prepaid usage of ' + site.service),
                 ('Received', h('<strong>{}</strong>', money_short(amount))),
                 *([('Text', text)] if text else [])]))
@@ -611,18 +618,55 @@ def home(site):
     """What this is, what it costs, and whether it works."""
     if site.prices:
         price = facts([
-            ('Storage', '%s dollars a gigabyte and month'
+            ('Storage', '%s dollars a gigabyte-month'
              % picodollars(site.prices.storage)),
             ('Upload', '%s dollars a gigabyte' % picodollars(
                 site.prices.up)),
             ('Download', '%s dollars a gigabyte' % picodollars(
                 site.prices.down))])
     else:
-        price = h('<p>Nobody pays here.</p>')
-    return web.page(site, site.service, h(
-        '<p class="lead">Backups that nobody but you can read. Your machines '
-        'seal everything before it leaves them.</p>'), h('<h2>Prices</h2>'),
-        price)
+        price = para('Nobody pays here.')
+    return web.page(
+        site, site.service, h(
+            '<p class="lead">Backups that nobody but you can read. Your '
+            'machines seal everything before it leaves them, and only their '
+            'key files open it.</p>'),
+        status(site), h('<h2>Prices</h2>'), price,
+        para('A gigabyte is 10<sup>9</sup> bytes of what is left after '
+             'deduplication and compression. There is no monthly fee: you '
+             'pay in advance for what you use, to the byte and the day.')
+        if site.prices else '',
+        h('<h2>How to begin</h2><ol>'
+          '<li><a href="register.cgi">Register</a> with your mail address.'
+          '</li>{}<li>Make a key on each machine with <code>tarsnap-keygen'
+          '</code>; your account shows the command.</li>'
+          '<li>Keep copies of the key files elsewhere, and back up with '
+          '<code>tarsnap</code>.</li></ol>',
+          h('<li>Add money to your account.</li>') if site.prices else ''))
+
+
+STATUS_OLD = 3600               # seconds after which a check says nothing
+
+
+def status(site):
+    """Whether the service works, by what the operator's last check said; ''
+    where none is made.
+    """
+    try:
+        with open(site.file('status'), encoding='utf-8') as file:
+            words = file.read(100).split()
+            when = int(os.fstat(file.fileno()).st_mtime)
+    except (OSError, UnicodeDecodeError):
+        return ''
+    at = h('<time>{} UTC</time>', moment(when))
+    if when < site.now - STATUS_OLD:
+        text = h('Whether it works has not been looked at since {}.', at)
+    elif words[1:2] in (['OK'], ['WARNING']):
+        text = h('It works: a block was written, read and deleted at {}.', at)
+    else:
+        text = h('There is trouble, seen at {}. Backups that fail now can be '
+                 'repeated later.', at)
+    return h('<h2>Status</h2><p role="status">{}</p>', text)
 
 
 def picodollars(price):

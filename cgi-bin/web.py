@@ -78,7 +78,7 @@ def table(heads, rows, caption='', numbers=()):
     """
     right = [Html(' class="n"') if i in numbers else ''
              for i in range(len(heads))]
-    return h('<div class="wide"><table>{}<thead><tr>{}</tr></thead>'
+    return h('<div class="wide" tabindex="0"><table>{}<thead><tr>{}</tr></thead>'
              '<tbody>{}</tbody></table></div>',
              h('<caption>{}</caption>', caption) if caption else '',
              join(h('<th scope="col"{}>{}</th>', side, head)
@@ -201,7 +201,8 @@ def page(site, title, *parts, status='200 OK', headers=(), forms=()):
         menu += [h('<a href="{}"{}>{}</a>', name, Html(
             ' aria-current="page"') if name == site.script else '', label)
             for name, label in MENU]
-        menu.append(form(site, 'logout.cgi', button='Log out'))
+        menu.append(form(site, 'logout.cgi', kind='quiet',
+                         button='Log out'))
     else:
         menu += [h('<a href="account.html">Log in</a>'),
                  h('<a href="register.cgi">Register</a>')]
@@ -273,19 +274,13 @@ class Request:
         self.query, self.form, self.body, self.cookies = {}, {}, b'', {}
 
     def read(self, raw):
-        """Take query, cookies and body; Problem if these are too large.
+        """Take body, query and cookies; Problem if these are too large.
 
         With `raw` the body is whatever it is and stays in `body`.
         """
         get = self.environ.get
-        self.query = fields_parse(get('QUERY_STRING', ''), MOST['query'])
-        cookies = get('HTTP_COOKIE', '')
-        for part in cookies.split(';') if (
-                len(cookies) <= MOST['cookies']) else ():
-            name, _, value = part.strip().partition('=')
-            self.cookies.setdefault(name, value)
-        if self.method != 'POST':
-            return
+        # First of all: a script that ends with a body unread can have its
+        # answer cut off by mod_cgid.
         length = get('CONTENT_LENGTH') or '0'
         if not (length.isascii() and length.isdigit()
                 and int(length) <= MOST['body']):
@@ -294,7 +289,13 @@ class Request:
         self.body = sys.stdin.buffer.read(int(length))
         if len(self.body) != int(length):
             raise bad('The request ended early.')
-        if raw:
+        self.query = fields_parse(get('QUERY_STRING', ''), MOST['query'])
+        cookies = get('HTTP_COOKIE', '')
+        for part in cookies.split(';') if (
+                len(cookies) <= MOST['cookies']) else ():
+            name, _, value = part.strip().partition('=')
+            self.cookies.setdefault(name, value)
+        if self.method != 'POST' or raw:
             return
         if get('CONTENT_TYPE', '').partition(';')[0].strip().lower() != (
                 'application/x-www-form-urlencoded'):
@@ -665,7 +666,7 @@ def serve(get=None, post=None, login=True, token=True, raw=False):
     request = Request(os.environ)
     site = Nobody(request)
     try:
-        answer = None
+        request.read(raw)
         if not request.https and request.address not in ('127.0.0.1', '::1'):
             raise Problem('403 Forbidden', 'Not without TLS', 'Passwords '
                           'are not taken over a connection that others can '
@@ -674,7 +675,6 @@ def serve(get=None, post=None, login=True, token=True, raw=False):
         if act is None:
             raise Problem('405 Method Not Allowed', 'That is not done here',
                           'This page does not do that.')
-        request.read(raw)
         site = Site(os.environ.get('TARSNAP_WEB', '/etc/tarsnap-web'),
                     request)
         site.session_find()
@@ -720,5 +720,6 @@ def size_text(size):
     return '%d bytes' % size if unit == 'bytes' else '%.3g %s' % (size, unit)
 
 
-def day_of(seconds):
-    return tarsnapd.day_text(seconds // tarsnapd.DAY)
+def date(day):
+    """A day, by its number since 1970."""
+    return h('<time>{}</time>', tarsnapd.day_text(day))

@@ -80,7 +80,20 @@ class Figures(Case):
 
     def test_home(self):
         self.ok(self.browser.get(''), 'Sample Backups', '0.25 dollars')
-        self.ok(self.browser.get('index.html'), '0.25 dollars')
+        self.assertNotIn('status"', self.browser.page.text)
+        for said, shown in (
+                ('tarsnapd OK - b:9279: wrote a block|time=0.1s', 'It works'),
+                ('tarsnapd CRITICAL - b:9279: refused', 'There is trouble'),
+                ('', 'There is trouble')):
+            with open(self.site.file('web/status'), 'w') as file:
+                file.write(said)
+            page = self.ok(self.browser.get('index.html'), shown)
+            self.assertNotIn('9279', page.text)
+        then = int(time.time()) - 7200
+        os.utime(file.name, (then, then))
+        self.ok(self.browser.get(''), 'has not been looked at since '
+                '<time>' + tarsnapd.moment(then)[:16])
+        os.unlink(file.name)
 
     def test_overview(self):
         page = self.logged_in().page
@@ -93,9 +106,10 @@ class Figures(Case):
                    if day == self.today - 1)
         self.assertIn('%.3g GB' % (held / 1e9), page.text)
         self.assertIn(
-            'tarsnap-keygen --keyfile /root/tarsnap.key --machine NAME '
-            '--server backup.example.org:9279 --user %s --fingerprint %s'
-            % (ANN, self.site.server.fingerprint()), page.text)
+            'tarsnap-keygen --keyfile /root/tarsnap.key --machine NAME \\\n'
+            '    --server backup.example.org:9279 --user %s \\\n'
+            '    --fingerprint %s' % (ANN, self.site.server.fingerprint()),
+            page.text)
 
     def test_program_verbose(self):
         rows = self.csv(action='verboseactivity')
