@@ -852,12 +852,16 @@ class Observed:
         self.run = run
         self.kinds = {}         # key -> [count, place, first (number, line)]
         self.values = {}        # feature -> (value, (number, line))
+        self.clock = []         # times of day and dates in the text
         self.texts = {}         # key.slot -> {text: (number, line)}
         self.words = {}         # key -> {word: (number, line)}, weight > 0
         self.weights = {}       # key -> the greatest weight of a line
         several = {}            # key -> [(values, line), ...]
+        clock = re.compile(r'\d\d?:\d\d(?::\d\d)?|\d{4}-\d\d-\d\d').findall
         for line in run.lines:
             key, values = miner.add(line[1])
+            if len(self.clock) < 500:
+                self.clock += clock(line[1])
             kind = self.kinds.get(key)
             if kind is None:
                 kind = self.kinds[key] = [0, len(self.kinds), line]
@@ -873,6 +877,9 @@ class Observed:
                 several.setdefault(key, []).append((values, line))
         for key, found in several.items():
             self._numbers(key, found)
+        import zlib
+        self.clock = zlib.crc32(' '.join(self.clock).encode()) \
+            if self.clock else None
         self.values['lines'] = (float(run.count), None)
         if run.seconds is not None:
             self.values['seconds'] = (float(run.seconds), None)
@@ -912,6 +919,8 @@ class Memory:
             'gone': [],     # runs that came after they had been missed
             'new': [],      # runs with a new kind of line
             'newbad': [],   # runs with one that had a bad word
+            'clock': [],    # checksum of times in the last text, how often
+                            # it was another one, how often the same
             'status': {},   # exit status -> last run
             'kinds': {},    # key -> see kind()
             'texts': {},    # key.slot -> {text: last run}, None: anything
@@ -1177,6 +1186,7 @@ class Judge:
         memory, observed = self.memory, self.observed
         rate, runs = self.novelty(memory.new)
         badrate, _ = self.novelty(memory.newbad)
+        shapes = None
         for key, (count, place, line) in observed.kinds.items():
             weight = observed.weights.get(key, 0)
             said = list(observed.words.get(key, {}))
@@ -1197,6 +1207,12 @@ class Judge:
                 severity = WARNING
             elif runs >= 10 and rate * self.doubt < 0.05:
                 severity = WARNING
+            if kind is None and severity != NOTICE:
+                if shapes is None:
+                    shapes = {self.shape(known['s'])
+                              for known in memory.kinds.values()}
+                if self.shape(line[1]) in shapes:
+                    severity = NOTICE
             if memory.n < 3 and weight < 2:
                 continue
             if memory.n == 0 and weight >= 2 and len(observed.kinds) > 12:
@@ -1211,11 +1227,19 @@ class Judge:
                      '%s%s: %s' % (what, times, quoted(line[1])), [line],
                      held=[count, place])
 
+    @staticmethod
+    def shape(line):
+        """A line without what has digits: a new version is no news."""
+        return re.sub(r'\S*\d\S*', '#', line[:160])
+
     def missing_lines(self):
         memory, observed = self.memory, self.observed
         gone = []
+        there = {self.shape(line[1])
+                 for key, (_, _, line) in observed.kinds.items()
+                 if key not in memory.kinds}
         for key, kind in memory.kinds.items():
-            if key in observed.kinds or 'missing ' + key in memory.fine:
+            if key in observed.kinds or self.shape(kind['s']) in there:
                 continue
             runs = memory.always(key)
             if runs >= 12:
@@ -1343,7 +1367,8 @@ class Judge:
         if steps is not None and abs(steps) > 1:
             return WARNING, 42, '%s after %s, a step as never before: %s' % (
                 amount(value), amount(values[-1]), quoted(line[1]))
-        return self.full(runs, values, value, line) \
+        return self.drift(values, value, scale, line) \
+            or self.full(runs, values, value, line) \
             or self.stuck(values, value, line)
 
     def constant(self, values, value, weight, where):
@@ -1353,7 +1378,8 @@ class Judge:
             if self.words.found(where)[0] or len(values) >= 60:
                 return WARNING, 44, where
             return NOTICE, 20, where
-        if abs(values[0]) < 1000 and values[0] == int(values[0]):
+        if abs(values[0]) < 1000 and values[0] == int(values[0]) \
+                and abs(value - values[0]) > 0.05 * abs(values[0]):
             return WARNING, 43, where
         return NOTICE, 20, where
 
@@ -1366,7 +1392,23 @@ class Judge:
         steps = [b - a for a, b in zip(values, values[1:])]
         if max(map(abs, steps)) * 2.5 > max(values) - min(values):
             return None
-        return out_of_range(steps, value - values[-1], 'linear', self.doubt)
+        far = out_of_range(steps, value - values[-1], 'linear', self.doubt)
+        beyond = max(value - values[-1] - max(steps),
+                     min(steps) - value + values[-1])
+        return far if beyond > 0.2 * (max(values) - min(values)) else 0.0
+
+    def drift(self, values, value, scale, line):
+        """A number that leaves its range in small steps, which would widen
+        the range before it is out of it.
+        """
+        before, since = values[:-6], values[-2:] + [value]
+        if len(before) < 15:
+            return None
+        far = [out_of_range(before, one, scale, self.doubt) for one in since]
+        if min(far) > 0.9 or max(far) < -0.9:
+            return WARNING, 40, '%s and moving on, usually %s: %s' % (
+                amount(value), self.range(before), quoted(line[1]))
+        return None
 
     def full(self, runs, values, value, line):
         """A share that grows and will be 100 % within two weeks."""
@@ -1376,7 +1418,8 @@ class Judge:
         memory = self.memory
         past = [(memory.at[n - memory.first], one)
                 for n, one in zip(runs, values) if n >= memory.first][-30:]
-        if not past or self.run.at <= past[0][0]:
+        fallen = max([0] + [a - b for (_, a), (_, b) in zip(past, past[1:])])
+        if not past or value - past[0][1] < max(3, 4 * fallen):
             return None
         speed = (value - past[0][1]) / (self.run.at - past[0][0])
         if speed <= 0 or value < 90 \
@@ -1413,7 +1456,14 @@ class Judge:
             if value == past[-1]:
                 still.append(line)
                 surprise -= math.log((same + 0.5) / len(past))
-        if len(still) > 0.7 * lively and surprise > 9:
+        clock, moved, stood = self.memory.clock or (None, 0, 0)
+        if self.observed.clock is not None \
+                and clock == self.observed.clock and moved >= 10 > stood * 20:
+            self.say('stale', 'value', WARNING, 47, 'the times in it are '
+                     'those of the last mail; they moved on each time before',
+                     [line for line in self.run.lines
+                      if re.search(r'\d:\d\d|\d{4}-\d\d-\d\d', line[1])][:10])
+        elif len(still) > 0.7 * lively and surprise > 9:
             self.say('stale', 'value', WARNING, 47, 'the numbers are those '
                      'of the last mail; they differed each time before',
                      still[:10])
@@ -1479,8 +1529,11 @@ class Judge:
                 self.say('time', 'time', WARNING, 28,
                          'it came on a %s, as never before' % day)
                 return
-        least = min(gaps[-60:])
-        if least > 600 and now - times[-1] < 0.3 * least:
+        least = sorted(gaps[-60:])[len(gaps[-60:]) // 20]
+        soon = 0.3 * least
+        # Where it comes often, one that came twice is nothing yet.
+        if least > 600 and now - times[-1] < soon and (
+                least > DAY / 4 or gaps[-1] < soon):
             self.say('time', 'time', WARNING, 27,
                      'it came again after %s, usually after %s' % (
                          period(now - times[-1]), period(median(gaps))))
@@ -1524,13 +1577,19 @@ def next_due(memory):
     usual = median(same)
     long = [gap for gap in same if gap > 1.5 * usual + 600]
     most = max(gap for gap in same if gap <= 1.5 * usual + 600)
-    if len(long) > len(same) / 40:
+    hours = {}
+    for at, gap in pairs:
+        hours.setdefault(round(day_seconds(at) / 3600), []).append(gap)
+    spread = [sorted(gaps)[-2:] for gaps in hours.values() if len(gaps) > 2]
+    wild = sum(1 for low, high in spread if high > 1.2 * low + 600)
+    if len(long) > len(same) / 40 or (len(spread) > 3
+                                      and wild > len(spread) / 2):
         # It leaves some out: as many in a row as will hardly ever be.
         if len(pairs) < 15:
             return None
         share = (len(long) + 1) / (len(same) + 1)
-        most = max(1.2 * max(long), usual * math.log(1e-4) / math.log(
-            min(share, 0.8)))
+        most = max(2 * max(gap for _, gap in pairs), usual
+                   * math.log(1e-4) / math.log(min(share, 0.8)))
     wait = most + max(600, 0.1 * most)
     return last + max(wait, memory.patience * usual), usual
 
@@ -1547,6 +1606,13 @@ def run_learn(memory, observed, evidence):
         memory.odd.append(n)
         memory.trim()
         return
+    if observed.clock is not None:
+        clock, moved, stood = memory.clock or (None, 0, 0)
+        if clock != observed.clock:
+            moved += 1
+        elif 'stale' not in causes:
+            stood += 1
+        memory.clock = [observed.clock, moved, stood]
     if 'time' in causes:
         memory.odd.append(n)
     if any(cause.startswith('order ') for cause in causes):
@@ -3143,8 +3209,8 @@ class Watch:
         covered = set()
         for name, entry in list(memory.open.items()):
             if 'absent' in entry['held']:
-                # Twice is no accident any more.
-                if len(memory.told.get('absent', ())) < 3:
+                # Once is an accident.
+                if len(memory.told.get('absent', ())) < 2:
                     memory.gone.append(memory.n)
                 self._end(memory, name, run.at, 'it came after all, after %s'
                           % period(run.at - memory.at[-1]))
