@@ -13678,7 +13678,7 @@ def command_report(args):
     server = open_server(path)
     try:
         today = server.perform(('now',)) // DAY
-        first = month_days(month_days(today)[0] - 1)[0]
+        first = month_days(today - 1)[0]
         if '--month' in options:
             first = month_parse(options['--month'])
         if first > today:

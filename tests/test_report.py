@@ -85,7 +85,7 @@ class Reports(Clocked):
 
     def test_a_statement_has_every_line(self):
         host = self.live()
-        self.at(6)
+        self.at(5)
         machine = '%016x' % host.machine
         head, *rows = self.rows('--account', 'joe')
         self.assertEqual(','.join(head), 'RECTYPE,DATE,MACHINE,TYPE,QUANTITY,'
@@ -132,6 +132,7 @@ class Reports(Clocked):
 
     def test_a_closing_that_says_otherwise(self):
         self.live()
+        self.at(5)
         server, ident = self.server(), self.show()['account']
         key = 'closed/2026-11/' + ident[0]
         lines = tarsnapd.lines_decode(key, server.accounts.get(key))
@@ -250,6 +251,7 @@ class NothingCharged(Clocked):
         for place in ('ledger/', 'usage/', 'closed/'):
             for key in server.accounts.list(place):
                 server.accounts.delete(key)
+        self.at(5)
         found = json.loads(self.good('report', '--json'))
         row, = found['accounts']
         self.assertEqual(
