@@ -6169,12 +6169,12 @@ def machine_figures(machine, held, prices, amnesty, much, whole):
 # How an account's owner pays through Stripe or PayPal, and how the ledger gets
 # to say so.  All are steps; the wish ('provider', NAME, ...) asks its API.
 #
-#     checkout/due/ACCOUNT.ID     not known yet how it ended; deleted then
+#     checkout/due/ACCOUNT-ID     not known yet how it ended; deleted then
 #     checkout/asked/ACCOUNT/ID   what is to be paid, before anybody is asked
 #     checkout/made/ACCOUNT/ID    what the provider calls it
 #     checkout/seen/PROVIDER/...  versioned: how far its events were read
 #
-# ACCOUNT.ID is drawn first.  It goes with the call as its idempotency key and
+# ACCOUNT-ID is drawn first.  It goes with the call as its idempotency key and
 # into what the provider keeps, so an answer that is lost loses nothing.
 #
 # Nothing that a browser or a webhook says is entered: they say where to look.
@@ -6277,7 +6277,7 @@ def ident_check(text):
 
 
 def checkout_key(place, name):
-    return 'checkout/%s/%s' % (place, name.replace('.', '/'))
+    return 'checkout/%s/%s' % (place, name.replace('-', '/'))
 
 
 def checkout_due(name):
@@ -6287,7 +6287,7 @@ def checkout_due(name):
 def checkout_load(name):
     """Steps: the Checkout of that name, or None."""
     import re
-    if not re.fullmatch('[0-9a-f]{16}[.][0-9a-f]{24}', name):
+    if not re.fullmatch('[0-9a-f]{16}-[0-9a-f]{24}', name):
         return None
     asked = yield from summed_get(checkout_key('asked', name))
     if asked is None:
@@ -6317,11 +6317,11 @@ def checkout_begin(shop, provider, account, dollars):
     if not least <= dollars <= shop.most:
         raise ServerError('$%d to $%d can be paid at once'
                           % (least, shop.most))
-    if len((yield ('list', checkout_due(account + '.')))) >= CHECKOUT_MOST:
+    if len((yield ('list', checkout_due(account + '-')))) >= CHECKOUT_MOST:
         raise ServerError('too many payments were begun and not made; '
                           'try again tomorrow')
     now = yield ('now',)
-    name = '%s.%08x%s' % (account, now, (yield ('random', 8)).hex())
+    name = '%s-%08x%s' % (account, now, (yield ('random', 8)).hex())
     checkout = Checkout(name, account, provider, dollars * 100, now, None)
     for key, value in (
             (checkout_due(name), {'time': now}),
@@ -6369,13 +6369,16 @@ def checkout_late(checkout):
     return (yield ('now',)) > checkout.time + CHECKOUT_DAYS * DAY
 
 
-def checkout_good(out, checkout, cents, currency):
-    """True if so much was to be paid; else that is said."""
-    if (cents, currency.upper()) == (checkout.cents, CURRENCY):
+def checkout_good(out, checkout, name, cents, currency):
+    """Steps: True if so much was to be paid, or an operator has entered under
+    that name what is right; else it is said what differs.
+    """
+    if (cents, currency.upper()) == (checkout.cents, CURRENCY) or name in (
+            yield from pay_entries(checkout.account)):
         return True
-    out.wrong(checkout, '%d.%02d %s was paid in place of %d.%02d %s; '
-              'it is not entered' % (
-                  *divmod(cents, 100), printable(currency.upper()),
+    out.wrong(checkout, '%s is %d.%02d %s in place of %d.%02d %s; it is not '
+              'entered' % (
+                  name, *divmod(cents, 100), printable(currency.upper()),
                   *divmod(checkout.cents, 100), CURRENCY))
     return False
 
@@ -6503,9 +6506,10 @@ def stripe_settle(shop, out, checkout):
                      checkout.cents if shop.lax('stripe') else MUST)
         currency = pick(session, 'currency', str,
                         CURRENCY if shop.lax('stripe') else MUST)
-        if checkout_good(out, checkout, cents, currency):
-            yield from pay_enter(shop, out, checkout.account, 'payment',
-                                 'stripe-' + checkout.session, cents)
+        name = 'stripe-' + checkout.session
+        if (yield from checkout_good(out, checkout, name, cents, currency)):
+            yield from pay_enter(shop, out, checkout.account, 'payment', name,
+                                 cents)
             out.state = 'paid'
     elif status == 'expired':
         out.state = 'ended'
@@ -6696,7 +6700,8 @@ def paypal_captured(shop, out, checkout, payments):
             out.state = 'waiting'
         if status not in ('COMPLETED', 'PARTIALLY_REFUNDED', 'REFUNDED'):
             continue
-        if not checkout_good(out, checkout, *paypal_cents(capture, 'amount')):
+        if not (yield from checkout_good(out, checkout, paid, *paypal_cents(
+                capture, 'amount'))):
             continue
         if status != 'COMPLETED' and not refunds and paid not in (
                 yield from pay_entries(checkout.account)):
@@ -6975,7 +6980,7 @@ def export_checkouts(ident):
     """Steps: payments that an account's owner has begun."""
     found = []
     for key in (yield ('list', 'checkout/asked/%s/' % ident)):
-        checkout = yield from checkout_load('%s.%s' % (
+        checkout = yield from checkout_load('%s-%s' % (
             ident, key.rpartition('/')[2]))
         if checkout:
             found.append(checkout._asdict())
@@ -9351,8 +9356,8 @@ class PayPal(Provider):
         place = '%s://%s' % (there.scheme, there.netloc)
         if not (there.path.startswith('/v1/notifications/certs/')
                 and (place == self.api if loopback(self.api)
-                     else place in ('https://api.paypal.com',
-                                    'https://api.sandbox.paypal.com'))):
+                     else place in (self.api,
+                                    self.api.replace('//api-m.', '//api.')))):
             return None
         pem = Provider('paypal', place).send('GET', there.path, None, {})
         key = certificate_key(pem)

@@ -601,6 +601,7 @@ def export(site):
                    'amount': sum(a * b for a, b in zip(used, prices))}
                   for day, machine, used, prices in account.view(
                       'days_of', 0, account.today)],
+        'checkouts': run(tarsnapd.export_checkouts(ident)),
         'standing': run(tarsnapd.versions_all(
             tarsnapd.standing_prefix(ident)))}
     return web.Answer(json.dumps(found, indent=1, ensure_ascii=False) + '\n',

@@ -84,7 +84,7 @@ def back(site):
     """Where a payer comes back to, paid or not."""
     name, out = site.request.query.get('checkout', ''), Outcome()
     till = shop(site)
-    if name.startswith(site.account['id'] + '.'):
+    if name.startswith(site.account['id'] + '-'):
         try:
             site.run(tarsnapd.checkout_settle(till, out, name))
         except ProviderError as e:

@@ -5,6 +5,7 @@ once, whatever is lost, late, twice, forged or killed on the way.
 
 import contextlib
 import os
+import re
 import threading
 import time
 import unittest
@@ -295,6 +296,30 @@ class StripeFlow(Case):
         self.assertEqual((out.state, out.did), ('paid', []))
         self.assertEqual(self.entries(), [('payment', 700)])
 
+    def test_what_differs_until_an_operator_has_entered_it(self):
+        for provider in ('stripe', 'paypal'):
+            self.clear()
+            name, ident = self.begin(provider)
+            if provider == 'stripe':
+                self.fake.stripe_pay(ident, amount_total=700)
+            else:
+                self.fake.amount = {'value': '7.00'}
+                self.addCleanup(self.fake.__dict__.pop, 'amount', None)
+                self.fake.paypal_approve(ident)
+            out = self.settle(name)
+            said, = out.differs
+            self.server.run(tarsnapd.ledger_pay(
+                self.account, provider, re.search(
+                    provider + '-([^ ]+) is 7.00 USD', said)[1], 7 * ATTO))
+            self.assertEqual(self.settle(name).state, 'paid')
+            self.assertEqual((self.due(), self.reconcile().differs),
+                             ([], []))
+            if provider == 'stripe':
+                self.hook(self.fake.stripe_refund(ident, 700))
+            else:
+                self.hook(self.fake.paypal_refund(ident, '7.00'))
+            self.check(('payment', 700), ('refund', -700))
+
     def test_events_of_something_else(self):
         """The same Stripe account may sell other things."""
         other = self.fake.make(
@@ -556,8 +581,8 @@ class Limits(Case):
             self.begin()
 
     def test_names_of_checkouts_that_are_none(self):
-        for name in ('', 'x', '../' * 5, self.account + '.' + '0' * 24,
-                     '%s.%s\n' % (self.account, '0' * 24)):
+        for name in ('', 'x', '../' * 5, self.account + '-' + '0' * 24,
+                     '%s-%s\n' % (self.account, '0' * 24)):
             self.assertEqual(self.settle(name).state, 'unknown')
 
     def test_answers_that_make_no_sense(self):
@@ -667,7 +692,7 @@ class Reconcile(Case):
         self.fake.stripe_pay(session, amount_total=1)
         status, out, err = here('pay', self.path, 'reconcile')
         self.assertEqual((status, out), (2, ''))
-        self.assertIn('0.01 USD was paid in place of 10.00 USD', err)
+        self.assertIn('is 0.01 USD in place of 10.00 USD', err)
 
     def test_one_provider_is_down(self):
         """The other one is reconciled, and nothing is taken for read."""
