@@ -392,8 +392,226 @@ def mail_run(message, at, size, beyond=0):
 ##############################################################################
 # Masks
 #
-# What varies within a line.  Knows nothing of jobs.
+# What varies within a line: a line becomes a list of tokens, in which what
+# people would call a value is VARIABLE, and the values beside it.  One
+# configuration for everything.  Knows nothing of jobs and of other lines.
+#
+# The types of values, by the letter that begins their slot: number (n), size
+# in bytes (b), duration in seconds (d), share in percent (c); path (p),
+# address or host (a), URL (u), mail address (m), quoted text (q), name with
+# digits (e), word (w).  Times, ids and versions are masked and give no value:
+# they are new each time and say nothing.
 ##############################################################################
+
+VARIABLE = '<*>'        # a value by its looks
+ANYTHING = '<**>'       # a place where many words were seen
+UNITS = {'': 1, 'k': 1e3, 'm': 1e6, 'g': 1e9, 't': 1e12, 'p': 1e15}
+SPANS = {'u': 1e-6, 'n': 1e-9, 's': 1., 'm': 60., 'h': 3600., 'd': 86400.,
+         'w': 604800.}
+# Instead of a value, where there is none.
+NOTHING = {'null', 'none', 'nil', 'n/a', 'na', '-', '--', '<none>', '(null)'}
+
+# In order: the first that fits at a place is taken.
+MASKS = (
+    ('u', r'[A-Za-z][A-Za-z0-9+.-]*://[^\s"\'<>()\[\]{}|,;]+'),
+    ('m', r'[\w.+-]+@[\w-]+(?:\.[\w-]+)+'),
+    ('i', r'\{?\b[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}\b\}?'),
+    # Fri Jun 17 07:07:00 CEST 2005; Dec 10 06:55:46; 17 Jun 2005; 2016/9/27
+    ('t', r'(?:\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]{0,6},? +)?'
+          r'(?:\b(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}'
+          r'\.? +\d{1,2}\b|\b\d{1,2}[. -]+(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|'
+          r'Sep|Oct|Nov|Dec)[a-z]{0,6}\b\.?)(?:[ ,-]+\d{4}\b(?!:))?'
+          r'(?:,? +\d{1,2}:\d\d(?::\d\d)?(?:[.,]\d+)?)?'
+          r'(?: +(?:[A-Z]{3,4}|[+-]\d{4})\b)?(?: +\d{4}\b)?'),
+    ('t', r'\b(?:\d{4}[-/.:_]\d{1,2}[-/.:_]\d{1,2}|\d{1,2}[/.]\d{1,2}[/.]'
+          r'\d{2,4}(?![.\d]))(?:[T :_,-]+\d{1,2}[:.h]?\d\d(?:[:.]?\d\d)?'
+          r'(?:[.,:]\d+)?)?(?: ?(?:Z|UTC|GMT|CES?T|[+-]\d\d:?\d\d))?(?![\w])'),
+    ('t', r'\b\d{8}[-_T]\d{2}:?\d{2}(?::?\d{2}(?:[:.,]\d+)?)?Z?\b'),
+    ('a', r'(?<![\w.:])(?:[0-9A-Fa-f]{2}[:-]){5,19}[0-9A-Fa-f]{2}(?![\w:])'),
+    ('a', r'(?<![\w.:])(?:(?:[0-9A-Fa-f]{1,4}:){4,7}[0-9A-Fa-f]{1,4}|'
+          r'(?:[0-9A-Fa-f]{1,4}:)+:(?:[0-9A-Fa-f]{1,4}:)*[0-9A-Fa-f]{1,4}|'
+          r'::1?)(?:/\d+|%\w+)?(?![\w:])'),
+    ('a', r'/?(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?:[:#]\d+|/\d{1,2})?'
+          r'(?:, ?\d{1,3}(?:\.\d{1,3}){3})*(?![\w.]\w)'),
+    ('a', r'(?<![\w.@/-])[A-Za-z0-9][\w-]*(?:\.[\w-]+)+:\d{1,5}\b(?!:)'),
+    ('t', r'(?<![\w.:])\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?: ?[AP]M)?(?![\w:])'),
+    ('d', r'(?<![\w.:])\d+:\d\d(?::\d\d)?(?:\.\d+)?(?![\w:])'),
+    ('p', r'(?<![\w/.:@-])~?(?:/[^\s/:,;()\[\]{}"\'`<>|=]+)+/?'
+          r'|\b[A-Za-z]:\\[^\s,;"\']*|\\\\\S+'),
+    ('i', r'@?\b0[xX][0-9A-Fa-f]+\b|@[0-9a-f]{5,16}\b'),
+    # bus:slot:function and the like; Name{4711}
+    ('e', r'(?<![\w.:])[\w-]*\d[\w-]*(?::\w*\d\w*){2,}(?![\w:])'
+          r'|\b[A-Za-z]\w*\{[\w.:]*\d[\w.:]*\}'),
+    ('q', r'(?<==)"[^"]*"|(?<==)\'[^\']*\''),
+    # Java's names of classes, with a line of the source, from five parts on.
+    ('i', r'\b(?:[A-Za-z_]\w*\.){4,}[\w$]+(?::\d+)?(?: (?=(?:\w+\.){4}))?'),
+    ('b', r'(?<![\w.,])\d[\d,]*(?:\.\d+)? ?(?:[kKMGTP]i?B(?:ytes)?|[kKMGTP]iB|'
+          r'[Bb]ytes?|B|[kKMGTP](?=\b))(?![\w])(?: \(\d[\d.,]* ?[kKMGTP]i?B\))?'
+          ),
+    ('c', r'(?<![\w.,])[-+]?\d+(?:\.\d+)? ?%'),
+    ('d', r'(?<![\w.,:])<?\d[\d,]*(?:\.\d+)?(?: (?:[mun]?secs?|(?:milli|micro|'
+          r'nano)?seconds?|min(?:ute)?s?|hours?|days?|ms|us)\b|(?:[mun]?s|'
+          r'secs?|min|m|h|d)(?![\w%]))(?:,? ?\d+(?:\.\d+)?(?: (?:min(?:ute)?s?|'
+          r'sec(?:ond)?s?)\b|(?:ms|s|m|min)(?!\w)))*'),
+    ('v', r'(?<![\w.])v?\d+(?:\.\d+){2,}[\w.+:~-]*|(?<![\w.])\d+(?::\d+)?\.\d+'
+          r'(?:\.\d+)*[-+~][\w.+:~-]*\d\w*'),
+    ('n', r'(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]\d+)?'
+          r'(?![\w]|[.#~@-]\w|##)'),
+    ('.', r'\.{3,}(?=[-+]?\w)'),        # a leader, before a value
+    ('_', r'(?!@)(?:(?!\.{3})[^\s=:,;()\[\]{}"\'`|<>!])+'),
+    ('-', r'[^\s]'),
+)
+
+TOPS = ('com org net edu gov mil int info biz io local lan internal intern '
+        'home arpa test invalid example localdomain corp').split()
+
+
+class Masker:
+    """Splits lines; made once, since its pattern takes 10 ms to compile."""
+
+    def __init__(self):
+        self.scan = re.compile('|'.join(
+            '(?P<%s>%s)' % ('x%d' % i, mask)
+            for i, (_, mask) in enumerate(MASKS))).finditer
+        self.letters = [letter for letter, _ in MASKS]
+        self.digits = re.compile(
+            r'-?\d+(?:[._-]?(?:[a-z][._-])?[.,]?\d+)*').sub
+        self.random = re.compile(
+            r'(?=[^\d]*\d)(?:[0-9a-f]{5,}|[0-9A-F]{8,})$|[0-9a-fA-F]{32,}$|'
+            r'(?=.{8})(?:[A-Za-z]*\d+[A-Za-z]+){3,}\d*$').match
+        self.number = re.compile(r'[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]\d+)?'
+                                 ).search
+        self.host = re.compile(
+            r'(?=.*[A-Za-z])[\w-]+(?:\.[\w-]+)+\.?$').match
+        self.unit = re.compile(r'(\d+(?:\.\d+)?) ?([A-Za-z]*)').findall
+
+    def split(self, line):
+        """(tokens, values, gaps): values are {place: (letter, text)}, gaps
+        the places before which there was space.
+
+        Of a name with digits the token has # for them; its value is the
+        name.
+        """
+        tokens, values, gaps = [], {}, set()
+        before, last = '', ''
+        for match in self.scan(line):
+            letter = self.letters[match.lastindex - 1]
+            text = match.group()
+            glued = match.start() and line[match.start() - 1] not in ' \t'
+            if letter == 'e':
+                token = self.digits('#', text)
+            elif letter == '_':
+                letter, token = self.word(text, tokens, line, match.end())
+            elif letter == '-' or letter == '.':
+                token = '...' if letter == '.' else text
+                if text == ')' and before == '(' and not (
+                        len(tokens) > 1 and self.called(line, match.start())):
+                    values[len(tokens)] = 'w', ''
+                    tokens.append(VARIABLE)
+                letter = ''
+            else:
+                token = VARIABLE
+            # What may come any number of times stands for all of them.
+            if token is VARIABLE and letter == last and letter in 'iap' \
+                    and tokens[-1] is VARIABLE:
+                continue
+            if before == '=' and not glued and tokens[-1] == '=' \
+                    and self.bare(line, match.start()):
+                values[len(tokens)] = 'w', ''
+                tokens.append(VARIABLE)
+            if letter:
+                values[len(tokens)] = letter, text
+            if not glued:
+                gaps.add(len(tokens))
+            tokens.append(token)
+            before, last = text, letter if token is VARIABLE else ''
+        if before == '=' and self.bare(line.rstrip() + ' ',
+                                       len(line.rstrip()) + 1):
+            values[len(tokens)] = 'w', ''
+            tokens.append(VARIABLE)
+        return tokens, values, gaps
+
+    @staticmethod
+    def called(line, at):
+        """Whether the `()` that ends at `at` stands right behind a name."""
+        place = line.rfind('(', 0, at)
+        return place > 0 and not line[place - 1].isspace()
+
+    @staticmethod
+    def bare(line, at):
+        """Whether a `=` without a value ends before `at`, as in `key= `."""
+        place = line.rfind('=', 0, at)
+        return place > 0 and line[place - 1].isalnum()
+
+    def word(self, text, tokens, line, end):
+        """(letter, token) of a word."""
+        previous = tokens[-1] if tokens else ''
+        if previous in ('user', 'User', 'for') and text[0].isalnum() and (
+                previous != 'for' or line[end:end + 6] == ' from '):
+            return 'w', VARIABLE
+        if text.lower() in NOTHING and previous in ('=', ':'):
+            return '', text
+        if '.' in text and self.host(text) and self.is_host(text):
+            return 'a', VARIABLE
+        if not any(c.isdigit() for c in text):
+            if '/' in text and text.count('.') > 1:
+                return 'p', VARIABLE
+            return '', text
+        if self.random(text):
+            return 'i', VARIABLE
+        if '/' in text and (text.count('.') > 1 or text.count('/') > 2):
+            return 'p', VARIABLE
+        if '~' in text:
+            return 'i', VARIABLE
+        token = self.digits('#', text)
+        return ('i', VARIABLE) if token == '#' else ('e', token)
+
+    @staticmethod
+    def is_host(text):
+        labels = text.rstrip('.').lower().split('.')
+        if labels[0] in TOPS:           # com.example.Name is no host
+            return False
+        if labels[-1] in TOPS:
+            return True
+        return len(labels) > 2 and len(labels[-1]) == 2 and (
+            labels[-2] in TOPS or labels[-2] in ('co', 'ac')
+            or labels[0] in ('www', 'mail', 'ns', 'ftp', 'smtp', 'mx')
+            or any(c.isdigit() or c == '-' for c in text))
+
+    def value(self, letter, text):
+        """What stood there: a float, a text, or None for what says nothing.
+        """
+        if letter in 'nc':
+            match = self.number(text)
+            return float(match.group().replace(',', ''))
+        if letter == 'b':
+            match = self.number(text)
+            unit = text[match.end():].split('(')[0].strip().lower()
+            scale = UNITS.get(unit[:1], 1)
+            if unit[1:2] == 'i':
+                scale = 1024 ** 'kmgtp'.find(unit[0]) * 1024
+            return float(match.group().replace(',', '')) * scale
+        if letter == 'd':
+            return self.seconds(text)
+        return text if letter in 'pauqmew' else None
+
+    def seconds(self, text):
+        """Seconds of `1:02:03`, `3 min 4.5 sec`, `<1 sec`, `12ms`."""
+        if ':' in text:
+            total = 0.
+            for part in text.split(':'):
+                total = total * 60 + float(part)
+            return total
+        total = 0.
+        for number, unit in self.unit(text.replace(',', '')):
+            small = unit[:2] in ('ms', 'us', 'ns') or unit[:5] in (
+                'milli', 'micro', 'nanos')
+            scale = SPANS.get(unit[:1], 1.)
+            if small and unit[0] == 'm':
+                scale = 1e-6 if unit.startswith('mic') else 1e-3
+            total += float(number) * scale
+        return total
+
 
 ##############################################################################
 # Miner
@@ -401,7 +619,22 @@ def mail_run(message, at, size, beyond=0):
 # Lines to kinds of lines, one miner for each job.  A kind has a key that
 # stays its own for good, whatever is learned later: the Judge's memory hangs
 # on it.  Must be cheap to load and small: it is loaded for each mail.
+#
+# Lines with the same tokens are of one kind.  Two kinds become one when what
+# tells them apart is seen to be a value: names with digits that changed on
+# both sides, a value beside `null`, or so many different words in one place,
+# the rest alike, that it must be anything.  How many depends on what stands
+# there: `started`, `paused`, `resumed` and `stopped` are four events, while
+# the fifth user who logs in is one more user.  The older kind's key stays;
+# `merged` says which keys are no more.
 ##############################################################################
+
+ENOUGH_NAMES = 4        # of a.b.c, or after `=`
+ENOUGH_WORDS = 5
+ENOUGH_STATES = 8       # words all in capitals, or where little else stands
+KINDS_MOST = 2000       # of a job; then lines that fit none are of one kind
+REST = '~'              # the key of that
+LINE_MOST = 2000        # characters of a line that are looked at
 
 
 class Miner:
@@ -410,42 +643,232 @@ class Miner:
     add(line) -> (key, values): the kind of the line, learned if it is new.
     `key` is a short str.  `values` has what stood in the variable parts, by
     slot: {slot: float} for numbers (sizes in bytes, durations in seconds,
-    percents as they stand), {slot: str} for texts (path, host, id, ...).
+    percents as they stand), {slot: str} for texts (path, host, name, ...).
     A slot is a short str that stays the same for the kind, whatever is
-    learned later.
+    learned later; it begins with the letter of the type (see Masks).
     find(line) -> the same, or None where add would make a new kind.
     template(key) -> the kind as people read it, variable parts as <*>.
+    merged: {key that is no more: key it became one with}, all there ever
+    were; same(key) follows it.
     dumps() -> str, and Miner(state) of that str is as it was.
     """
 
+    masker = None           # one for all
+
     def __init__(self, state=None):
-        import json
-        self.kinds = json.loads(state) if state else {}
-
-    def _split(self, line):
-        parts = re.split(r'(-?\d+(?:\.\d+)?)', line)
-        values = {str(i // 2): float(part)
-                  for i, part in enumerate(parts) if i % 2}
-        return '<*>'.join(parts[::2]), values
-
-    def add(self, line):
-        template, values = self._split(line)
-        return self.kinds.setdefault(template, '%x' % len(self.kinds)), values
-
-    def find(self, line):
-        template, values = self._split(line)
-        key = self.kinds.get(template)
-        return None if key is None else (key, values)
-
-    def template(self, key):
-        for template, own in self.kinds.items():
-            if own == key:
-                return template
-        raise KeyError(key)
+        self.kinds = {}     # key -> tokens
+        self.gaps = {}      # key -> places of tokens after a space
+        self.steady = {}    # key -> {place: name with digits, so far one}
+        self.merged = {}
+        self.made = 0       # keys, ever
+        if state:
+            import json
+            kinds, self.steady, self.merged, self.made = json.loads(state)
+            self.steady = {key: {int(place): name for place, name in
+                                 places.items()}
+                           for key, places in self.steady.items()}
+            for key, text in kinds.items():
+                tokens = text.split('\t')
+                self.kinds[key] = [token.lstrip(' ') for token in tokens]
+                self.gaps[key] = {place for place, token in enumerate(tokens)
+                                  if token[0] == ' '}
+        self.exact = {}     # tokens as tuple -> key, all without words learned
+        self.sizes = {}     # number of tokens -> [key, ...]
+        for key, tokens in self.kinds.items():
+            self.enter(key, tokens)
 
     def dumps(self):
         import json
-        return json.dumps(self.kinds)
+        return json.dumps([
+            {key: '\t'.join(' ' * (place in self.gaps[key]) + token
+                            for place, token in enumerate(tokens))
+             for key, tokens in self.kinds.items()},
+            self.steady, self.merged, self.made], separators=(',', ':'),
+            ensure_ascii=False)
+
+    def enter(self, key, tokens):
+        self.exact[tuple(tokens)] = key
+        self.sizes.setdefault(len(tokens), []).append(key)
+
+    def same(self, key):
+        while key in self.merged:
+            key = self.merged[key]
+        return key
+
+    def template(self, key):
+        """The kind as people read it; KeyError if there never was one."""
+        key = self.same(key)
+        if key == REST:
+            return VARIABLE
+        return ''.join(
+            ' ' * (i > 0 and i in self.gaps[key])
+            + (VARIABLE if token == ANYTHING else token)
+            for i, token in enumerate(self.kinds[key]))
+
+    def look(self, line):
+        """(what split gives, key or None) of a line."""
+        if Miner.masker is None:
+            Miner.masker = Masker()
+        parts = self.masker.split(line[:LINE_MOST])
+        tokens = parts[0]
+        key = self.exact.get(tuple(tokens))
+        if key is None:
+            for other in self.sizes.get(len(tokens), ()):
+                if all(a == b or a == ANYTHING for a, b in
+                       zip(self.kinds[other], tokens)):
+                    key = other
+                    break
+        return parts, key
+
+    def told(self, key, tokens, values):
+        """{slot: value} of a line of that kind."""
+        out = {}
+        learned = self.kinds[key] if key else tokens
+        for place, (letter, text) in values.items():
+            value = self.masker.value(letter, text)
+            if value is not None:
+                out['%s%d' % (letter, place)] = value
+        if learned != tokens:
+            for place, token in enumerate(tokens):
+                if token != learned[place] and place not in values:
+                    out['w%d' % place] = token
+        return out
+
+    def find(self, line):
+        (tokens, values, _), key = self.look(line)
+        return None if key is None else (key, self.told(key, tokens, values))
+
+    def add(self, line):
+        (tokens, values, gaps), key = self.look(line)
+        if key is None:
+            if len(self.kinds) >= KINDS_MOST:
+                return REST, {}
+            key = self.new(tokens, values, gaps)
+        elif key in self.steady:
+            key = self.changed(key, values)
+        return key, self.told(key, tokens, values)
+
+    def new(self, tokens, values, gaps):
+        """Make a kind; the key it has, which may be that of an older one."""
+        key = '%x' % self.made
+        self.made += 1
+        self.kinds[key], self.gaps[key] = tokens, gaps
+        names = {place: text for place, (letter, text) in values.items()
+                 if letter == 'e'}
+        if names:
+            self.steady[key] = names
+        self.enter(key, tokens)
+        return self.settle(key)
+
+    def settle(self, key):
+        """Make one of this kind and those that differ in a word that may be
+        anything; the key it has then.
+        """
+        places = {}
+        for other, (place,) in self.near(key, 1):
+            places.setdefault(place, [key]).append(other)
+        for place, keys in places.items():
+            if self.any_word(place, keys):
+                return self.settle(self.unite(keys, [place]))
+        return key
+
+    def changed(self, key, values):
+        """Note which names with digits are not always the same."""
+        steady = self.steady[key]
+        moved = [place for place, name in steady.items()
+                 if place in values and values[place][1] != name]
+        for place in moved:
+            del steady[place]
+        if not steady:
+            del self.steady[key]
+        if moved:
+            for other, places in self.near(key, 3):
+                if all(self.moves(key, place) and self.moves(other, place)
+                       for place in places):
+                    return self.settle(self.unite([key, other], places))
+        return key
+
+    def moves(self, key, place):
+        """Whether there is a name with digits that was not always the same.
+        """
+        return '#' in self.kinds[key][place] \
+            and place not in self.steady.get(key, ())
+
+    def near(self, key, most):
+        """Yield (other key, places) of kinds that differ in 1 to `most`."""
+        tokens = self.kinds[key]
+        for other in list(self.sizes.get(len(tokens), ())):
+            if other == key:
+                continue
+            places = []
+            for place, (a, b) in enumerate(zip(tokens, self.kinds[other])):
+                if a != b:
+                    places.append(place)
+                    if len(places) > most:
+                        break
+            else:
+                if places:
+                    yield other, places
+
+    def any_word(self, place, keys):
+        """Whether what stands at `place` in these kinds may be anything."""
+        tokens = self.kinds[keys[0]]
+        words = {self.kinds[key][place] for key in keys}
+        if any(word == VARIABLE or '#' in word for word in words) and any(
+                word.lower() in NOTHING for word in words):
+            return True
+        names = [word for word in words if word != VARIABLE]
+        if len(names) < len(words) and all(
+                word.count('.') > 1 for word in names):
+            return True
+        if not all(word[0].isalnum() or word[0] in '_/.*+-' or word == VARIABLE
+                   for word in words):
+            return False
+        if words <= {'true', 'false', 'yes', 'no', 'on', 'off'}:
+            return False
+        rest = sum(1 for i, token in enumerate(tokens) if i != place
+                   and len(token) > 1 and token[0].isalpha())
+        if not rest and (place == 0 and len(tokens) < 2
+                         or VARIABLE not in tokens):
+            return False
+        if all(word.count('.') > 1 for word in words):
+            enough = ENOUGH_NAMES
+        elif place and tokens[place - 1] == '=':
+            enough = ENOUGH_NAMES
+        elif all(word.isupper() for word in words) or rest < 2:
+            enough = ENOUGH_STATES
+        else:
+            enough = ENOUGH_WORDS if place else len(self.kinds) + 2
+        return len(words) >= enough
+
+    def unite(self, keys, places):
+        """Make one kind of several that differ at `places`; its key."""
+        keys = sorted(keys, key=lambda key: int(key, 16))
+        first = keys[0]
+        tokens = list(self.kinds[first])
+        for place in places:
+            tokens[place] = ANYTHING
+        for key in self.sizes[len(tokens)]:     # and what it now covers
+            if key not in keys and all(
+                    a == b or a == ANYTHING
+                    for a, b in zip(tokens, self.kinds[key])):
+                keys.append(key)
+        first = min(keys, key=lambda key: int(key, 16))
+        steady = self.steady.get(first, {})
+        for key in keys:
+            self.exact.pop(tuple(self.kinds[key]), None)
+            self.sizes[len(tokens)].remove(key)
+            own = self.steady.pop(key, {})
+            steady = {place: name for place, name in steady.items()
+                      if own.get(place) == name and place not in places}
+            if key != first:
+                del self.kinds[key], self.gaps[key]
+                self.merged[key] = first
+        if steady:
+            self.steady[first] = steady
+        self.kinds[first] = tokens
+        self.enter(first, tokens)
+        return first
 
 
 ##############################################################################
@@ -858,8 +1281,9 @@ class Observed:
         self.weights = {}       # key -> the greatest weight of a line
         several = {}            # key -> [(values, line), ...]
         clock = re.compile(r'\d\d?:\d\d(?::\d\d)?|\d{4}-\d\d-\d\d').findall
-        for line in run.lines:
-            key, values = miner.add(line[1])
+        for (key, values), line in [(miner.add(line[1]), line)
+                                    for line in run.lines]:
+            key = miner.same(key)       # a later line may have told more
             if len(self.clock) < 500:
                 self.clock += clock(line[1])
             kind = self.kinds.get(key)
@@ -951,6 +1375,34 @@ class Memory:
         """
         return self.kinds.setdefault(key, {
             'n': [], 'c': [], 'p': [], 'b': [], 'w': [], 't': 0, 's': ''})
+
+    def follow(self, miner):
+        """Put together what is known of kinds that became one."""
+        for old in [key for key in self.kinds if miner.same(key) != key]:
+            key = miner.same(old)
+            gone, kind = self.kinds.pop(old), self.kind(key)
+            for n, count, place in zip(gone['n'], gone['c'], gone['p']):
+                if n in kind['n']:
+                    kind['c'][kind['n'].index(n)] += count
+                else:
+                    merge([[n, count]], kind['n'], kind['c'], kind['p'])
+            kind['b'] = sorted(set(kind['b']) | set(gone['b']))
+            kind['w'] += [word for word in gone['w'] if word not in kind['w']]
+            if gone['t'] > kind['t']:
+                kind['t'], kind['s'] = gone['t'], gone['s']
+            for name in [name for name in self.values
+                         if name.startswith(old + '.')]:
+                runs, values = self.values.pop(name)
+                merge(zip(runs, values), *self.values.setdefault(
+                    key + name[len(old):], [[], []]))
+            for name in [name for name in self.texts
+                         if name.startswith(old + '.')]:
+                texts, name = self.texts.pop(name), key + name[len(old):]
+                known = self.texts.setdefault(name, {})
+                if texts is None or known is None:
+                    self.texts[name] = None
+                else:
+                    known.update(texts)
 
     def always(self, key, within=60):
         """In how many of the last runs it was, if in all of them; else 0."""
@@ -3168,6 +3620,7 @@ class Watch:
             if memory.at:
                 run.at = max(run.at, memory.at[-1] + 0.001)
             observed = Observed(run, miner, self._words)
+            memory.follow(miner)
             evidence = Judge(memory, miner, observed, self._words).judge()
             for one in evidence:
                 one.run = memory.n
