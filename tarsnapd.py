@@ -2342,7 +2342,8 @@ def same_file(fd, path):
 # names segments, not blocks.  Records of the server's own (an abort that drops
 # segments, cleaning) have a place in the log and an empty commit object; if
 # such a record has segments, each of their blocks was copied from one of the
-# segments it drops.
+# segments it drops.  An erasure stands in place of the commit object: the
+# operator deleted all there was, and says why.
 ##############################################################################
 
 LOG_MAGIC = b'tarsnap-log-1\0\0\0'
@@ -2350,6 +2351,8 @@ LOG_HEAD = struct.Struct('>16sQQ32sQI')  # magic, machine, k, previous, time,
 #                                          length of the commit object
 LOG_SEGMENT = struct.Struct('>QQ32sI')  # number's key follows; size, table
 LOG_TOTALS = struct.Struct('>QQ')       # live blocks, their stored bytes
+ERASE_MAGIC = b'tarsnap-erase-1\0'      # length and text of the reason follow
+ERASE_REASON = 1000                     # bytes of it at most
 
 
 class Entry:
@@ -2359,8 +2362,8 @@ class Entry:
     lsb first, of rows that are no live block: withdrawn, or live already.
     """
 
-    __slots__ = ('machine', 'k', 'previous', 'time', 'commit', 'segments',
-                 'blocks', 'bytes', 'drops', 'hash')
+    __slots__ = ('machine', 'k', 'previous', 'time', 'commit', 'erased',
+                 'segments', 'blocks', 'bytes', 'drops', 'hash')
 
     def __init__(self, machine, k, previous, when, commit=b''):
         self.machine = machine
@@ -2368,6 +2371,7 @@ class Entry:
         self.previous = previous    # SHA-256 of entry k-1, zeros for k = 1
         self.time = when            # seconds; never before entry k-1's
         self.commit = commit        # C_n verbatim
+        self.erased = None          # why all was deleted, if it was
         self.segments = []
         self.blocks = 0             # live after this entry
         self.bytes = 0              # their stored length
@@ -2381,8 +2385,12 @@ def log_key(machine, k):
 
 def log_encode(entry):
     """The object for `entry`; it ends in a SHA-256 of the rest."""
+    commit = entry.commit
+    if entry.erased is not None:
+        reason = entry.erased.encode('utf-8')
+        commit = ERASE_MAGIC + U16.pack(len(reason)) + reason
     out = [LOG_HEAD.pack(LOG_MAGIC, entry.machine, entry.k, entry.previous,
-                         entry.time, len(entry.commit)), entry.commit,
+                         entry.time, len(commit)), commit,
            U32.pack(len(entry.segments))]
     for key, size, digest, count, dead in entry.segments:
         assert len(dead) == (count + 7) // 8, key
@@ -2415,6 +2423,11 @@ def log_parse(machine, k, data):
     if (magic, owner, number) != (LOG_MAGIC, machine, k):
         raise Refused(E_BAD, 'another object')
     entry = Entry(machine, k, previous, when, reader.take(length))
+    if entry.commit.startswith(ERASE_MAGIC):
+        erasure = Reader(entry.commit[len(ERASE_MAGIC):])
+        entry.erased = erasure.take(erasure.u16()).decode('utf-8')
+        erasure.end()
+        entry.commit = b''
     for _ in range(reader.u32()):
         key = reader.take(reader.u16()).decode('ascii')
         size, digest, count = reader.u64(), reader.take(32), reader.u32()
@@ -2590,9 +2603,9 @@ def log_load(machine, entries, ahead):
 # and what is live are not known.
 ##############################################################################
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 INDEX_TABLES = ('meta', 'log', 'lost', 'commits', 'archives', 'segments',
-                'blocks', 'kept')
+                'blocks', 'kept', 'erased')
 INDEX_SCHEMA = '''
 CREATE TABLE meta (id INTEGER PRIMARY KEY, k INTEGER, log_hash BLOB,
     n INTEGER, head BLOB, time INTEGER, blocks INTEGER, bytes INTEGER);
@@ -2610,15 +2623,18 @@ CREATE TABLE blocks (name BLOB PRIMARY KEY, seg INTEGER, offset INTEGER,
 CREATE TABLE kept (name BLOB PRIMARY KEY, seg INTEGER, offset INTEGER,
     length INTEGER, class BLOB, time INTEGER) WITHOUT ROWID;
 CREATE INDEX kept_segments ON kept (seg);
+CREATE TABLE erased (k INTEGER, time INTEGER, reason TEXT);
 INSERT INTO meta VALUES (1, 0, zeroblob(32), 0, x'', 0, 0, 0);
 '''
 
 # k, SHA-256 of log entry k, n, H_n (empty for n = 0), receive time of entry k,
 # live blocks, their stored bytes, live archives; what of the log or of its
-# segments the index does without, in words, or None; True before the index has
-# seen the end of the log.
+# segments the index does without, in words, or None; when the operator erased
+# it all, and why, or None; True before the index has seen the end of the log.
 State = collections.namedtuple(
-    'State', 'k log_hash n head time blocks bytes archives lost fresh')
+    'State',
+    'k log_hash n head time blocks bytes archives lost erased fresh')
+Erased = collections.namedtuple('Erased', 'time reason')
 
 
 def bit(bitmap, i):
@@ -2716,7 +2732,9 @@ class Index:
         if row is None:
             import sqlite3
             raise sqlite3.DatabaseError('it does not say where it stands')
-        return State(*row[:-1], row[-1] or self.doubt, self.fresh)
+        erased = self.db.execute('SELECT time, reason FROM erased').fetchone()
+        return State(*row[:-1], row[-1] or self.doubt,
+                     erased and Erased(*erased), self.fresh)
 
     def at(self, k, method, *args):
         """Call a method, if this index knows log entry k; else StoreError.
@@ -2949,6 +2967,8 @@ class Index:
                    for segment, table in zip(entry.segments, loaded.tables)]
         if commit and commit.kind == KIND_NUKE:
             blocks, size = self._remove_all(entry.time)
+        if entry.erased is not None:
+            blocks, size = self._erase(entry)
         if commit and commit.kind == KIND_WRITE:
             for number, table, dead in zip(numbers, loaded.tables,
                                            loaded.dead):
@@ -3139,6 +3159,15 @@ class Index:
         self.db.execute('DELETE FROM blocks')
         self.db.execute('DELETE FROM archives')
         self.db.execute('UPDATE segments SET live = 0, bytes = 0')
+        return 0, 0
+
+    def _erase(self, entry):
+        """Forget what there was, also that some of it was lost."""
+        for table in ('blocks', 'kept', 'archives', 'segments'):
+            self.db.execute('DELETE FROM ' + table)
+        self.db.execute("DELETE FROM lost WHERE key NOT LIKE 'log/%'")
+        self.db.execute('INSERT INTO erased VALUES (?, ?, ?)',
+                        (entry.k, entry.time, entry.erased))
         return 0, 0
 
     def _revive_blocks(self, names):
@@ -4071,6 +4100,8 @@ MAIL_LONGEST = 4 * 3600
 MAIL_TRIES = 34                 # which take five days; then it is given up
 MAIL_SKEW = 300                 # between the clocks of two senders
 
+MAIL_LINES = ('text', 'machines')
+
 # Texts of mails, by kind.  A file SRV/mail/KIND stands for one of these.
 # $address, $service and $url are known in all of them.
 MAIL_TEXTS = {
@@ -4166,6 +4197,18 @@ On $date the balance of the account $address is $balance.
 
 Storing and restoring work again.
 $url''',
+    'erased': '''\
+Subject: $service: backups of yours were deleted
+
+All that these machines of the account $address stored was
+deleted for good:
+
+$machines
+
+Nobody can bring it back.  The keys of these machines are of no use any more;
+your account and its other machines are as they were, and you may register new
+machines.
+''',
     'receipt': '''\
 Subject: $service: we received $amount
 
@@ -7161,6 +7204,15 @@ def log_next(machine, state):
     return entry
 
 
+def erased_check(state):
+    """The State; Refused if the operator deleted all that the machine had."""
+    if state.erased:
+        raise Refused(E_NOMACHINE, 'all that this machine stored was deleted '
+                      'on %s: %s' % (day_text(state.erased.time // DAY),
+                                     state.erased.reason))
+    return state
+
+
 def range_plan(places):
     """How to read blocks: [(key, start, end, members)].
 
@@ -7527,7 +7579,7 @@ class Session:
                   + self.nonce + nonce)
         if not verify(machine.key(role), signature, signed):
             raise Refused(E_ROLE, 'not the machine\'s key for this role')
-        state = yield from catch_up(number)
+        state = erased_check((yield from catch_up(number)))
         self.machine = machine
         self.genesis = genesis(number, self.server.store_id, machine.keys)
         self.roles += letter
@@ -7544,7 +7596,7 @@ class Session:
 
     def _current(self):
         """Steps: the State now, with what other processes have done."""
-        return (yield from catch_up(self.machine.number))
+        return erased_check((yield from catch_up(self.machine.number)))
 
     def _ask(self, method, *args):
         """A wish to the index of this machine."""
@@ -8270,6 +8322,9 @@ def clean(machine, policy, done):
     if state.lost:
         # What looks dropped or dead may be neither.
         raise Damaged('clean', 'machine %016x' % machine, state.lost)
+    if state.erased:
+        yield from clean_erased(machine, policy, done)
+        return
     known = dict((yield ('index', machine, 'segments_of',
                          'seg/%016x/' % machine)))
     orphans = {}                    # tid -> keys
@@ -8297,6 +8352,49 @@ def clean(machine, policy, done):
         now = yield ('now',)
         yield ('spool', None, 'sweep', machine,
                now + 1 if policy.abandon else now - policy.dead)
+
+
+def clean_erased(machine, policy, done):
+    """Steps: delete all segments and extracts of a machine that was erased.
+
+    What came since from sessions that had not heard of it is dropped first.
+    """
+    prefix, late = 'seg/%016x/' % machine, {}
+    known = yield ('index', machine, 'segments_of', prefix)
+    keys = yield ('list', prefix)
+    for key in set(keys).difference(key for key, _ in known):
+        late.setdefault(key.split('/')[2], []).append(key)
+    for _, same in sorted(late.items()):
+        if not policy.dry:
+            yield from log_drop(machine, sorted(same))
+    keys += yield ('list', 'list/%016x/' % machine)
+    for key in keys:
+        done.deleted += 1
+        done.deleted_bytes += (yield ('size', key)) or 0
+        if not policy.dry:
+            yield ('delete', key)
+    if not policy.dry:
+        yield ('spool', None, 'sweep', machine, (yield ('now',)) + 1)
+
+
+def erase(machine, reason):
+    """Steps: the log says that all a machine stored is deleted; the State.
+
+    Durable on return.  Nothing of it can be read or stored from then on, and
+    clean() gives back the space.  What was said before stays.
+    """
+    prefix = 'seg/%016x/' % machine
+    while True:
+        state = yield from catch_up(machine)
+        if state.erased:
+            return state
+        entry = yield from log_next(machine, state)
+        entry.erased, entry.blocks, entry.bytes = reason, 0, 0
+        known = dict((yield ('index', machine, 'segments_of', prefix)))
+        there = yield ('list', prefix)
+        entry.drops = sorted({key for key, dropped in known.items()
+                              if not dropped} | set(there))
+        yield from log_put(entry)
 
 
 def clean_dry(rows, sources, done):
@@ -8872,6 +8970,8 @@ class Scrub:
             if name in self.known and extract_key(name):
                 self.past[name] = self.known[name]
             self.known.pop(name, None)
+        if entry.erased is not None:
+            self.known, self.past = {}, {}      # extracts go as well
         if not entry.commit:
             return head
         commit = commit_decode(entry.commit)
@@ -8924,6 +9024,10 @@ class Scrub:
             return
         data = yield from self._get(extract, machine)
         if data is None:
+            if (yield ('size', extract)) is None:
+                yield from self._log(machine)
+                if key not in self.known and key not in self.past:
+                    del self.damage[extract]    # erased meanwhile
             return
         try:
             extract_decode(extract, data)
@@ -9013,6 +9117,7 @@ def repair_log(machine, dry):
     back from an older copy, where segments lack as well, no entry is added.
     """
     state, todo, older = (yield ('index', machine, 'state')), [], False
+    erased = state.erased is not None
     if (yield ('index', machine, 'lost')):
         return []
     digest = state.log_hash
@@ -9027,7 +9132,8 @@ def repair_log(machine, dry):
         except NoObject:
             todo.append((key, data, True))
             for segment in entry.segments:
-                if not (yield from segment_known(machine, segment[0])):
+                if not erased and not (
+                        yield from segment_known(machine, segment[0])):
                     older = True
         except LOST:
             todo.append((key, data, False))
@@ -10491,7 +10597,7 @@ def mail_render(post, path, name, mail):
     """An email.message.EmailMessage; ServerError if a text cannot be used.
 
     No value can add a header or a line to one: what is not printable, line
-    ends among it, is replaced in each.
+    ends among it, is replaced in each; but for MAIL_LINES, which have lines.
     """
     import datetime
     import email.message
@@ -10500,7 +10606,7 @@ def mail_render(post, path, name, mail):
     import string
     subject, text = mail_text(path, mail['kind'])
     values = {key: '\n'.join(map(printable, value.split('\n')))
-              if key == 'text' else printable(value)
+              if key in MAIL_LINES else printable(value)
               for key, value in mail['values'].items()}
     values.update(address=mail['to'], service=post.service,
                   url='\n%s\n' % post.url if post.url else '')
@@ -12836,6 +12942,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py user SRV quota NAME BYTES | none
        tarsnapd.py user SRV credit | debit NAME DOLLARS --reason TEXT
                    [--key NAME]
+       tarsnapd.py user SRV erase NAME [--reason TEXT] [--yes]
        tarsnapd.py user SRV list
        tarsnapd.py pay SRV add NAME DOLLARS --by PROVIDER --reference NAME
                    [--currency CODE] [--text TEXT]
@@ -12848,6 +12955,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py machine SRV read-only MACHINE on | off
        tarsnapd.py machine SRV delete-delay MACHINE DAYS
        tarsnapd.py machine SRV freeze | unfreeze MACHINE [ROLES]
+       tarsnapd.py machine SRV erase MACHINE --reason TEXT [--yes]
        tarsnapd.py bill SRV [--dry-run] [--late]
        tarsnapd.py bill SRV --check [DAY]
        tarsnapd.py report SRV [--month YYYY-MM] [--account NAME]
@@ -12922,23 +13030,27 @@ def command_cert(args):
 
 def command_user(args):
     """Accounts: who may register machines, and what they have paid."""
-    options, words = take_options(args, {'--reason': True, '--key': True},
-                                  2, 4)
+    options, words = take_options(
+        args, {'--reason': True, '--key': True, '--yes': False}, 2, 4)
     verb = words[1]
-    if options and verb not in ('credit', 'debit'):
-        raise ServerError('--reason and --key are for credit and debit')
+    if not options.keys() <= USER_OPTIONS.get(verb, set()):
+        raise ServerError('--reason is for credit, debit and erase, --key '
+                          'for credit and debit, --yes for erase')
     if verb not in USER_VERBS or len(words) != USER_VERBS[verb][1] + 2:
         raise ServerError('user SRV add|passwd|show|close|export|reset|'
                           'invite NAME, user SRV address|confirm NAME NEW, '
                           'user SRV news NAME on|off, user SRV link LINK, '
                           'user SRV move-machine MACHINE NAME, user SRV quota '
                           'NAME BYTES|none, user SRV credit|debit NAME '
-                          'DOLLARS --reason TEXT, or user SRV list')
+                          'DOLLARS --reason TEXT, user SRV erase NAME, or '
+                          'user SRV list')
     server = open_server(words[0])
-    if verb in ('credit', 'debit'):
+    if verb in USER_OPTIONS:
         words.append(options)
-    USER_VERBS[verb][0](server, *words[2:])
-    server.close()
+    try:
+        return USER_VERBS[verb][0](server, *words[2:])
+    finally:
+        server.close()
 
 
 def user_add(server, name):
@@ -13094,6 +13206,115 @@ def balance_say(server, ident):
         print('balance %s' % money_text(balance.money))
 
 
+def user_erase(server, name, options):
+    """Erase all machines of an account that may be; see erase_machines()."""
+    account = account_closed(server, name)
+    why = erase_reason(server, account)
+    return erase_machines(
+        server, sorted(number for number, ident in server.run(
+            owner_machines()).items() if ident == account['id']),
+        options.get('--reason', why), options)
+
+
+def account_closed(server, name):
+    """As account_find(), also by the address that a closed one had."""
+    found = [account for account in server.run(accounts_newest()).values()
+             if account and account['address'].lower() == name.lower()]
+    if len(found) > 1:
+        raise ServerError('%s is or was the address of several accounts; say '
+                          'which by its id: %s' % (printable(name), ' '.join(
+                              account['id'] for account in found)))
+    return found[0] if found else account_find(server, name)
+
+
+def erase_reason(server, account):
+    """Why the machines of an account may be erased; ServerError if not."""
+    if account.get('closed'):
+        return 'the account was closed on %s' % day_text(
+            account['closed'] // DAY)
+    if server.prices:
+        ident = account['id']
+        server.run(ledger_catch_up(ident))
+        before = server.run(versioned_get(standing_prefix(ident)))
+        standing = standing_judge(
+            before and before[1], server.perform(('view', 'balance', ident)),
+            server.prices, server.perform(('now',)), server.amnesty)
+        if standing['state'] == 'deletable':
+            return 'the balance of the account has been below zero since ' \
+                + day_text(standing['since'] // DAY)
+    raise ServerError('%s is not closed and has not been below zero for %d '
+                      'days; for one machine there is machine SRV erase'
+                      % (printable(account['address']), DELETE_DAYS))
+
+
+def erase_machines(server, numbers, reason, options):
+    """Delete for good all that machines stored, and tell the owners; without
+    --yes only say what that is.  Status 1 if one failed.
+
+    Whatever this was killed in, the same command completes it.
+    """
+    if not 0 < len(reason.encode('utf-8', 'replace')) <= ERASE_REASON or \
+            not reason.isprintable():
+        raise ServerError('a reason has 1 to %d printable bytes'
+                          % ERASE_REASON)
+    yes, status, owners = '--yes' in options, 0, {}
+    if yes and server.read_only:
+        raise ServerError('%s: the store is read-only' % server.path)
+    for number in numbers:
+        try:
+            erased = erase_machine(server, number, reason, yes)
+            owner = server.run(owner_get(number))
+            owners.setdefault(owner, []).append((number, erased))
+        except (StoreError, Refused) as e:
+            say('machine %016x: %s' % (number, e))
+            status = 1
+    if not yes:
+        print('nothing was deleted; with --yes all of it is, for good'
+              if numbers else 'there is no machine')
+        return status
+    for owner, machines in owners.items():
+        account = server.run(account_load(owner)) if owner else None
+        if account:
+            server.run(erase_mail(server.post, account[1], machines))
+    return status
+
+
+def erase_machine(server, number, reason, yes):
+    """Erase one, or say what would be; its Erased, None if it was not."""
+    state = server.run(catch_up(number))
+    machine = named(server, machine_load(number))
+    said = 'machine %016x %s: ' % (
+        number, printable(machine.name) if machine else '?')
+    if state.erased is None:
+        said += '%d archives, %d blocks, %d bytes' % (
+            state.archives, state.blocks, state.bytes)
+    else:
+        said += 'was deleted on %s: %s' % (
+            day_text(state.erased.time // DAY), state.erased.reason)
+    if yes:
+        state, done = server.run(erase(number, reason)), Cleaned()
+        server.run(clean(number, Policy(), done))
+        said += '; %d bytes of space are free' % done.deleted_bytes
+    print(said)
+    return state.erased
+
+
+def erase_mail(post, account, machines):
+    """Steps: tell an account's owner what was erased, [(machine number,
+    Erased)], once.
+    """
+    lines, key = [], []
+    for number, erased in machines:
+        machine = yield from machine_load(number)
+        lines.append('    %s (%016x), on %s:\n    %s' % (
+            printable(machine.name), number, day_text(erased.time // DAY),
+            erased.reason))
+        key.append([number, erased.time])
+    yield from mail_account(
+        post, account, 'erased', '%s/%s' % (account['id'], json.dumps(key)),
+        {'machines': '\n'.join(lines)})
+
+
 USER_VERBS = {                          # what it does, number of words
     'add': (user_add, 1), 'passwd': (user_passwd, 1), 'show': (user_show, 1),
     'close': (user_close, 1), 'address': (user_address, 2),
@@ -13102,7 +13323,9 @@ USER_VERBS = {                          # what it does, number of words
     'export': (user_export, 1), 'news': (user_news, 2),
     'move-machine': (user_move_machine, 2), 'quota': (user_quota, 2),
     'credit': (user_credit, 2), 'debit': (user_debit, 2),
-    'list': (user_list, 0)}
+    'erase': (user_erase, 1), 'list': (user_list, 0)}
+USER_OPTIONS = {'credit': {'--reason', '--key'},
+                'debit': {'--reason', '--key'}, 'erase': {'--reason', '--yes'}}
 
 
 def command_pay(args):
@@ -13251,18 +13474,26 @@ def command_machine(args):
     """Registered machines, what they may store, how long what they delete is
     kept, and which of their roles are frozen.
     """
-    _, words = take_options(args, {}, 2, 4)
+    options, words = take_options(
+        args, {'--reason': True, '--yes': False}, 2, 4)
     verb = words[1]
+    if options and verb != 'erase':
+        raise ServerError('--reason and --yes are for erase')
     if verb not in MACHINE_VERBS or (
             len(words) - 2 not in MACHINE_VERBS[verb][1]):
         raise ServerError('machine SRV list, machine SRV show MACHINE, '
                           'machine SRV quota MACHINE BYTES|none, '
                           'machine SRV read-only MACHINE on|off, '
-                          'machine SRV delete-delay MACHINE DAYS, or '
-                          'machine SRV freeze|unfreeze MACHINE [ROLES]')
+                          'machine SRV delete-delay MACHINE DAYS, '
+                          'machine SRV freeze|unfreeze MACHINE [ROLES], or '
+                          'machine SRV erase MACHINE --reason TEXT')
     server = open_server(words[0])
-    MACHINE_VERBS[verb][0](server, *words[2:])
-    server.close()
+    if verb == 'erase':
+        words.append(options)
+    try:
+        return MACHINE_VERBS[verb][0](server, *words[2:])
+    finally:
+        server.close()
 
 
 def machine_owners(server):
@@ -13306,6 +13537,9 @@ def machine_show(server, text):
                 '%Y-%m-%d %H:%M:%S', time.gmtime(until)))
     print('frozen %s' % (machine.frozen or '-'))
     print('user %s' % machine_owners(server).get(machine.number, '-'))
+    erased = server.run(catch_up(machine.number)).erased
+    if erased:
+        print('erased %s %s' % (moment(erased.time), erased.reason))
 
 
 def machine_quota(server, text, quota):
@@ -13336,11 +13570,20 @@ def machine_unfrozen(server, text, roles='rwdn'):
     machine_frozen(server, text, roles, False)
 
 
+def machine_erase(server, text, options):
+    """Erase one, such as one whose keys are lost."""
+    if '--reason' not in options:
+        raise ServerError('erase needs a --reason, which whoever has its keys '
+                          'is told')
+    return erase_machines(server, [machine_need(server, text)],
+                          options['--reason'], options)
+
+
 MACHINE_VERBS = {                       # what it does, numbers of words
     'list': (machine_list, (0,)), 'show': (machine_show, (1,)),
     'quota': (machine_quota, (2,)), 'read-only': (machine_read_only, (2,)),
     'delete-delay': (machine_delete_delay, (2,)),
-    'freeze': (machine_frozen, (1, 2)),
+    'freeze': (machine_frozen, (1, 2)), 'erase': (machine_erase, (1,)),
     'unfreeze': (machine_unfrozen, (1, 2))}
 
 

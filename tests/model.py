@@ -415,6 +415,7 @@ class Oracle:
         self.archives = {}          # id -> (record, lineage, state)
         self.kept = {}              # name -> (key, offset, when deleted)
         self.dropped = set()        # keys
+        self.erased = False         # by the operator
         self.finished = collections.Counter()   # (title, run) committed
         self.born = {}              # live name -> log entry
         self.dead = []              # Attempts that clients gave up
@@ -439,6 +440,10 @@ class Oracle:
 
     def deleted(self, key):
         """An object is gone."""
+        home = 'seg/' + key.partition('/')[2]
+        self.check(home in self.dropped or not key.startswith((
+            'seg/', 'list/')), 'lost', '%s is deleted, which no log entry '
+            'dropped', key)
         for name, (home, _) in self.live.items():
             self.check(home != key, 'lost', 'live block %s was in %s, which '
                        'is deleted', self.say(name), key)
@@ -462,7 +467,11 @@ class Oracle:
         self.check(entry.time >= self.time, 'history', 'time goes back')
         self.k, self.log_hash, self.time = entry.k, entry.hash, entry.time
         places = self.places(entry)
-        if entry.commit:
+        if entry.erased is not None:
+            self.replay_erased()
+        elif entry.commit:
+            self.check(not self.erased, 'resurrected',
+                       'a commit after all was erased')
             self.replay_commit(entry, places)
         else:
             self.replay_moves(entry, places)
@@ -472,6 +481,13 @@ class Oracle:
                    'log entry %d counts %d live blocks, there are %d',
                    entry.k, entry.blocks, len(self.live))
         self.check_closed()
+
+    def replay_erased(self):
+        self.world.stats['erased'] += 1
+        self.check(not self.erased, 'doubled', 'all is erased once more')
+        self.erased = True
+        for what in (self.live, self.kept, self.archives):
+            what.clear()
 
     def places(self, entry):
         """[(name, key, offset)] of entries that are not dead on arrival;
@@ -627,6 +643,7 @@ class Oracle:
             code = CODE[struct.unpack_from('>H', body)[0]]
             self.world.stats[code] += 1
             self.check(code == 'INTERNAL' or not self.committed(data)
+                       or code == 'NOMACHINE' and self.erased
                        or code != 'CONFLICT' and not link.done, 'answer',
                        '%s for a commit that exists: %s', code,
                        body[2:].decode())
@@ -841,7 +858,8 @@ class World:
         mix = 'w' + self.dice.choice(('w', 'wp', 'p', 'pp', 'c', 'cp', 'wcp'))
         mix += self.dice.choice(('', 'k', 'k', 'kk'))
         return mix + ''.join(x for x in 'ruuet' if self.dice.random() < 0.2) \
-            + self.dice.choice(('',) * 9 + ('n',))
+            + self.dice.choice(('',) * 9 + ('n',)) \
+            + self.dice.choice(('',) * 11 + ('x',))
 
     def add(self, letter):
         make = ACTORS[letter]
@@ -1900,9 +1918,29 @@ def clean(dice):
         yield from tarsnapd.clean(MACHINE, policy, tarsnapd.Cleaned())
 
 
+def eraser(world, number):
+    """Steps: the operator erases everything, and cleans until that is done."""
+    dice = world.dice
+    for _ in range(dice.randrange(200)):
+        yield ('wait', 1)
+    for _ in range(4):
+        task = Task('eraser', erase(dice), dice.choice(world.servers), 'clean')
+        world.spawn(task)
+        while task in world.tasks:
+            yield ('wait', 1)
+
+
+def erase(dice):
+    """Steps: what `tarsnapd machine erase` does, of a machine."""
+    with contextlib.suppress(StoreError, tarsnapd.Refused):
+        yield from tarsnapd.erase(MACHINE, 'a reason')
+        yield from tarsnapd.clean(MACHINE, tarsnapd.Policy(),
+                                  tarsnapd.Cleaned())
+
+
 ACTORS = {'w': actor(Writer), 'p': actor(Pruner), 'r': actor(Reader),
           'u': actor(Undeleter), 'n': actor(Nuker), 'e': actor(Eager),
-          't': actor(Thief), 'c': clone, 'k': cleaner}
+          't': actor(Thief), 'c': clone, 'k': cleaner, 'x': eraser}
 
 
 ##############################################################################
@@ -2136,6 +2174,11 @@ RULES = [
         tarsnapd.Index, 'stranded', 'WHERE ? = (SELECT k FROM meta)',
         'WHERE ? < 0'), delay=0, deaths=0, faults=0, crashes=0, cuts=0,
         stalls=0, thrown=0),
+    Rule('drop what is erased', 'erasure', 'wwpx', 20, (
+        tarsnapd, 'clean_erased',
+        'yield from log_drop(machine, sorted(same))', 'pass')),
+    Rule('last word', 'erasure', 'wwx', 4, (
+        tarsnapd, 'erased_check', 'if state.erased:', 'if False:')),
 ]
 
 
