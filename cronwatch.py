@@ -436,7 +436,8 @@ MASKS = (
     ('a', r'(?<![\w.@/-])[A-Za-z0-9][\w-]*(?:\.[\w-]+)+:\d{1,5}\b(?!:)'),
     ('t', r'(?<![\w.:])\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?: ?[AP]M)?(?![\w:])'),
     ('d', r'(?<![\w.:])\d+:\d\d(?::\d\d)?(?:\.\d+)?(?![\w:])'),
-    ('p', r'(?<![\w/.:@-])~?(?:/[^\s/:,;()\[\]{}"\'`<>|=]+)+/?'
+    ('p', r'(?<![\w/.:@-])~?(?:/[^\s/:,;()\[\]{}"\'`<>|=?]+)+/?'
+          r'(?:\?[^\s"\'<>]*)?|(?<![^\s"\'(\[])/(?=[\s"\':)\]]|$)'
           r'|\b[A-Za-z]:\\[^\s,;"\']*|\\\\\S+'),
     ('i', r'@?\b0[xX][0-9A-Fa-f]+\b|@[0-9a-f]{5,16}\b'),
     # bus:slot:function and the like; Name{4711}
@@ -478,7 +479,8 @@ class Masker:
             r'-?\d+(?:[._-]?(?:[a-z][._-])?[.,]?\d+)*').sub
         self.random = re.compile(
             r'(?=[^\d]*\d)(?:[0-9a-f]{5,}|[0-9A-F]{8,})$|[0-9a-fA-F]{32,}$|'
-            r'(?=.{8})(?:[A-Za-z]*\d+[A-Za-z]+){3,}\d*$').match
+            r'(?=[A-Za-z0-9]{8,}$)[A-Za-z]*(?:\d+[A-Za-z]+\d+[A-Za-z]|'
+            r'\d+[A-Za-z]+\d+$(?<=\d{4}))').match
         self.number = re.compile(r'[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]\d+)?'
                                  ).search
         self.host = re.compile(
@@ -498,6 +500,9 @@ class Masker:
             letter = self.letters[match.lastindex - 1]
             text = match.group()
             glued = match.start() and line[match.start() - 1] not in ' \t'
+            if text in ('from', 'by') and before == 'user':     # nobody
+                values[len(tokens)] = 'w', ''
+                tokens.append(VARIABLE)
             if letter == 'e':
                 token = self.digits('#', text)
             elif letter == '_':
@@ -551,7 +556,8 @@ class Masker:
             return 'w', VARIABLE
         if text.lower() in NOTHING and previous in ('=', ':'):
             return '', text
-        if '.' in text and self.host(text) and self.is_host(text):
+        if '.' in text and self.host(text) and self.is_host(
+                text, previous == '='):
             return 'a', VARIABLE
         if not any(c.isdigit() for c in text):
             if '/' in text and text.count('.') > 1:
@@ -567,12 +573,17 @@ class Masker:
         return ('i', VARIABLE) if token == '#' else ('e', token)
 
     @staticmethod
-    def is_host(text):
+    def is_host(text, value=False):
+        """Whether a dotted name is of a host; in doubt what stands behind
+        a `=` is, if `value`.
+        """
         labels = text.rstrip('.').lower().split('.')
         if labels[0] in TOPS:           # com.example.Name is no host
             return False
         if labels[-1] in TOPS:
             return True
+        if value and len(labels[-1]) < 5:
+            return labels[-1].isalpha()
         return len(labels) > 2 and len(labels[-1]) == 2 and (
             labels[-2] in TOPS or labels[-2] in ('co', 'ac')
             or labels[0] in ('www', 'mail', 'ns', 'ftp', 'smtp', 'mx')
@@ -831,7 +842,7 @@ class Miner:
         if not rest and (place == 0 and len(tokens) < 2
                          or VARIABLE not in tokens):
             return False
-        if all(word.count('.') > 1 for word in words):
+        if all(word.count('.') > 1 or '#' in word for word in words):
             enough = ENOUGH_NAMES
         elif place and tokens[place - 1] == '=':
             enough = ENOUGH_NAMES
