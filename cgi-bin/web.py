@@ -78,8 +78,8 @@ def table(heads, rows, caption='', numbers=()):
     """
     right = [Html(' class="n"') if i in numbers else ''
              for i in range(len(heads))]
-    return h('<div class="wide" tabindex="0"><table>{}<thead><tr>{}</tr></thead>'
-             '<tbody>{}</tbody></table></div>',
+    return h('<div class="wide" tabindex="0"><table>{}'
+             '<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>',
              h('<caption>{}</caption>', caption) if caption else '',
              join(h('<th scope="col"{}>{}</th>', side, head)
                   for side, head in zip(right, heads)),

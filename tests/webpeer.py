@@ -181,12 +181,15 @@ class Site:
         assert values['link'].startswith(self.url), values
         return values['link'][len(self.url):]
 
-    def close(self):
+    def stop(self):
         if self.child:
             self.child.terminate()
             self.child.wait(SECONDS)
             self.child.stderr.close()
             self.child = None
+
+    def close(self):
+        self.stop()
         self.server.close()
 
 
