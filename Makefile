@@ -46,7 +46,7 @@ TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
 	cpio:cpio \
 	sshd:openssh-server cc:gcc systemd-socket-activate:systemd \
 	stunnel4:stunnel4 spiped:spiped strace:strace \
-	apache2:apache2 node:nodejs npm:npm
+	apache2:apache2 logrotate:logrotate node:nodejs npm:npm
 
 # What the benchmark compares with.
 PEERS = restic:restic borg:borgbackup rclone:rclone openssl:openssl
@@ -80,6 +80,7 @@ help:
 	@echo 'make bench-load        one server under many sessions'
 	@echo 'make bench-rebuild     the index of a million blocks made anew'
 	@echo 'make bench-login       whether time tells which users there are'
+	@echo 'make bench-web         what a page of an account costs'
 	@echo 'make bench-cron [LOGS=dir] how well cronwatch groups lines of logs,'
 	@echo '                       and finds what is wrong in made mails'
 	@echo 'make lint              check sources and manual pages'
@@ -124,7 +125,7 @@ bench-quick: peers
 bench-cron:
 	@$(FIND) && exec "$$py" bench/cron.py $(LOGS:%=--logs %) $(BENCH)
 
-bench-growth bench-network bench-load bench-rebuild bench-login:
+bench-growth bench-network bench-load bench-rebuild bench-login bench-web:
 	@$(FIND) && exec "$$py" bench/$(@:bench-%=%).py $(BENCH)
 
 # As root on Debian what is missing is installed; elsewhere the tests and the
@@ -169,5 +170,5 @@ clean:
 .PHONY: help demo web test crash fuzz rot faults books model bench \
 	bench-quick \
 	bench-growth bench-network bench-load bench-rebuild bench-login \
-	bench-cron tools \
+	bench-web bench-cron tools \
 	peers lint clean

@@ -660,6 +660,8 @@ def status(site):
     except (OSError, UnicodeDecodeError):
         return ''
     at = h('<time>{} UTC</time>', moment(when))
+    if not words:                   # it is being written
+        return ''
     if when < site.now - STATUS_OLD:
         text = h('Whether it works has not been looked at since {}.', at)
     elif words[1:2] in (['OK'], ['WARNING']):

@@ -84,11 +84,14 @@ class Figures(Case):
         for said, shown in (
                 ('tarsnapd OK - b:9279: wrote a block|time=0.1s', 'It works'),
                 ('tarsnapd CRITICAL - b:9279: refused', 'There is trouble'),
-                ('', 'There is trouble')):
+                ('tarsnapd UNKNOWN', 'There is trouble'), ('', 'Prices')):
             with open(self.site.file('web/status'), 'w') as file:
                 file.write(said)
             page = self.ok(self.browser.get('index.html'), shown)
+            self.assertEqual('Status' in page.text, bool(said))
             self.assertNotIn('9279', page.text)
+        with open(file.name, 'w') as file:
+            file.write('tarsnapd OK')
         then = int(time.time()) - 7200
         os.utime(file.name, (then, then))
         self.ok(self.browser.get(''), 'has not been looked at since '
@@ -379,6 +382,13 @@ class Doing(Case):
         for path in ('activity.cgi', 'payments.cgi', 'settings.cgi',
                      'export.cgi'):
             self.ok(self.browser.get(path))
+
+    def test_links_that_lead_to_the_first_page(self):
+        """As they do where web-url names no script."""
+        page = self.browser.get('?link=a.b%0d%0ax:%20y')
+        self.assertEqual((page.status, page.headers['Location']),
+                         (303, 'confirm.cgi?link=a.b%0D%0Ax%3A%20y'))
+        self.assertEqual(self.browser.follow().status, 410)
 
     def test_no_page_of_that_name(self):
         for path, status in (('web.py', 403), ('nothing.cgi', 404),

@@ -18,6 +18,7 @@ import html.parser
 import http.client
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -50,15 +51,29 @@ def python():
     return sys.executable
 
 
+def listening(port, child, log=str):
+    """Wait until somebody listens there; AssertionError if `child` ends."""
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            socket.create_connection(('127.0.0.1', port)).close()
+            return
+        except OSError:
+            if child.poll() is not None or time.monotonic() > end:
+                raise AssertionError('%s: %s' % (child.args, log())) from None
+            time.sleep(0.05)
+
+
 class Site:
     """Apache with the account pages: `port`, `root`, `srv`, `accounts`,
     `web`, log().
 
     `cleanup` is an addCleanup or addClassCleanup of unittest.  `conf` is
-    appended to tarsnapd.conf, `web` to web.conf.
+    appended to tarsnapd.conf, `web` to web.conf.  Unless it is `plain` it
+    listens to stunnel alone.
     """
 
-    def __init__(self, cleanup, conf=PRICES, web='', listen=None):
+    def __init__(self, cleanup, conf=PRICES, web='', plain=True):
         self.apache = shutil.which('apache2', path=SEARCH)
         self.user = NOBODY if os.getuid() == 0 else os.getuid()
         base = tempfile.TemporaryDirectory(prefix='web-', dir='/tmp')
@@ -72,7 +87,7 @@ class Site:
         self.url = 'http://127.0.0.1:%d/' % self.port
         self._server(conf)
         self._install(web)
-        self.child = None
+        self.child, self.plain = None, plain
         cleanup(self.close)
         self.start()
 
@@ -116,8 +131,8 @@ class Site:
 
     def start(self, *more):
         """Start Apache by the files in contrib/; wait until it answers."""
-        argv = [self.apache, '-DFOREGROUND', '-DWEB_PLAIN', '-f',
-                os.path.join(self.root, 'httpd.conf')]
+        argv = [self.apache, '-DFOREGROUND', '-f', self.file('httpd.conf')]
+        argv += ['-DWEB_PLAIN'] if self.plain else []
         for name in ('httpd', 'site'):
             source = 'tarsnap-web%s.conf' % {'httpd': '-httpd'}.get(name, '')
             shutil.copy(os.path.join(ROOT, 'contrib', source),
@@ -136,16 +151,7 @@ class Site:
             argv + list(more), stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd='/',
             env={'PATH': SEARCH})
-        end = time.monotonic() + SECONDS
-        while True:
-            try:
-                Browser(self).get('style.css')
-                return
-            except OSError:
-                if self.child.poll() is not None or time.monotonic() > end:
-                    raise AssertionError('no Apache: %s %s' % (
-                        self.child.stderr.read(), self.log())) from None
-                time.sleep(0.05)
+        listening(self.port, self.child, self.log)
 
     def file(self, name):
         return os.path.join(self.root, name)
@@ -240,9 +246,12 @@ class Browser:
         self.page = None
         self.here = ''
 
+    def connect(self):
+        return http.client.HTTPConnection('127.0.0.1', self.site.port,
+                                          timeout=SECONDS)
+
     def ask(self, method, path, body=None, headers=()):
-        connection = http.client.HTTPConnection('127.0.0.1', self.site.port,
-                                                timeout=SECONDS)
+        connection = self.connect()
         headers = dict(headers)
         if self.cookies:
             headers.setdefault('Cookie', '; '.join(
