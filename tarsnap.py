@@ -83,6 +83,8 @@ MIB = 1024 * KIB
 class Error(Exception):
     """Something failed; str() is one line fit for a user."""
 
+    status = 1              # what the program exits with
+
 
 class UserError(Error):
     """The command, the configuration or a key is wrong; exit 1."""
@@ -13190,6 +13192,96 @@ def mode_print_head(opt):
     return 0
 
 
+# --last-backup-age: what monitors call its exit statuses.
+AGE_OK, AGE_WARNING, AGE_CRITICAL, AGE_UNKNOWN = range(4)
+AGE_WORDS = ('OK', 'WARNING', 'CRITICAL', 'UNKNOWN')
+AGE_LOOK = 20               # archives that came last: one of them is newest
+
+
+def mode_last_backup_age(opt):
+    """--last-backup-age: one line for a monitor, and its status."""
+    if not opt.key.can(ROLE_DELETE):
+        opt.key.need(ROLE_READ, opt.mode)
+    remote = remote_open(opt, (ROLE_READ,) if opt.key.can(ROLE_READ)
+                         else (ROLE_DELETE,))
+    try:
+        now = time.time()
+        found = newest_complete(remote, opt, now)
+    finally:
+        remote.close()
+    opt.found = True            # a status is an answer, not an error
+    age, status = None, AGE_CRITICAL
+    if found:
+        archive, record = found
+        age = max(0, int(now) - record.created)
+        status = max([AGE_OK] + [word for word, span in (
+            (AGE_WARNING, opt.warn_age), (AGE_CRITICAL, opt.max_age))
+            if span and age > span[1]])
+    return age_say(opt, status, age_text(
+        opt, record.title, age) if found else 'there is no archive', dict(
+            json_archive(*found) if found else {}, age=age))
+
+
+def age_unknown(opt, text):
+    """The status for what cannot be found out; says so on standard output,
+    too, the only place where monitors look.
+    """
+    return age_say(opt, AGE_UNKNOWN, text, {'age': None})
+
+
+def age_say(opt, status, text, fields):
+    """The line of --last-backup-age, or JSON; `status`."""
+    if opt.json:
+        fields.update(type='age', status=AGE_WORDS[status].lower())
+        sys.stdout.write(json_line(fields).decode() + '\n')
+    else:
+        sys.stdout.write('tarsnap %s - %s\n' % (AGE_WORDS[status], text))
+    return status
+
+
+def newest_complete(remote, opt, now):
+    """(archive id, Record) of the newest archive that is complete, or None.
+
+    Which came last the server says; how old it is its maker has signed.  An
+    archive of tomorrow says nothing of today's backup, and is left out.
+    """
+    live = history_live(remote, opt)
+    series = opt.series and Names(opt.key).series(opt.series)
+    latest = sorted((archive for archive, link in live.items()
+                     if link[2] == COMPLETE),
+                    key=lambda archive: live[archive][3], reverse=True)
+    for start in range(0, len(latest), AGE_LOOK):
+        some, errors = latest[start:start + AGE_LOOK], []
+        best = None
+        for archive, record in archive_records(
+                remote, {one: live[one] for one in some}, errors.append):
+            if series and record.series != series:
+                continue
+            if record.created > now + DRIFT:
+                warn('%s is of %s, which is yet to come; it is left out' % (
+                    show(record.title), date_text(record.created).decode()))
+            elif not best or record.created > best[1].created:
+                best = archive, record
+        if errors:
+            raise errors[0]
+        if best:
+            return best
+    return None
+
+
+def age_text(opt, title, age):
+    """What --last-backup-age says of an archive; figures as Nagios reads
+    them.
+    """
+    minutes = age // 60
+    days, hours = minutes // 1440, minutes // 60 % 24
+    spoken = '%d d %d h' % (days, hours) if days else (
+        '%d h %d min' % (hours, minutes % 60))
+    return '%s, %s old|age=%ds;%s;%s;0' % (
+        show(title), spoken, age, *(span[1] if span else '' for span in (
+            opt.warn_age, opt.max_age)))
+
+
 def mode_read(opt):
     """The modes that change nothing: only errors to decide here."""
     if not (opt.mode == '--list-archives' and opt.key.can(ROLE_DELETE)):
@@ -13845,7 +13937,7 @@ class Option:
 # Mode letters: c d t x r as such, a --list-archives, s --print-stats,
 # e --expire, f --fsck, i --initialize-cachedir, n --nuke, R --recover,
 # h --print-head, p --fsck-prune, u --undelete, v --verify-config, D --diff,
-# U --usage, V --verify.
+# U --usage, V --verify, A --last-backup-age.
 MODES = [
     # long name, letter, mode letter, text
     ('create', 'c', 'c', 'create an archive'),
@@ -13856,6 +13948,8 @@ MODES = [
     ('extract', 'x', 'x', 'extract from an archive'),
     ('tar', 'r', 'r', 'write an archive to standard output as a tar stream'),
     ('list-archives', '', 'a', 'list the archives'),
+    ('last-backup-age', '', 'A', 'how old the newest archive is, for monitors'
+     ),
     ('print-stats', '', 's', 'print statistics (also with -c and -d)'),
     ('usage', '', 'U', 'what is used, what it costs, and what is left'),
     ('diff', '', 'D', 'compare two archives, or one and the disk'),
@@ -13946,7 +14040,7 @@ OPTIONS = [Option(*row) for row in (
      'keep leading slashes; lift the guards of -x'),
     ('creationtime', '', 'UNIX', 'c', False, one(creation_parse),
      'creation time of the archive'),
-    ('series', '', 'SERIES', 'ce', False, one(os.fsencode),
+    ('series', '', 'SERIES', 'ceA', False, one(os.fsencode),
      'series the archive belongs to; with --expire: only that one'),
     ('keep-last', '', 'N', 'e!', True, one(count_parse),
      'keep the last N archives'),
@@ -13961,6 +14055,10 @@ OPTIONS = [Option(*row) for row in (
      'likewise of years'),
     ('keep-within', '', 'SPAN', 'e!', True, one(span_parse),
      'keep what is at most SPAN (36h, 30d, 1y6m) older than the newest'),
+    ('max-age', '', 'SPAN', 'A!', False, one(span_parse, once=True),
+     'what is older is critical: exit status 2'),
+    ('warn-age', '', 'SPAN', 'A!', False, one(span_parse, once=True),
+     'what is older is a warning: exit status 1'),
     ('[no-]by-creation', '', '', 'e!', True, FLAG,
      'rules go by creation times, not by when the server received archives'),
     ('since-commit', '', 'N', 'u!', False, one(count_parse),
@@ -14029,7 +14127,7 @@ OPTIONS = [Option(*row) for row in (
     ('keep-going', '', '', '', False, FLAG, 'go on after a missing archive'),
     ('hashes', '', '', '', False, FLAG, 'list archive ids'),
     ('null-output', '', '', 'aestuxD!', False, FLAG, 'NUL ends each record'),
-    ('json', '', '', 'acdestuxDUV', False, FLAG,
+    ('json', '', '', 'acdestuxADUV', False, FLAG,
      'print JSON, one object to a line, diagnostics too'),
     ('verify-share', '', 'SHARE', 'V!', False, one(share_parse),
      'verify so much of the file data a run, as in 10% or 5G'),
@@ -14040,11 +14138,11 @@ OPTIONS = [Option(*row) for row in (
     ('[no-]retry-forever', '', '', '', True, FLAG, 'never stop reconnecting'),
     ('noisy-warnings', '', '', '', False, FLAG,
      'warn about every network problem'),
-    ('expect-head', '', 'N:HEX16', 'txraDV!', False, one(str),
+    ('expect-head', '', 'N:HEX16', 'txraADV!', False, one(str),
      'refuse a server whose state is older or another'),
     ('read-data', '', '', 'fp!', False, FLAG,
      'look at every chunk too, not only at the index'),
-    ('accept-rollback', '', '', 'fptxraDV', False, FLAG,
+    ('accept-rollback', '', '', 'fptxraADV', False, FLAG,
      'believe a server that really lost commits'),
     ('dump-config', '', '', '', False, FLAG,
      'show the command line and the configuration files'),
@@ -14438,6 +14536,7 @@ usage: tarsnap -c [options] -f NAME [-C DIR] PATH ...
        tarsnap --diff [options] -f NAME {-f NAME | [-C DIR] [PATTERN ...]}
        tarsnap --verify [options] [-f NAME ...]
        tarsnap {--list-archives | --print-stats | --usage} [options]
+       tarsnap --last-backup-age [--max-age SPAN] [options]
        tarsnap {--fsck | --nuke} [options]
        tarsnap --help
 """
@@ -14471,12 +14570,13 @@ RUN = {'c': mode_create, 'd': mode_delete, 't': mode_read, 'x': mode_read,
        'e': mode_expire, 'u': mode_undelete,
        'f': mode_fsck, 'p': mode_fsck, 'i': mode_initialize, 'n': mode_nuke,
        'R': mode_recover, 'h': mode_print_head, 'D': mode_read,
-       'U': mode_usage, 'V': mode_read}
+       'U': mode_usage, 'V': mode_read, 'A': mode_last_backup_age}
 FAILED = {'c': 'Error creating archive', 'd': 'Error deleting archive',
           'D': 'Error comparing archives', 'V': 'Error verifying archives',
           't': 'Error reading archive', 'x': 'Error extracting archive',
           'r': 'Error reading archive', 'a': 'Error listing archives',
           'U': 'Error reading usage',
+          'A': 'The age of the last backup is not known',
           'e': 'Error expiring archives',
           'u': 'Error undeleting archives',
           's': 'Error generating archive statistics',
@@ -14609,27 +14709,39 @@ def keyless_check(opt):
 def run(argv):
     """Parse and do; the exit status.  Raises Error before the mode begins."""
     parser = Parser(argv[1:])
-    opt = parser.parse()
+    try:
+        opt = parser.parse()
+        if not run_prepare(parser, opt, argv):
+            return 0
+    except Error as e:
+        if parser.opt.letter == 'A':        # 1 would be a warning
+            e.status = age_unknown(parser.opt, str(e))
+        raise
+    return mode_run(opt)
+
+
+def run_prepare(parser, opt, argv):
+    """All that comes before the mode; False if there is nothing to do."""
     if opt.json and sys.stderr is not None:
         sys.stderr = JsonErrors(sys.stderr)
     if opt.version:
         sys.stdout.write('tarsnap %s\n' % VERSION)
-        return 0
+        return False
     if opt.help:
         help_print()
-        return 0
+        return False
     opt.argv = [os.fsencode(word) for word in argv]
     parser.config_defaults()
     opt.finish()
     names_read(opt)
     settings_check(opt)
     if opt.letter == 'v':
-        return 0
+        return False
     opt.key = key_open(opt)
     if opt.cachedir:
         cachedir_make(opt.cachedir)
         opt.cachedir = os.path.abspath(opt.cachedir)    # whatever -C does
-    return mode_run(opt)
+    return True
 
 
 def mode_run(opt):
@@ -14638,12 +14750,16 @@ def mode_run(opt):
     try:
         status = RUN[opt.letter](opt)
         sys.stdout.flush()
+        if opt.letter == 'A':
+            return status
     except BrokenPipeError:
         status = 2 if opt.changed else 1
     except Exception as e:
         warn(failure_text(e, opt))
         if opt.letter in FAILED:
             warn(FAILED[opt.letter])
+        if opt.letter == 'A':
+            return age_unknown(opt, failure_text(e, opt))
         status = 2 if opt.changed else 1
     if status and not opt.found:
         warn('Error exit delayed from previous errors.')
@@ -14729,10 +14845,10 @@ def main(argv=None):
     except Usage as e:
         warn(str(e))
         sys.stderr.write(USAGE)
-        status = 1
+        status = e.status
     except Error as e:
         warn(str(e))
-        status = 1
+        status = e.status
     except BrokenPipeError:
         status = 1
     except OSError as e:

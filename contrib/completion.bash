@@ -19,10 +19,11 @@ _tarsnap_options() {
             --insane-filesystems --insecure --interactive --iso-dates --json
             --keep-daily --keep-going --keep-hourly --keep-last
             --keep-monthly --keep-newer-files --keep-old-files --keep-weekly
-            --keep-within --keep-yearly --keyfile --list --list-archives
-            --lock-wait --lowmem --maxbw --maxbw-rate --maxbw-rate-down
-            --maxbw-rate-up --modification-time --newer --newer-ctime
-            --newer-ctime-than --newer-mtime --newer-mtime-than --newer-than
+            --keep-within --keep-yearly --keyfile --last-backup-age --list
+            --list-archives --lock-wait --lowmem --max-age --maxbw
+            --maxbw-rate --maxbw-rate-down --maxbw-rate-up
+            --modification-time --newer --newer-ctime --newer-ctime-than
+            --newer-mtime --newer-mtime-than --newer-than
             --no-aggressive-networking --no-by-creation --no-config-exclude
             --no-config-include --no-default-config --no-disk-pause
             --no-exclude-caches --no-force-resources --no-humanize-numbers
@@ -41,8 +42,8 @@ _tarsnap_options() {
             --sparse --store-atime --strip-components --to-stdout --totals
             --undelete --unlink --unlink-first --usage --verbose --verify
             --verify-config --verify-encode --verify-share --version
-            --verylowmem -B -C -H -I -L -O -P -S -T -U -W -X -c -d -f -h -k
-            -l -m -n -o -p -q -r -s -t -v -w -x" ;;
+            --verylowmem --warn-age -B -C -H -I -L -O -P -S -T -U -W -X -c -d
+            -f -h -k -l -m -n -o -p -q -r -s -t -v -w -x" ;;
     'tarsnap-keygen')
         echo "
             --fingerprint --help --keyfile --machine --new-passphrase
@@ -90,17 +91,18 @@ _tarsnap_argument() {
     'tarsnap --keep-hourly' | 'tarsnap --keep-last' | \
     'tarsnap --keep-monthly' | 'tarsnap --keep-weekly' | \
     'tarsnap --keep-within' | 'tarsnap --keep-yearly' | 'tarsnap --lock-wait' \
-    | 'tarsnap --maxbw' | 'tarsnap --maxbw-rate' | \
+    | 'tarsnap --max-age' | 'tarsnap --maxbw' | 'tarsnap --maxbw-rate' | \
     'tarsnap --maxbw-rate-down' | 'tarsnap --maxbw-rate-up' | \
     'tarsnap --newer' | 'tarsnap --newer-ctime' | 'tarsnap --newer-mtime' | \
     'tarsnap --progress-bytes' | 'tarsnap --rename' | 'tarsnap --series' | \
     'tarsnap --server' | 'tarsnap --since-commit' | \
-    'tarsnap --strip-components' | 'tarsnap --verify-share' | 'tarsnap -W' | \
-    'tarsnap -f' | 'tarsnap -s' | 'tarsnap-keygen --fingerprint' | \
-    'tarsnap-keygen --machine' | 'tarsnap-keygen --passphrase-mem' | \
-    'tarsnap-keygen --passphrase-time' | 'tarsnap-keygen --server' | \
-    'tarsnap-keygen --user' | 'tarsnap-keyregen --fingerprint' | \
-    'tarsnap-keyregen --machine' | 'tarsnap-keyregen --passphrase-mem' | \
+    'tarsnap --strip-components' | 'tarsnap --verify-share' | \
+    'tarsnap --warn-age' | 'tarsnap -W' | 'tarsnap -f' | 'tarsnap -s' | \
+    'tarsnap-keygen --fingerprint' | 'tarsnap-keygen --machine' | \
+    'tarsnap-keygen --passphrase-mem' | 'tarsnap-keygen --passphrase-time' | \
+    'tarsnap-keygen --server' | 'tarsnap-keygen --user' | \
+    'tarsnap-keyregen --fingerprint' | 'tarsnap-keyregen --machine' | \
+    'tarsnap-keyregen --passphrase-mem' | \
     'tarsnap-keyregen --passphrase-time' | 'tarsnap-keyregen --server' | \
     'tarsnap-keyregen --user' | 'tarsnap-keymgmt --passphrase-mem' | \
     'tarsnap-keymgmt --passphrase-time')

@@ -154,7 +154,7 @@ class Schedules(unittest.TestCase):
                 jobs.append(fields[5].replace('\\%', '%'))
             elif line and line[0] != '#':
                 self.assertRegex(line, r'^[A-Z]+=')
-        self.assertEqual(len(jobs), 3)
+        self.assertEqual(len(jobs), 4)
         for job in jobs:
             done = self.shell(job)
             self.assertEqual((done.code, done.out + done.err), (0, ''), job)

@@ -90,7 +90,8 @@ class Tarsnap(unittest.TestCase):
         names = {'a': '--list-archives', 's': '--print-stats',
                  'e': '--expire', 'f': '--fsck', 'p': '--fsck-prune',
                  'i': '--initialize-cachedir', 'D': '--diff',
-                 'V': '--verify', 'u': '--undelete', 'U': '--usage'}
+                 'V': '--verify', 'u': '--undelete', 'U': '--usage',
+                 'A': '--last-backup-age'}
         said = {}
         for found in re.finditer(
                 r'^\.It Fl -([a-z-]+).*\n\.Pq Modes? (.*)$',
