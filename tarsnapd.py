@@ -4791,8 +4791,8 @@ class Usage:
         row = self.rows[machine]
         if row.account == '-':
             return 0, 0, 0
-        return tuple(price * quantity for price, quantity in zip(
-            self.prices, (row.stored, row.up, row.down)))
+        storage, up, down = self.prices
+        return storage * row.stored, up * row.up, down * row.down
 
     def encode(self):
         lines = [('tarsnap-usage', 1), ('prices',) + tuple(self.prices)]
@@ -5428,11 +5428,12 @@ class View:
             return False
         run('UPDATE shards SET day = ?, size = ? WHERE shard = ?',
             (usage.day, size, usage.shard))
+        spent = {machine: sum(usage.amounts(machine))
+                 for machine, row in usage.rows.items() if row.account != '-'}
+        View._machines(run, usage, spent, charge)
         used = collections.Counter()
-        for machine, row in usage.rows.items():
-            if row.account != '-':
-                used[row.account] += sum(usage.amounts(machine))
-        View._machines(run, usage, charge)
+        for machine, amount in spent.items():
+            used[usage.rows[machine].account] += amount
         for account, amount in used.items() if charge else ():
             before = run('SELECT amount FROM sums WHERE account = ?',
                          (account,)).fetchone() or (0,)
@@ -5441,29 +5442,38 @@ class View:
         return True
 
     @staticmethod
-    def _machines(run, usage, charge):
-        """Bring `machines` of a shard to the end of the day of a Usage; the
-        last day of a month is the end of its sums.
+    def _machines(run, usage, spent, charge):
+        """Bring `machines` of a shard to the end of the day of a Usage, on
+        which they `spent` that; the last day of a month ends its sums.
         """
-        found = {}
-        for machine, account, *sums, amount in run(
-                'SELECT machine, account, stored, up, down, amount '
+        over = month_days(usage.day)[1] == usage.day + 1
+        known, now = {}, {}
+        for row, machine, account, *sums, amount in run(
+                'SELECT rowid, machine, account, stored, up, down, amount '
                 'FROM machines WHERE shard = ?', (usage.shard,)):
-            found[machine, account] = [*sums, int(amount)]
-        if month_days(usage.day)[1] == usage.day + 1:
-            found, charge = {}, False
-        held = {}
-        for machine, row in usage.rows.items():
-            if row.account == '-':
-                continue
-            key = machine, row.account
-            held[key], before = row.bytes, found.get(key, (0, 0, 0, 0))
-            found[key] = before if not charge else map(sum, zip(before, (
-                row.stored, row.up, row.down, sum(usage.amounts(machine)))))
-        run('DELETE FROM machines WHERE shard = ?', (usage.shard,))
-        for key, (*sums, amount) in found.items():
-            run('INSERT INTO machines VALUES (?, ?, ?, ?, ?, ?, ?, ?)', (
-                usage.shard, *key, held.get(key, 0), *sums, str(amount)))
+            known[machine, account] = row
+            if not over:
+                now[machine, account] = [0, *sums, int(amount)]
+        for machine, amount in spent.items():
+            row = usage.rows[machine]
+            one = now.setdefault((machine, row.account), [0] * 5)
+            one[0] = row.bytes
+            if charge and not over:
+                one[1] += row.stored
+                one[2] += row.up
+                one[3] += row.down
+                one[4] += amount
+        for key, row in known.items():
+            if key not in now:
+                run('DELETE FROM machines WHERE rowid = ?', (row,))
+        for key, (*sums, amount) in now.items():
+            if key in known:
+                run('UPDATE machines SET bytes = ?, stored = ?, up = ?, '
+                    'down = ?, amount = ? WHERE rowid = ?',
+                    (*sums, str(amount), known[key]))
+            else:
+                run('INSERT INTO machines VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
+                    (usage.shard, *key, *sums, str(amount)))
 
     @staticmethod
     def used(run, account):
