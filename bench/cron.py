@@ -476,10 +476,11 @@ def learning_bench(args, figures):
 
 def scale_bench(args, figures):
     """CPU of one delivery by the program, and the size of the state."""
-    jobs, mails = (1000, 100000) if args.whole else (100, 4000)
-    made = cronmails.corpus('scale', jobs, 200, 200)
+    jobs, mails = (1000, 100000) if args.whole else (
+        (100, 4000) if not args.quick else (10, 100))
+    made = cronmails.corpus('scale', jobs, mails // jobs * 2, 10 ** 6)
     daily = [mail for mail in made.mails if made.jobs[mail.job].schedule[0]
-             != 1 or mail.time % 5 == 0]
+             != 1 or int(mail.time) % 7 == 0]
     chosen, last = daily[:mails], daily[mails:mails + args.deliveries]
     with workplace(args) as folder:
         ours = cronwatch.Watch(os.path.join(folder, 'state.db'))
@@ -528,7 +529,7 @@ def main():
     out.add_argument('--no-drain', action='store_true', help='no drain3')
     out.add_argument('--verbose', action='store_true', help='tell each alarm'
                      ' and what was missed')
-    args = common.parse(out, jobs=6, days=60, learning=30, deliveries=3,
+    args = common.parse(out, jobs=4, days=40, learning=30, deliveries=2,
                         seeds=['101'])
     report = common.Report('cron', args)
     parts = args.part or (['miner'] if args.logs else
