@@ -3405,6 +3405,8 @@ PROBE_WORDS = {0: None, 1: WARNING}     # whatever else is critical
 
 def alarm_parsers(commands):
     """Add the commands of alarms to the command line."""
+    import argparse
+
     def add(name, run, help):
         parser = commands.add_parser(name, help=help, description=help)
         parser.set_defaults(run=run)
@@ -3419,7 +3421,8 @@ def alarm_parsers(commands):
     sub.add_argument('why', nargs='*', help='what to tell those who know')
     sub = add('alarms', command_alarms, 'list the alarms that are not over')
     sub.add_argument('--all', action='store_true', help='all of them')
-    sub.add_argument('--json', action='store_true')
+    sub.add_argument('--json', action='store_true',
+                     default=argparse.SUPPRESS)
     sub = add('ack', command_ack, 'take care of alarms: nobody else is told')
     sub.add_argument('alarm', nargs='+', help='its number, or all')
     sub = add('escalate', command_escalate, 'tell who is to be told by now')
@@ -3490,28 +3493,30 @@ def command_escalate(state, conf, args):
 
 
 def command_alarms(state, conf, args):
+    """Print the alarms that are not over, or all of them."""
     found = [alarm_story(state, alarm) for alarm in state.db.execute(
         "SELECT * FROM alarm %s ORDER BY id" % (
             '' if args.all else "WHERE state != 'over'")).fetchall()]
-    if args.json:
-        import json
-        print(json.dumps(found, indent=1))
-        return
-    for alarm in found:
+    show(args, found, [*alarms_text(found), *(
+        '%s said STOP: no SMS goes there' % row['number']
+        for row in state.db.execute('SELECT * FROM stopped'))])
+
+
+def alarms_text(stories):
+    """Yield lines that tell alarm_story()s."""
+    for alarm in stories:
         times = ', %d times' % alarm['times'] if alarm['times'] > 1 else ''
         end = {'open': '', 'acked': ', %s takes care of it (%s)' % (
             alarm['who'], alarm['why']), 'over': ', over: %s' % alarm['why']}
-        print('%d %s since %s%s%s\n    %s' % (
+        yield ('%d %s since %s%s%s\n    %s' % (
             alarm['id'], alarm['severity'], alarm_time(alarm['at']), times,
             end[alarm['state']], alarm['title']))
         told = [one for one in alarm['told'] if one['state'] != 'planned']
         for one in told + alarm['told'][len(told):][:1]:
-            print('    %s %s to %s%s' % (
+            yield ('    %s %s to %s%s' % (
                 alarm_time(one['at']), one['way'], one['person'],
                 '' if one['state'] == 'sent' else ': %s' % ' '.join(
                     filter(None, (one['state'], one['said'])))))
-    for row in state.db.execute('SELECT * FROM stopped'):
-        print('%s said STOP: no SMS goes there' % row['number'])
 
 
 def alarm_story(state, alarm):
@@ -3535,7 +3540,7 @@ def alarm_time(seconds):
 
 def command_probe(state, conf, args):
     import subprocess
-    cause = args.cause or 'probe ' + ' '.join(args.words)
+    cause = args.cause or ' '.join(args.words)
     try:
         done = subprocess.run(args.words, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, check=False,
@@ -3545,14 +3550,21 @@ def command_probe(state, conf, args):
         status, said = 2, b'no answer in %d seconds' % args.timeout
     except OSError as e:
         status, said = 3, ('%s: %s' % (args.words[0], e.strerror)).encode()
-    said = said.decode('utf-8', 'replace').strip() or (
-        '%s: exit status %d' % (cause, status))
+    said = '%s: %s' % (cause, probe_text(said.decode('utf-8', 'replace'))
+                       or 'exit status %d' % status)
     now = time.time()
     with state.change():
         probe_took(state, cause, PROBE_WORDS.get(status, CRITICAL), said,
                    args.times, now)
     alarms_send(state, conf, now, alarm_say)
     return status if 0 <= status < 256 else 2
+
+
+def probe_text(said):
+    """What a plugin of Nagios said, without what is for Nagios."""
+    return '\n'.join(re.sub(
+        r'^(\S+ )?(OK|WARNING|CRITICAL|UNKNOWN)\b[\s:-]*', '',
+        line.partition('|')[0].strip()) for line in said.strip().splitlines())
 
 
 def probe_took(state, cause, severity, said, times, now):

@@ -4,7 +4,6 @@ Twilio and a mail server that are there, and by ones that fail; with kills.
 """
 
 import contextlib
-import http.server
 import io
 import os
 import random
@@ -13,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import unittest
 import unittest.mock
@@ -39,60 +37,9 @@ MINUTE = 60
 SHARE = 12                  # of the places where it may be killed
 
 
-class Cgi:
-    """A web server that runs alarm.cgi: url, and `environment` for it."""
-
-    def __init__(self, cleanup):
-        self.environment = {}
-        cgi = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-
-            def log_message(self, *words):
-                pass
-
-            def do_POST(self):
-                length = int(self.headers.get('Content-Length') or 0)
-                done = subprocess.run(
-                    [sys.executable, os.path.join(ROOT, 'cgi-bin',
-                                                  'alarm.cgi')],
-                    input=self.rfile.read(length), stdout=subprocess.PIPE,
-                    check=False, env=dict(
-                        cgi.environment, GATEWAY_INTERFACE='CGI/1.1',
-                        REQUEST_METHOD=self.command,
-                        QUERY_STRING=self.path.partition('?')[2],
-                        CONTENT_LENGTH=str(length),
-                        CONTENT_TYPE=self.headers.get('Content-Type', ''),
-                        HTTP_X_TWILIO_SIGNATURE=self.headers.get(
-                            'X-Twilio-Signature', '')))
-                head, _, body = done.stdout.partition(b'\n\n')
-                lines = dict(line.split(': ', 1)
-                             for line in head.decode().split('\n'))
-                self.send_response(int(lines.pop('Status', '500')[:3]))
-                for header in lines.items():
-                    self.send_header(*header)
-                self.end_headers()
-                self.wfile.write(body)
-
-            do_GET = do_POST
-
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0),
-                                                      Handler)
-        self.url = 'http://127.0.0.1:%d/alarm.cgi' % self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve_forever,
-                                       kwargs={'poll_interval': 0.02})
-        self.thread.start()
-        cleanup(self.close)
-
-    def close(self):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
 def setUpModule():
     global CGI, TWILIO, CRUEL, POST
-    CGI = Cgi(unittest.addModuleCleanup)
+    CGI = twiliopeer.Cgi(unittest.addModuleCleanup)
     TWILIO = twiliopeer.Peer(unittest.addModuleCleanup, CGI.url)
     CRUEL = twiliopeer.Cruel(unittest.addModuleCleanup)
     POST = mailpeer.Peer(unittest.addModuleCleanup)
@@ -768,7 +715,7 @@ class Commands(Case):
         self.assertEqual(self.told(), ROUND[:1])
         open(flag, 'w').close()
         self.assertEqual(self.command(*words)[0], 0)
-        self.assertEqual(CRUEL.made[-1]['body'], 'OVER gone')
+        self.assertEqual(CRUEL.made[-1]['body'], 'OVER flag: gone')
         self.assertEqual(self.command('probe', '--timeout', '1', '--',
                                       'sleep', '9')[0], 2)
         self.assertEqual(self.command('probe', '--', '/nonexistent')[0], 3)

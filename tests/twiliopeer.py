@@ -13,6 +13,8 @@ does, and plan() says what it does with the next requests that make one:
     drop                hangs up before it has done anything
     took                takes it, and hangs up before it says so
     late SECONDS        takes it, but does not list it before that
+
+`Cgi` runs alarm.cgi for them.
 """
 
 import base64
@@ -23,6 +25,7 @@ import http.server
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -31,7 +34,8 @@ import urllib.parse
 import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-FOLDER = os.path.join(os.path.dirname(HERE), '.venv-emulate')
+ROOT = os.path.dirname(HERE)
+FOLDER = os.path.join(ROOT, '.venv-emulate')
 PACKAGE = 'emulate@0.11.2'      # other versions of the name are other things
 
 ACCOUNT, TOKEN = 'AC' + '12' * 16, 'to ken'
@@ -261,6 +265,57 @@ class Cruel:
 
     def forget(self):
         self.made[:], self.planned[:], self.asked[:] = [], [], []
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+class Cgi:
+    """A web server that runs alarm.cgi: url, and `environment` for it."""
+
+    def __init__(self, cleanup):
+        self.environment = {}
+        cgi = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+
+            def log_message(self, *words):
+                pass
+
+            def do_POST(self):
+                length = int(self.headers.get('Content-Length') or 0)
+                done = subprocess.run(
+                    [sys.executable, os.path.join(ROOT, 'cgi-bin',
+                                                  'alarm.cgi')],
+                    input=self.rfile.read(length), stdout=subprocess.PIPE,
+                    check=False, env=dict(
+                        cgi.environment, GATEWAY_INTERFACE='CGI/1.1',
+                        REQUEST_METHOD=self.command,
+                        QUERY_STRING=self.path.partition('?')[2],
+                        CONTENT_LENGTH=str(length),
+                        CONTENT_TYPE=self.headers.get('Content-Type', ''),
+                        HTTP_X_TWILIO_SIGNATURE=self.headers.get(
+                            'X-Twilio-Signature', '')))
+                head, _, body = done.stdout.partition(b'\n\n')
+                lines = dict(line.split(': ', 1)
+                             for line in head.decode().split('\n'))
+                self.send_response(int(lines.pop('Status', '500')[:3]))
+                for header in lines.items():
+                    self.send_header(*header)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST
+
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0),
+                                                      Handler)
+        self.url = 'http://127.0.0.1:%d/alarm.cgi' % self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever,
+                                       kwargs={'poll_interval': 0.02})
+        self.thread.start()
+        cleanup(self.close)
 
     def close(self):
         self.server.shutdown()
