@@ -26,7 +26,8 @@ Map of this file, bottom up:
     Miner           lines to kinds of lines
     State           the one file that everything is kept in
     Judge           what is usual, and what is not
-    Alarms          who is told, how, and until when
+    Alarms          who is told, how, and until when: what is kept,
+                    configuration, texts, ways out, escalation, answers
     Watch           a mail from arrival to alarm; feedback
     Reports         what it believes, and why
     Delivery        whatever happens, the mail is not lost
@@ -3376,215 +3377,6 @@ def link_answer(state, environ, notice, now):
     return PAGE_HEAD, PAGE % '\n'.join(lines)
 
 
-def command_callback(state, conf, args):
-    """One CGI request, from the environment and standard input."""
-    status = '200 OK'
-    try:
-        head, body = alarm_answer(state, conf, os.environ, sys.stdin.buffer,
-                                  time.time())
-    except (Forbidden, Error) as e:
-        status, head, body = ('403 Forbidden', 'Content-Type: text/plain\n',
-                              'Forbidden\n')
-        if isinstance(e, Error):
-            print('cronwatch: %s' % e, file=sys.stderr)
-    sys.stdout.buffer.write((
-        'Status: %s\n%sCache-Control: no-store\n'
-        'X-Content-Type-Options: nosniff\n\n%s' % (status, head, body)
-    ).encode())
-
-
-##############################################################################
-# Alarms: commands
-#
-# What scripts and people type.  Each takes the State, the configuration and
-# the arguments, and returns an exit status or None.
-##############################################################################
-
-PROBE_WORDS = {0: None, 1: WARNING}     # whatever else is critical
-
-
-def alarm_parsers(commands):
-    """Add the commands of alarms to the command line."""
-    import argparse
-
-    def add(name, run, help):
-        parser = commands.add_parser(name, help=help, description=help)
-        parser.set_defaults(run=run)
-        return parser
-
-    sub = add('raise', command_raise, 'raise an alarm')
-    sub.add_argument('--severity', choices=list(RANKS), default=CRITICAL)
-    sub.add_argument('--cause', help='a name; one alarm for each at a time')
-    sub.add_argument('text', nargs='+', help='what is wrong, or - to read it')
-    sub = add('over', command_over, 'an alarm is over')
-    sub.add_argument('alarm', help='its number, or the name of its cause')
-    sub.add_argument('why', nargs='*', help='what to tell those who know')
-    sub = add('alarms', command_alarms, 'list the alarms that are not over')
-    sub.add_argument('--all', action='store_true', help='all of them')
-    sub.add_argument('--json', action='store_true',
-                     default=argparse.SUPPRESS)
-    sub = add('ack', command_ack, 'take care of alarms: nobody else is told')
-    sub.add_argument('alarm', nargs='+', help='its number, or all')
-    sub = add('escalate', command_escalate, 'tell who is to be told by now')
-    sub.add_argument('--loop', action='store_true', help='do so for ever')
-    sub = add('probe', command_probe, 'run a check for a monitor: 0 is well, '
-              '1 a warning, whatever else critical')
-    sub.add_argument('--cause', help='its name, by default the command')
-    sub.add_argument('--times', type=int, default=1,
-                     help='how often it must fail in a row')
-    sub.add_argument('--timeout', type=int, default=300, help='seconds')
-    sub.add_argument('words', nargs='+', metavar='command')
-    add('callback', command_callback, 'answer a CGI request')
-
-
-def alarm_say(line):
-    print('cronwatch: %s' % line, file=sys.stderr)
-
-
-def command_raise(state, conf, args):
-    text = ' '.join(args.text)
-    if text == '-':
-        text = sys.stdin.buffer.read(10 ** 6).decode('utf-8', 'replace')
-    if not text.strip():
-        raise Error('an alarm needs a text')
-    with state.change():
-        number = alarm_raise(state, args.severity, args.cause, text,
-                             time.time())
-    print(number)
-    if not conf['person']:
-        alarm_say('nobody is told: the configuration names no person')
-    alarms_send(state, conf, time.time(), alarm_say)
-
-
-def alarm_number(state, name):
-    """The number of an alarm that is not over, by number or cause."""
-    found = state.db.execute(
-        "SELECT id FROM alarm WHERE state != 'over' AND (cause = ? OR id = ?)",
-        (name, int(name) if re.fullmatch('[0-9]{1,12}', name) else -1)
-    ).fetchone()
-    if found is None:
-        raise Error('no alarm %s' % name)
-    return found[0]
-
-
-def command_over(state, conf, args):
-    with state.change():
-        alarm_over(state, alarm_number(state, args.alarm), time.time(),
-                   alarm_line(' '.join(args.why)) or 'somebody said so')
-    alarms_send(state, conf, time.time(), alarm_say)
-
-
-def command_ack(state, conf, args):
-    import getpass
-    if args.alarm == ['all']:
-        numbers = [row[0] for row in state.db.execute(
-            "SELECT id FROM alarm WHERE state = 'open'")]
-    else:
-        numbers = [alarm_number(state, name) for name in args.alarm]
-    alarm_ack(state, numbers, getpass.getuser(), 'command', time.time())
-
-
-def command_escalate(state, conf, args):
-    while True:
-        alarms_send(state, conf, time.time(), alarm_say)
-        if not args.loop:
-            return
-        time.sleep(5)
-
-
-def command_alarms(state, conf, args):
-    """Print the alarms that are not over, or all of them."""
-    found = [alarm_story(state, alarm) for alarm in state.db.execute(
-        "SELECT * FROM alarm %s ORDER BY id" % (
-            '' if args.all else "WHERE state != 'over'")).fetchall()]
-    show(args, found, [*alarms_text(found), *(
-        '%s said STOP: no SMS goes there' % row['number']
-        for row in state.db.execute('SELECT * FROM stopped'))])
-
-
-def alarms_text(stories):
-    """Yield lines that tell alarm_story()s."""
-    for alarm in stories:
-        times = ', %d times' % alarm['times'] if alarm['times'] > 1 else ''
-        end = {'open': '', 'acked': ', %s takes care of it (%s)' % (
-            alarm['who'], alarm['why']), 'over': ', over: %s' % alarm['why']}
-        yield ('%d %s since %s%s%s\n    %s' % (
-            alarm['id'], alarm['severity'], alarm_time(alarm['at']), times,
-            end[alarm['state']], alarm['title']))
-        told = [one for one in alarm['told'] if one['state'] != 'planned']
-        for one in told + alarm['told'][len(told):][:1]:
-            yield ('    %s %s to %s%s' % (
-                alarm_time(one['at']), one['way'], one['person'],
-                '' if one['state'] == 'sent' else ': %s' % ' '.join(
-                    filter(None, (one['state'], one['said'])))))
-
-
-def alarm_story(state, alarm):
-    """An alarm and who was and will be told of it, for JSON."""
-    story = {name: alarm[name] for name in (
-        'id', 'finding', 'cause', 'severity', 'title', 'body', 'at', 'times',
-        'state', 'ended', 'who', 'why')}
-    story['told'] = [dict(row) for row in state.db.execute(
-        "SELECT notice.kind, notice.person, notice.way,"
-        " coalesce(tried, next) AS at, state, said FROM step JOIN notice"
-        " ON notice.id = step.notice WHERE alarm = ? UNION ALL"
-        " SELECT kind, person, way, ? + after, 'planned', NULL FROM step"
-        " WHERE alarm = ? AND notice IS NULL AND ? = 'open' ORDER BY at",
-        (alarm['id'], alarm['base'], alarm['id'], alarm['state']))]
-    return story
-
-
-def alarm_time(seconds):
-    return time.strftime('%a %H:%M', time.localtime(seconds))
-
-
-def command_probe(state, conf, args):
-    import subprocess
-    cause = args.cause or ' '.join(args.words)
-    try:
-        done = subprocess.run(args.words, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, check=False,
-                              stderr=subprocess.STDOUT, timeout=args.timeout)
-        status, said = done.returncode, done.stdout[:10 ** 5]
-    except subprocess.TimeoutExpired:
-        status, said = 2, b'no answer in %d seconds' % args.timeout
-    except OSError as e:
-        status, said = 3, ('%s: %s' % (args.words[0], e.strerror)).encode()
-    said = '%s: %s' % (cause, probe_text(said.decode('utf-8', 'replace'))
-                       or 'exit status %d' % status)
-    now = time.time()
-    with state.change():
-        probe_took(state, cause, PROBE_WORDS.get(status, CRITICAL), said,
-                   args.times, now)
-    alarms_send(state, conf, now, alarm_say)
-    return status if 0 <= status < 256 else 2
-
-
-def probe_text(said):
-    """What a plugin of Nagios said, without what is for Nagios."""
-    return '\n'.join(re.sub(
-        r'^(\S+ )?(OK|WARNING|CRITICAL|UNKNOWN)\b[\s:-]*', '',
-        line.partition('|')[0].strip()) for line in said.strip().splitlines())
-
-
-def probe_took(state, cause, severity, said, times, now):
-    """Judge one result of a probe: well if `severity` is None."""
-    if severity is None:
-        state.db.execute('DELETE FROM probe WHERE cause = ?', (cause,))
-        found = state.db.execute("SELECT id FROM alarm WHERE cause = ? AND"
-                                 " state != 'over'", (cause,)).fetchone()
-        if found:
-            alarm_over(state, found[0], now, alarm_line(said)[:200])
-        return
-    state.db.execute('INSERT OR IGNORE INTO probe VALUES (?, 0)', (cause,))
-    state.db.execute('UPDATE probe SET bad = bad + 1 WHERE cause = ?',
-                     (cause,))
-    bad, = state.db.execute('SELECT bad FROM probe WHERE cause = ?',
-                            (cause,)).fetchone()
-    if bad >= times:
-        alarm_raise(state, severity, cause, said, now)
-
-
 ##############################################################################
 # Watch
 #
@@ -4551,6 +4343,226 @@ def died(status):
     return 128 - status
 
 
+# Alarms.
+
+# What exit statuses of monitors mean; any other is critical.
+PROBE_WORDS = {0: None, 1: WARNING, 3: WARNING}
+
+
+def alarm_parsers(commands):
+    """Add the commands of alarms to the command line."""
+    import argparse
+
+    def add(name, run, help):
+        parser = commands.add_parser(name, help=help, description=help)
+        parser.set_defaults(function=run)
+        return parser
+
+    sub = add('raise', command_raise, 'raise an alarm')
+    sub.add_argument('--severity', choices=list(RANKS), default=CRITICAL)
+    sub.add_argument('--cause', help='a name; one alarm for each at a time')
+    sub.add_argument('text', nargs='+', help='what is wrong, or - to read it')
+    sub = add('over', command_over, 'an alarm is over')
+    sub.add_argument('alarm', help='its number, or the name of its cause')
+    sub.add_argument('why', nargs='*', help='what to tell those who know')
+    sub = add('alarms', command_alarms, 'list the alarms that are not over')
+    sub.add_argument('--all', action='store_true', help='all of them')
+    sub.add_argument('--json', action='store_true',
+                     default=argparse.SUPPRESS)
+    sub = add('ack', command_ack, 'take care of alarms: nobody else is told')
+    sub.add_argument('alarm', nargs='+', help='its number, or all')
+    sub = add('escalate', command_escalate, 'tell who is to be told by now')
+    sub.add_argument('--loop', action='store_true', help='do so for ever')
+    sub = add('probe', command_probe, 'run a check of a monitor: status 0 '
+              'is well, 1 or 3 a warning, any other critical')
+    sub.add_argument('--cause', help='its name, by default the command')
+    sub.add_argument('--times', type=int, default=1,
+                     help='how often it must fail in a row')
+    sub.add_argument('--timeout', type=int, default=300, help='seconds')
+    sub.add_argument('words', nargs='+', metavar='command')
+    add('callback', command_callback, 'answer a CGI request')
+
+
+def alarm_say(line):
+    print('cronwatch: %s' % line, file=sys.stderr)
+
+
+def command_raise(args):
+    """Raise an alarm of a script; prints its number."""
+    watch = watch_open(args)
+    state, conf = watch.state, watch.conf
+    text = ' '.join(args.text)
+    if text == '-':
+        text = sys.stdin.buffer.read(10 ** 6).decode('utf-8', 'replace')
+    if not text.strip():
+        raise Error('an alarm needs a text')
+    with state.change():
+        number = alarm_raise(state, args.severity, args.cause, text,
+                             time.time())
+    print(number)
+    if not conf['person']:
+        alarm_say('nobody is told: the configuration names no person')
+    alarms_send(state, conf, time.time(), alarm_say)
+
+
+def alarm_number(state, name):
+    """The number of an alarm that is not over, by number or cause."""
+    found = state.db.execute(
+        "SELECT id FROM alarm WHERE state != 'over' AND (cause = ? OR id = ?)",
+        (name, int(name) if re.fullmatch('[0-9]{1,12}', name) else -1)
+    ).fetchone()
+    if found is None:
+        raise Error('no alarm %s' % name)
+    return found[0]
+
+
+def command_over(args):
+    """An alarm is over; who was told of it hears so."""
+    watch = watch_open(args)
+    why = alarm_line(' '.join(args.why)) or 'somebody said so'
+    with watch.state.change():
+        alarm_over(watch.state, alarm_number(watch.state, args.alarm),
+                   time.time(), why)
+    alarms_send(watch.state, watch.conf, time.time(), alarm_say)
+
+
+def command_ack(args):
+    """Take care of alarms."""
+    import getpass
+    watch = watch_open(args)
+    if args.alarm == ['all']:
+        numbers = [row[0] for row in watch.state.db.execute(
+            "SELECT id FROM alarm WHERE state = 'open'")]
+    else:
+        numbers = [alarm_number(watch.state, name) for name in args.alarm]
+    alarm_ack(watch.state, numbers, getpass.getuser(), 'command', time.time())
+
+
+def command_escalate(args):
+    """Tell whoever is to be told by now."""
+    watch = watch_open(args)
+    while True:
+        alarms_send(watch.state, watch.conf, time.time(), alarm_say)
+        if not args.loop:
+            return
+        time.sleep(5)
+
+
+def command_alarms(args):
+    """Print the alarms that are not over, or all of them."""
+    watch = watch_open(args)
+    state = watch.state
+    found = [alarm_story(state, alarm) for alarm in state.db.execute(
+        'SELECT * FROM alarm %s ORDER BY id' % (
+            '' if args.all else "WHERE state != 'over'")).fetchall()]
+    show(args, found, [*alarms_text(found), *(
+        '%s said STOP: no SMS goes there' % row['number']
+        for row in state.db.execute('SELECT * FROM stopped'))])
+
+
+def alarms_text(stories):
+    """Yield lines that tell alarm_story()s."""
+    for alarm in stories:
+        times = ', %d times' % alarm['times'] if alarm['times'] > 1 else ''
+        end = {'open': '', 'acked': ', %s takes care of it (%s)' % (
+            alarm['who'], alarm['why']), 'over': ', over: %s' % alarm['why']}
+        yield ('%d %s since %s%s%s\n    %s' % (
+            alarm['id'], alarm['severity'], alarm_time(alarm['at']), times,
+            end[alarm['state']], alarm['title']))
+        told = [one for one in alarm['told'] if one['state'] != 'planned']
+        for one in told + alarm['told'][len(told):][:1]:
+            yield ('    %s %s to %s%s' % (
+                alarm_time(one['at']), one['way'], one['person'],
+                '' if one['state'] == 'sent' else ': %s' % ' '.join(
+                    filter(None, (one['state'], one['said'])))))
+
+
+def alarm_story(state, alarm):
+    """An alarm and who was and will be told of it, for JSON."""
+    story = {name: alarm[name] for name in (
+        'id', 'finding', 'cause', 'severity', 'title', 'body', 'at', 'times',
+        'state', 'ended', 'who', 'why')}
+    story['told'] = [dict(row) for row in state.db.execute(
+        "SELECT notice.kind, notice.person, notice.way,"
+        " coalesce(tried, next) AS at, state, said FROM step JOIN notice"
+        " ON notice.id = step.notice WHERE alarm = ? UNION ALL"
+        " SELECT kind, person, way, ? + after, 'planned', NULL FROM step"
+        " WHERE alarm = ? AND notice IS NULL AND ? = 'open' ORDER BY at",
+        (alarm['id'], alarm['base'], alarm['id'], alarm['state']))]
+    return story
+
+
+def alarm_time(seconds):
+    return time.strftime('%a %H:%M', time.localtime(seconds))
+
+
+def command_probe(args):
+    """Run a monitor's check, and raise or end its alarm; its exit status."""
+    import subprocess
+    watch = watch_open(args)
+    state, conf = watch.state, watch.conf
+    cause = args.cause or ' '.join(args.words)
+    try:
+        done = subprocess.run(args.words, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, check=False,
+                              stderr=subprocess.STDOUT, timeout=args.timeout)
+        status, said = done.returncode, done.stdout[:10 ** 5]
+    except subprocess.TimeoutExpired:
+        status, said = 2, b'no answer in %d seconds' % args.timeout
+    except OSError as e:
+        status, said = 3, ('%s: %s' % (args.words[0], e.strerror)).encode()
+    said = '%s: %s' % (cause, probe_text(said.decode('utf-8', 'replace'))
+                       or 'exit status %d' % status)
+    now = time.time()
+    with state.change():
+        probe_took(state, cause, PROBE_WORDS.get(status, CRITICAL), said,
+                   args.times, now)
+    alarms_send(state, conf, now, alarm_say)
+    return status if 0 <= status < 256 else 2
+
+
+def probe_text(said):
+    """What a plugin of Nagios said, without what is for Nagios."""
+    return '\n'.join(re.sub(
+        r'^(\S+ )?(OK|WARNING|CRITICAL|UNKNOWN)\b[\s:-]*', '',
+        line.partition('|')[0].strip()) for line in said.strip().splitlines())
+
+
+def probe_took(state, cause, severity, said, times, now):
+    """Judge one result of a probe: well if `severity` is None."""
+    if severity is None:
+        state.db.execute('DELETE FROM probe WHERE cause = ?', (cause,))
+        found = state.db.execute("SELECT id FROM alarm WHERE cause = ? AND"
+                                 " state != 'over'", (cause,)).fetchone()
+        if found:
+            alarm_over(state, found[0], now, alarm_line(said)[:200])
+        return
+    state.db.execute('INSERT OR IGNORE INTO probe VALUES (?, 0)', (cause,))
+    state.db.execute('UPDATE probe SET bad = bad + 1 WHERE cause = ?',
+                     (cause,))
+    bad, = state.db.execute('SELECT bad FROM probe WHERE cause = ?',
+                            (cause,)).fetchone()
+    if bad >= times:
+        alarm_raise(state, severity, cause, said, now)
+
+
+def command_callback(args):
+    """One CGI request, from the environment and standard input."""
+    watch, status = watch_open(args), '200 OK'
+    try:
+        head, body = alarm_answer(watch.state, watch.conf, os.environ,
+                                  sys.stdin.buffer, time.time())
+    except (Forbidden, Error) as e:
+        status, head, body = ('403 Forbidden', 'Content-Type: text/plain\n',
+                              'Forbidden\n')
+        if isinstance(e, Error):
+            print('cronwatch: %s' % e, file=sys.stderr)
+    sys.stdout.buffer.write((
+        'Status: %s\n%sCache-Control: no-store\n'
+        'X-Content-Type-Options: nosniff\n\n%s' % (status, head, body)
+    ).encode())
+
+
 def parser_make():
     import argparse
     parser = argparse.ArgumentParser(
@@ -4616,10 +4628,7 @@ def main(argv=None):
             return 2
     import sqlite3
     try:
-        if 'run' in args:               # a command of alarms
-            watch = watch_open(args)
-            return args.run(watch.state, watch.conf, args) or 0
-        return args.function(args)
+        return args.function(args) or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

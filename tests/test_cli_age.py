@@ -104,7 +104,8 @@ class Age(lab.LabTest):
     def test_keys(self):
         self.made('a', 1)
         for roles in ((R,), (D,)):
-            self.age(OK, host=self.lab.host('x%d' % roles[0], roles), says='a, 1 h')
+            host = self.lab.host('x%d' % roles[0], roles)
+            self.age(OK, host=host, says='a, 1 h')
 
     def test_json(self):
         def said(*args):
