@@ -506,6 +506,16 @@ class Fake:
             dispute['status'] = status
             return self.stripe_event('charge.dispute.closed', dispute)
 
+    def stripe_left(self, ident):
+        """Cents of a payment that can still be taken back."""
+        with self.lock:
+            session = self.things[ident]
+            return session['amount_total'] - sum(
+                x['amount'] for x in self.under('refund') + self.under(
+                    'dispute')
+                if x.get('payment_intent') == session['payment_intent']
+                and x['status'] not in ('failed', 'won'))
+
     # PayPal.
 
     def paypal(self, method, path, form):
@@ -611,6 +621,17 @@ class Fake:
                 capture['status'] = 'PARTIALLY_REFUNDED' if (
                     value != capture['amount']['value']) else 'REFUNDED'
             return self.paypal_event('PAYMENT.CAPTURE.' + kind, refund)
+
+    def paypal_left(self, order):
+        """Cents of an order that can still be taken back."""
+        with self.lock:
+            payments = order['purchase_units'][0].get('payments')
+            if not payments:
+                return 0
+            capture = payments['captures'][0]
+            return cents(capture['amount']['value']) - sum(
+                cents(x['amount']['value']) for x in self.under(
+                    'refund', capture=capture['id']))
 
     def paypal_dispute(self, ident, outcome):
         """A dispute of an order's capture ends."""

@@ -5,6 +5,7 @@ once, whatever is lost, late, twice, forged or killed on the way.
 
 import contextlib
 import os
+import random
 import re
 import threading
 import time
@@ -16,6 +17,7 @@ import rawclient
 import tarsnapd
 from rawclient import here
 from tarsnapd import ATTO, DAY, Outcome, ProviderError, ServerError
+from world import seed_choose
 
 KEYS = '''\
 [stripe]
@@ -749,17 +751,20 @@ class Accounts(Case):
         self.assertEqual(here('scrub', self.path)[0], 0)
 
 
-class Kills(Case):
-    """A process that dies at any step, and whatever an API does."""
+class Direct(Case):
+    """Very many requests: nothing goes over a wire, and no power is cut."""
 
     def setUp(self):
         super().setUp()
-        # No power is cut here, and nothing goes over a wire.
         for patch in (mock.patch('os.fsync'), mock.patch.object(
                 tarsnapd.Provider, '_once',
                 lambda *request: self.fake.direct(*request))):
             patch.start()
             self.addCleanup(patch.stop)
+
+
+class Kills(Direct):
+    """A process that dies at any step, and whatever an API does."""
 
     def lives(self, provider):
         """What happens, one after the other; each is (what the payer or the
@@ -879,6 +884,132 @@ class Kills(Case):
             self.assertEqual(errors, [])
             self.assertEqual(self.balance(),
                              self.fake.charged()[self.account])
+
+
+class Worlds(Direct):
+    """Payers, providers, webhooks, faults and deaths in any order."""
+
+    # How many worlds; PAY_WORLDS=1000 for a long look.
+    COUNT = int(os.environ.get('PAY_WORLDS', '25'))
+    STEPS = 40
+
+    def test_worlds(self):
+        first = seed_choose('payments')
+        for seed in range(first, first + self.COUNT):
+            with self.subTest(seed=seed):
+                self.world(random.Random(seed))
+
+    def world(self, dice):
+        self.clear()
+        self.dice, self.mail = dice, []     # webhooks that are on their way
+        self.checkouts = []                 # [(provider, name, its name)]
+        self.disputes = []                  # of Stripe, events
+        acts = [self.visitor, self.payer, self.payer, self.taken, self.taken,
+                self.webhook, self.webhook, self.webhook, self.returns,
+                self.nightly, self.weather]
+        for _ in range(self.STEPS):
+            self.server.wishes, self.server.at = 0, 0
+            if dice.random() < 0.15:
+                self.server.at = dice.randrange(1, 25)
+            with contextlib.suppress(Killed, ProviderError):
+                dice.choice(acts)()
+        self.server.at = 0
+        self.fake.plan = lambda *_: None
+        self.reconcile()
+        out = self.reconcile()
+        self.assertEqual((out.did, out.differs), ([], []))
+        self.assertEqual(self.balance(),
+                         self.fake.charged().get(self.account, 0))
+        self.assertGreaterEqual(self.balance(), 0)
+
+    def weather(self):
+        """The network is good, bad, or worse."""
+        bad = self.dice.choice((0, 0, 0.2, 1))
+        dice = random.Random(self.dice.random())
+        fates = ('lost', 'reset', 500, 429, 404 if bad < 1 else 503)
+        self.fake.plan = lambda *_: (
+            dice.choice(fates[:4]) if dice.random() < bad else None)
+
+    def visitor(self):
+        provider = self.dice.choice(('stripe', 'paypal'))
+        name, ident = self.begin(provider, self.dice.randrange(5, 30))
+        self.checkouts.append((provider, name, ident))
+
+    def some(self, provider, good):
+        """A checkout of which the provider's thing is `good`, or None."""
+        found = [ident for one, _, ident in self.checkouts
+                 if one == provider and good(self.fake.things[ident])]
+        return self.dice.choice(found) if found else None
+
+    def post(self, event):
+        """Its webhooks: none, one or two."""
+        self.mail += [event] * self.dice.choice((0, 1, 1, 2))
+
+    def payer(self):
+        fake, act = self.fake, self.dice.randrange(5)
+        if act < 2:
+            ident = self.some('stripe', lambda x: x['status'] == 'open')
+            if ident:
+                self.post(fake.stripe_pay(ident, later=act == 1)
+                          if self.dice.random() < .8
+                          else fake.stripe_expire(ident))
+        elif act == 2:
+            ident = self.some('stripe', lambda x: (
+                x['status'], x['payment_status']) == ('complete', 'unpaid')
+                and fake.things[x['payment_intent']]['status']
+                == 'processing')
+            if ident:
+                self.post(fake.stripe_arrives(ident, self.dice.random() < .7))
+        else:
+            ident = self.some('paypal', lambda x: x['status'] in (
+                'PAYER_ACTION_REQUIRED', 'APPROVED'))
+            if ident:
+                fake.funds = self.dice.random() < .8
+                self.post(fake.paypal_approve(ident))
+
+    def taken(self):
+        """Refunds, disputes, and how they end."""
+        fake, act = self.fake, self.dice.randrange(5)
+        paid = self.some('stripe', lambda x: x['payment_status'] == 'paid')
+        if act == 0 and self.disputes:
+            event = self.disputes.pop(self.dice.randrange(
+                len(self.disputes)))
+            self.post(fake.stripe_closed(event, self.dice.choice(
+                ('won', 'lost'))))
+        elif act < 3 and paid:
+            left = fake.stripe_left(paid)
+            if not left:
+                return
+            part = self.dice.randrange(1, left + 1)
+            if act == 1:
+                self.post(fake.stripe_refund(paid, part))
+                if self.dice.random() < .2:
+                    self.post(fake.stripe_refund_fails(
+                        fake.events['stripe'][-1]))
+            else:
+                self.disputes.append(fake.stripe_dispute(paid, part))
+                self.post(self.disputes[-1])
+        elif act >= 3:
+            ident = self.some('paypal', fake.paypal_left)
+            if ident:
+                left = fake.paypal_left(fake.things[ident])
+                part = self.dice.randrange(1, left + 1)
+                self.post(fake.paypal_refund(ident, '%d.%02d' % divmod(
+                    part, 100), self.dice.choice(('REFUNDED', 'REVERSED')),
+                    listed=self.dice.random() < .5))
+
+    def webhook(self):
+        if self.mail:
+            event = self.mail[self.dice.randrange(len(self.mail))]
+            self.hook(event)
+            self.mail.remove(event)         # it was answered with 200
+
+    def returns(self):
+        if self.checkouts:
+            self.settle(self.dice.choice(self.checkouts)[1])
+
+    def nightly(self):
+        self.reconcile()
 
 
 class Doubles(Case):
