@@ -6243,6 +6243,7 @@ CHECKOUT_DAYS = 5               # what is not paid then never will be: PayPal
 #                                 keeps an order for three days at most
 CHECKOUT_MOST = 20              # of an account, due at once
 EVENT_DAYS = 30                 # for which both providers list events
+LIST_MOST = 10 ** 6             # items
 EVENT_OVERLAP = DAY             # read again, as clocks differ and lists lag
 PROVIDER_NAMES = {'stripe': 'Stripe', 'paypal': 'PayPal'}
 
@@ -6324,6 +6325,12 @@ def ident_check(text):
             c.isascii() and (c.isalnum() or c in '_-') for c in text):
         raise ProviderError('an answer with the name %s' % printable(text))
     return text
+
+
+def list_check(found):
+    """ProviderError for a list that does not end."""
+    if len(found) > LIST_MOST:
+        raise ProviderError('a list of more than %d' % LIST_MOST)
 
 
 # Checkouts.
@@ -6475,14 +6482,16 @@ def pay_back(shop, out, checkout, paid, kind, name, cents, undone=None):
 
     Only of a payment that was entered, and no more than that.
     """
+    if cents <= 0:
+        raise ProviderError('an answer with a %s of nothing' % kind)
     entries = yield from pay_entries(checkout.account)
     if paid not in entries:
         out.wrong(checkout, '%s %s of a payment that was not entered'
                   % (kind, name))
         return
     left = sum(money.amount for at, money in entries.items()
-               if paid in (at, money.of))
-    if name not in entries and not undone and left < cents * CENT:
+               if at == paid or money.of == paid and not undone)
+    if name not in entries and left < cents * CENT:
         out.wrong(checkout, '%s %s of %d.%02d is more than is left of %s'
                   % (kind, name, *divmod(cents, 100), paid))
         return
@@ -6509,13 +6518,14 @@ def stripe_list(path):
         if page.get('has_more') is not True or not items:
             return found
         after = '&starting_after=' + ident_check(pick(items[-1], 'id'))
+        list_check(found)
 
 
 def stripe_price():
     """Steps: the id of the Price of one dollar at Stripe, made if need be."""
     for price in (yield from stripe_list(
             '/v1/prices?active=true&lookup_keys[]=tarsnapd-dollar')):
-        if price.get('lookup_key') == 'tarsnapd-dollar':
+        if pick(price, 'lookup_key', str, '') == 'tarsnapd-dollar':
             return pick(price, 'id')
     key = 'tarsnapd-' + (yield ('random', 16)).hex()
     product = yield ('provider', 'stripe', 'POST', '/v1/products', {
@@ -6811,7 +6821,8 @@ def paypal_of(thing):
     """The id of the capture that a refund is of, or its own."""
     for link in pick(thing, 'links', list, []):
         where, _, ident = pick(link, 'href').rpartition('/')
-        if link.get('rel') == 'up' and where.endswith('/captures'):
+        if pick(link, 'rel', str, '') == 'up' and (
+                where.endswith('/captures')):
             return ident
     return pick(thing, 'id')
 
@@ -6906,7 +6917,7 @@ def pay_webhook(shop, out, provider, headers, body):
         yield from paypal_verify(headers, body, shop.webhook, now)
     try:
         event = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Forged('a webhook that is not JSON') from None
     if provider == 'stripe':
         yield from stripe_event(shop, out, event)
@@ -6987,9 +6998,10 @@ def paypal_list(since, now):
     while path:
         page = yield from paypal_get(path)
         found += pick(page, 'events', list, [])
+        list_check(found)
         path = None
         for link in pick(page, 'links', list, []):
-            if link.get('rel') == 'next':
+            if pick(link, 'rel', str, '') == 'next':
                 # Of its host nothing is believed.
                 href = pick(link, 'href')
                 path = href[href.index('/v1/'):] if '/v1/' in href else None
@@ -9383,7 +9395,7 @@ class Provider:
         """The answer, a dict."""
         try:
             answer = json.loads(self.send(method, path, data, headers))
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise ProviderError('%s: an answer that is not JSON' % self.name)

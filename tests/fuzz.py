@@ -427,6 +427,83 @@ def tarsnapd_conf():
             b'clean-hours = 3\nclean-rate = 3k\n'], run
 
 
+@target('payments', SERVER + (tarsnapd.ProviderError,))
+def payments():
+    """What providers answer, a line each: an event, and what its steps ask
+    for then.  The first byte says what is done.
+    """
+    import paypeer
+    import types
+    name = 'ab' * 8 + '-' + '65' * 12
+    checkout = {'provider': 'stripe', 'cents': 1000, 'time': 0,
+                'currency': 'USD'}
+    money = {'value': '10.00', 'currency_code': 'USD'}
+    capture = {'id': 'C1', 'status': 'COMPLETED', 'custom_id': name,
+               'amount': money}
+    refund = {'id': 'R1', 'status': 'COMPLETED', 'amount': money, 'links': [
+        {'rel': 'up', 'href': 'https://x/v2/payments/captures/C1'}]}
+    order = {'id': 'S1', 'status': 'COMPLETED', 'purchase_units': [{
+        'custom_id': name, 'payments': {'captures': [capture],
+                                        'refunds': [refund]}}]}
+    session = {'id': 'S1', 'object': 'checkout.session', 'currency': 'usd',
+               'status': 'complete', 'payment_status': 'paid',
+               'metadata': {'checkout': name}, 'amount_total': 1000,
+               'payment_intent': {'status': 'succeeded'}}
+    intent = {'metadata': {'checkout': name}}
+    back = {'data': [{'id': 'R1', 'amount': 10, 'currency': 'usd',
+                      'status': 'won'}], 'has_more': False}
+
+    def event(kind, thing):
+        return {'type': kind, 'data': {'object': thing}, 'event_type': kind,
+                'id': 'W1', 'resource': thing}
+
+    lines = [
+        (b's', event('checkout.session.completed', session), session),
+        (b's', event('charge.dispute.closed', {
+            'object': 'dispute', 'payment_intent': 'P1'}), intent, session,
+            back),
+        (b's', event('refund.created', {'payment_intent': 'P1'}), intent,
+            session, back),
+        (b'p', event('CHECKOUT.ORDER.APPROVED', order), dict(
+            order, status='APPROVED'), {}, order),
+        (b'p', event('PAYMENT.CAPTURE.REVERSED', refund), capture, order,
+            {'items': [{'dispute_id': 'D1'}]},
+            {'dispute_outcome': {'outcome_code': 'DENIED'}}),
+        (b'p', event('CUSTOMER.DISPUTE.RESOLVED', {'disputed_transactions': [
+            {'seller_transaction_id': 'C1'}]}), capture, order),
+        (b'S', {'data': [event('checkout.session.completed', session)]},
+            session),
+        (b'P', {'events': [event('CHECKOUT.ORDER.APPROVED', order)],
+                'links': [{'rel': 'next', 'href': 'x/v1/y'}]},
+            {'events': []}, order)]
+    shop = types.SimpleNamespace(post=None, prices=None, lax=lambda _: False)
+
+    def run(data):
+        kind, *answers = data.split(b'\n')
+        store = {}
+        for place, value in (('asked', dict(
+                checkout, provider='stripe' if kind in (b's', b'S')
+                else 'paypal')), ('made', {'session': 'S1'})):
+            key = tarsnapd.checkout_key(place, name)
+            store[key] = tarsnapd.versioned_encode(key, value)
+        provider = paypeer.Answers(answers)
+        out = tarsnapd.Outcome()
+        if kind in (b's', b'p'):
+            steps = (tarsnapd.stripe_event if kind == b's' else
+                     tarsnapd.paypal_event)(shop, out, provider.next())
+        else:
+            steps = tarsnapd.events_read(
+                shop, out, 'stripe' if kind == b'S' else 'paypal', 1700000000)
+        paypeer.drive(steps, store, provider)
+        for key, data in store.items():
+            if key.startswith('pay/'):
+                found = tarsnapd.money_decode(key, data)
+                if not 0 < abs(found.amount) <= 10 * tarsnapd.ATTO:
+                    raise Found('%s %d' % (key, found.amount))
+    return [b'\n'.join([kind] + [json.dumps(x).encode() for x in answers])
+            for kind, *answers in lines], run
+
+
 @target('s3-answers', SERVER + (ValueError,))
 def s3_answers():
     good = (b'<?xml version="1.0"?><ListBucketResult xmlns="x">'

@@ -359,8 +359,14 @@ class Fake:
         if key in self.kept:
             if self.kept[key][0] != (path, form):
                 raise Wrong(400, {'error': {'code': 'idempotency_error'}})
+            if isinstance(self.kept[key][1], Wrong):
+                raise self.kept[key][1]
             return self.kept[key][1]
-        answer = serve(method, path, form)
+        try:
+            answer = serve(method, path, form)
+        except Wrong as e:
+            self.kept[key] = (path, form), e
+            raise
         self.kept[key] = (path, form), json.loads(json.dumps(answer))
         return answer
 
@@ -694,6 +700,56 @@ class Fake:
                     cents(x['amount']['value']) for x in self.under(
                         'refund', capture=capture['id']))
             return dict(sums)
+
+
+class Answers:
+    """Answers of an API, JSON in bytes, one after the other."""
+
+    def __init__(self, lines):
+        self.lines = list(lines)
+
+    def next(self):
+        """A dict; tarsnapd.ProviderError for what is none."""
+        import tarsnapd
+        try:
+            answer = json.loads(self.lines.pop(0))
+        except (ValueError, RecursionError, IndexError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise tarsnapd.ProviderError('no answer', 404)
+        return answer
+
+
+def drive(steps, store, answers):
+    """Carry out steps over a dict of objects and Answers."""
+    import tarsnapd
+
+    def perform(verb, key, *rest):
+        if verb == 'provider':
+            return answers.next()
+        if verb == 'all':
+            return [perform(*wish) for wish in key]
+        if verb == 'list':
+            return sorted(x for x in store if x.startswith(key))
+        if verb == 'put':
+            return store.setdefault(key, rest[0]) is rest[0]
+        if verb == 'delete':
+            return store.pop(key, None)
+        if key not in store:
+            raise tarsnapd.NoObject(verb, key)
+        return store[key]
+
+    value = error = None
+    while True:
+        try:
+            wish = steps.throw(error) if error else steps.send(value)
+        except StopIteration:
+            return
+        value = error = None
+        try:
+            value = 1700000000 if wish == ('now',) else perform(*wish)
+        except (tarsnapd.StoreError, tarsnapd.ProviderError) as e:
+            error = e
 
 
 def cents(text):

@@ -470,10 +470,15 @@ class PayPalFlow(Case):
         name, order = self.begin('paypal')
         self.fake.paypal_approve(order)
         self.settle(name)
-        forged = {'id': 'WH-1', 'event_type': 'PAYMENT.CAPTURE.REFUNDED',
-                  'resource': {'id': 'R1', 'amount': {
-                      'value': '10.00', 'currency_code': 'USD'}}}
-        self.assertEqual(self.hook(forged).did, [])
+        capture, = self.fake.under('capture')
+        for ident in ('WH-1', self.fake.events['paypal'][-1]['id']):
+            out = self.hook({
+                'id': ident, 'event_type': 'PAYMENT.CAPTURE.REFUNDED',
+                'resource': {
+                    'id': 'R1', 'links': [{
+                        'rel': 'up', 'href': '/captures/' + capture['id']}],
+                    'amount': {'value': '10.00', 'currency_code': 'USD'}}})
+            self.assertEqual((out.did, out.differs), ([], []))
         self.check(('payment', 1000))
 
     def test_token_that_is_not_good_any_more(self):
@@ -603,6 +608,14 @@ class Limits(Case):
             with self.assertRaises(ProviderError, msg=field):
                 self.settle(name)
         self.assertEqual(self.entries(), [])
+
+    def test_refunds_of_nothing(self):
+        name, session = self.begin()
+        self.hook(self.fake.stripe_pay(session))
+        for cents in (0, -5):
+            with self.assertRaisesRegex(ProviderError, 'of nothing'):
+                self.hook(self.fake.stripe_refund(session, cents))
+        self.assertEqual(self.entries(), [('payment', 1000)])
 
 
 class Keys(Case):

@@ -200,6 +200,14 @@ class Refused(Case):
         self.assertEqual(self.fake.count, 1)    # nobody was asked for it
         self.assertNotIn('whsec', self.site.log())
 
+    def test_a_proxy_that_the_client_names(self):
+        """CGI makes HTTP_PROXY of it; requests do not go there."""
+        session = self.pay()
+        headers, body = self.fake.hook(self.fake.stripe_pay(session))
+        self.assertEqual(self.post('stripe.cgi', dict(
+            headers, Proxy='http://127.0.0.1:1/'), body), 200)
+        self.assertEqual(self.entries(), [('payment', 1000)])
+
     def test_forms(self):
         self.browser.go('pay.cgi')
         for dollars, provider, says in (
