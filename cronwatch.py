@@ -1265,7 +1265,7 @@ class Words:
         none = r'(?:0|no|none|without|zero|nil)'
         self.none = re.compile(
             r'(?<![\w.])%s (?:\w+ )?(?:%s|%s)(?![\w-])'
-            r'|(?<!\w)(?:%s|%s)(?:\(s\))?(?: \w+)? ?[:=] ?(?:0|none|no)'
+            r'|(?<!\w)(?:%s|%s)(?:\(s\))?(?: \w+)?\s*[:=]\s*(?:0|none|no)'
             r'(?![\w.])' % (none, STRONG, MILD, STRONG, MILD), re.I)
 
     def found(self, line):
@@ -1317,8 +1317,9 @@ class Observed:
         for key, found in several.items():
             self._numbers(key, found)
         import zlib
-        self.clock = zlib.crc32(' '.join(self.clock).encode()) \
-            if self.clock else None
+        # A few times may be durations.
+        self.clock = zlib.crc32(' '.join(self.clock).encode()) if any(
+            '-' in one for one in self.clock) or len(self.clock) > 3 else None
         self.values['lines'] = (float(run.count), None)
         if run.seconds is not None:
             self.values['seconds'] = (float(run.seconds), None)
@@ -1427,7 +1428,14 @@ class Memory:
         start = max(kind['n'][0], self.n - within, self.first)
         blind = sum(1 for n in set(kind['b']) | set(self.odd) if n >= start)
         hits = sum(1 for n in kind['n'] if n >= start)
-        return hits if hits >= self.n - start - blind else 0
+        if hits < self.n - start - blind:
+            return 0
+        # If the counts are those of chance, none is one of them.
+        counts = kind['c'][-hits:]
+        if hits and min(counts) < max(counts) \
+                and sum(counts) < 6.5 * len(counts):
+            return 0
+        return hits
 
     def trim(self):
         """Forget what is old."""
@@ -1537,6 +1545,9 @@ def out_of_range(values, value, scale, doubt):
         least = max(abs(middle) * 0.03, 1.5)
     margin = doubt * max((high - low) * 0.5 * (1 + 8 / len(known)), least)
     place = scaled(value, scale)
+    if scale == 'log' and 0 < value < min(values) and min(values) - value \
+            < 0.2 * (max(values) - min(values)):
+        return 0.0              # numbers of processes: as good as any
     if place > high:
         return (place - high) / margin
     if place < low:
@@ -1555,6 +1566,8 @@ class Judge:
         self.words = words
         self.evidence = []
         self.whole = False      # nothing of this run is like it was
+        self.reworded = {}      # new kind of line -> the one it was
+        self._shapes = None
         # A job that was often wrongly said to be unusual is believed less.
         recent = sum(1 for cause, times in memory.told.items()
                      if cause not in memory.bad
@@ -1653,7 +1666,7 @@ class Judge:
         memory, observed = self.memory, self.observed
         rate, runs = self.novelty(memory.new)
         badrate, _ = self.novelty(memory.newbad)
-        shapes = None
+        self.rewordings()
         for key, (count, place, line) in observed.kinds.items():
             weight = observed.weights.get(key, 0)
             said = list(observed.words.get(key, {}))
@@ -1674,12 +1687,9 @@ class Judge:
                 severity = WARNING
             elif runs >= 10 and rate * self.doubt < 0.05:
                 severity = WARNING
-            if kind is None and severity != NOTICE:
-                if shapes is None:
-                    shapes = {self.shape(known['s'])
-                              for known in memory.kinds.values()}
-                if self.shape(line[1]) in shapes:
-                    severity = NOTICE
+            if key in self.reworded or severity != NOTICE and kind is None \
+                    and self.shape(line[1]) in self.shapes():
+                severity, weight = NOTICE, 0
             if memory.n < 3 and weight < 2:
                 continue
             if memory.n == 0 and weight >= 2 and len(observed.kinds) > 12:
@@ -1699,14 +1709,48 @@ class Judge:
         """A line without what has digits: a new version is no news."""
         return re.sub(r'\S*\d\S*', '#', line[:160])
 
+    def shapes(self):
+        """{shape: key} of all lines known."""
+        if self._shapes is None:
+            self._shapes = {self.shape(kind['s']): key
+                            for key, kind in self.memory.kinds.items()}
+        return self._shapes
+
+    def rewordings(self):
+        """Find new kinds of lines that are old ones with a few words more, or
+        with other numbers: a new version of the program says it so.
+        """
+        memory, observed = self.memory, self.observed
+        new = [key for key in observed.kinds if key not in memory.kinds]
+        if not new:
+            return
+        old = {key: self.shape(kind['s']).split()
+               for key, kind in memory.kinds.items()
+               if key not in observed.kinds and kind['n'][-1:] == [
+                   memory.n - 1]}
+        for key in new[:200]:
+            words = self.shape(observed.kinds[key][2][1]).split()
+            for other, before in list(old.items()):
+                more = len(words) - len(before)
+                if not 0 <= more <= max(1, len(before) // 2):
+                    continue
+                rest = iter(words)
+                if all(word in rest for word in before):
+                    added = ' '.join(words)
+                    for word in before:
+                        added = added.replace(word, '', 1)
+                    if not self.words.found(added)[0] and not re.search(
+                            r'\b(not?|never|without)\b', added, re.I):
+                        self.reworded[key] = other
+                        del old[other]
+                        break
+
     def missing_lines(self):
         memory, observed = self.memory, self.observed
         gone = []
-        there = {self.shape(line[1])
-                 for key, (_, _, line) in observed.kinds.items()
-                 if key not in memory.kinds}
+        replaced = set(self.reworded.values())
         for key, kind in memory.kinds.items():
-            if key in observed.kinds or self.shape(kind['s']) in there:
+            if key in observed.kinds or key in replaced:
                 continue
             runs = memory.always(key)
             if runs >= 12:
@@ -1862,6 +1906,8 @@ class Judge:
         far = out_of_range(steps, value - values[-1], 'linear', self.doubt)
         beyond = max(value - values[-1] - max(steps),
                      min(steps) - value + values[-1])
+        if far < 0 and value > values[-1] / 2:
+            return 0.0          # somebody cleaned up
         return far if beyond > 0.2 * (max(values) - min(values)) else 0.0
 
     def drift(self, values, value, scale, line):
@@ -2049,8 +2095,8 @@ def next_due(memory):
         hours.setdefault(round(day_seconds(at) / 3600), []).append(gap)
     spread = [sorted(gaps)[-2:] for gaps in hours.values() if len(gaps) > 2]
     wild = sum(1 for low, high in spread if high > 1.2 * low + 600)
-    if len(long) > len(same) / 40 or (len(spread) > 3
-                                      and wild > len(spread) / 2):
+    if len(long) > min(len(same) / 40, 1) or (len(spread) > 3
+                                      and wild > len(spread) / 4):
         # It leaves some out: as many in a row as will hardly ever be.
         if len(pairs) < 15:
             return None
@@ -3472,6 +3518,9 @@ class Watch:
                 'since': memory.n - 1, 'at': run.at,
                 'strong': any(one.kind == 'status' or one.weight > 70
                               for one in loud),
+                # One line came instead of another one.
+                'instead': sum(one.kind == 'missing line' for one in loud)
+                <= min(2, sum(one.kind == 'new line' for one in fresh)),
                 'held': {one.cause: [[one.run, one.held]] for one in loud}}
             for one in loud:
                 memory.told.setdefault(one.cause, []).append(run.at)
@@ -3510,7 +3559,9 @@ class Watch:
         """
         for cause, held in entry['held'].items():
             often = len(memory.told.get(cause, ())) >= 3
-            harmless = cause.startswith('new ') and not entry['strong']
+            harmless = not entry['strong'] and (
+                cause.startswith('new ')
+                or cause.startswith('missing ') and entry['instead'])
             if (often or harmless) and cause not in memory.bad:
                 cause_learn(memory, cause, held)
         self._end(memory, name, run.at, 'as usual again')
@@ -3570,7 +3621,7 @@ class Watch:
         one.run = memory.n
         finding = self.state.finding_add(row['id'], now, [one])
         memory.open[str(finding.id)] = {
-            'since': memory.n, 'at': now, 'strong': True,
+            'since': memory.n, 'at': now, 'strong': True, 'instead': False,
             'held': {'absent': [[memory.n, None]]}}
         memory.told.setdefault('absent', []).append(now)
         self.state.memory_keep(row['id'], memory)
