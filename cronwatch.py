@@ -1355,7 +1355,8 @@ class Memory:
         self.data = data or {
             'n': 0,         # runs so far; a run is known by its number
             'at': [],       # when the last ones came
-            'odd': [],      # runs that were not learned, or at a wrong time
+            'odd': [],      # runs at a wrong time
+            'blind': [],    # runs of which nothing else was learned
             'gone': [],     # runs that came after they had been missed
             'new': [],      # runs with a new kind of line
             'newbad': [],   # runs with one that had a bad word
@@ -1426,7 +1427,7 @@ class Memory:
         if not kind['n']:
             return 0
         start = max(kind['n'][0], self.n - within, self.first)
-        blind = sum(1 for n in set(kind['b']) | set(self.odd) if n >= start)
+        blind = sum(1 for n in set(kind['b']) | set(self.blind) if n >= start)
         hits = sum(1 for n in kind['n'] if n >= start)
         if hits < self.n - start - blind:
             return 0
@@ -1446,7 +1447,7 @@ class Memory:
         if len(self.at) > keep:
             del self.at[:-keep]
         first, now = self.first, self.at[-1]
-        for name in ('odd', 'gone', 'new', 'newbad'):
+        for name in ('odd', 'blind', 'gone', 'new', 'newbad'):
             setattr(self, name, [n for n in getattr(self, name)
                                  if n >= first])
         for feature, (runs, values) in list(self.values.items()):
@@ -1583,6 +1584,7 @@ class Judge:
             self.new_lines()
             self.missing_lines()
             self.counts()
+            self.texts()
             self.numbers()
             self.stale()
             self.order()
@@ -1776,7 +1778,7 @@ class Judge:
             return None
         now = time.localtime(self.run.at)
         had = set(kind['n'])
-        blind = set(kind['b']) | set(memory.odd)
+        blind = set(kind['b']) | set(memory.blind)
         for index, words in ((6, 'each %s' % time.strftime('%A', now)),
                              (2, 'on each %d. of a month' % now[2])):
             same = other = hits = 0
@@ -1823,6 +1825,27 @@ class Judge:
                          + min(abs(far), 5), '%d times, %s: %s'
                          % (count, usual, quoted(line[1])), [line],
                          held=count)
+
+    def texts(self):
+        """A word where another one, or one of a few, always was."""
+        memory = self.memory
+        for slot, texts in self.observed.texts.items():
+            known = memory.texts.get(slot)
+            key = slot.partition('.')[0]
+            if not known or len(known) > 3 or key not in memory.kinds:
+                continue
+            runs = len(memory.kinds[key]['n'])
+            if runs < 15 or (len(known) - 0.5) / (runs + 1) * self.doubt \
+                    > 0.05:
+                continue
+            for text, line in texts.items():
+                if text in known or re.search(r'\d', text):
+                    continue
+                self.say('text %s %s' % (slot, text), 'new line', WARNING,
+                         48, '%s, where %s always was: %s' % (
+                             quoted(text, 40), ' or '.join(
+                                 quoted(one, 40) for one in known),
+                             quoted(line[1])), [line], held=text)
 
     def numbers(self):
         """The numbers within lines, and the duration."""
@@ -1875,7 +1898,8 @@ class Judge:
                 return None
             return WARNING, 45 + min(abs(far), 5), where
         steps = self.steps(values, value)
-        if steps is not None and abs(steps) > 1:
+        if steps is not None and abs(steps) > 1 \
+                and 'value ' + feature not in self.memory.told:
             return WARNING, 42, '%s after %s, a step as never before: %s' % (
                 amount(value), amount(values[-1]), quoted(line[1]))
         return self.drift(values, value, scale, line) \
@@ -2115,8 +2139,10 @@ def run_learn(memory, observed, evidence):
     memory.n += 1
     if not causes & {'status %s' % run.status}:
         memory.status[str(run.status)] = n
-    if causes & {'empty', 'long'}:
+    if 'time' in causes:
         memory.odd.append(n)
+    if causes & {'empty', 'long', 'time'}:
+        memory.blind.append(n)
         memory.trim()
         return
     if observed.clock is not None:
@@ -2126,8 +2152,6 @@ def run_learn(memory, observed, evidence):
         elif 'stale' not in causes:
             stood += 1
         memory.clock = [observed.clock, moved, stood]
-    if 'time' in causes:
-        memory.odd.append(n)
     if any(cause.startswith('order ') for cause in causes):
         ordered = False
     else:
@@ -2163,7 +2187,8 @@ def run_learn(memory, observed, evidence):
     for slot, texts in observed.texts.items():
         known = memory.texts.setdefault(slot, {})
         if known is not None:
-            known.update(dict.fromkeys(texts, n))
+            known.update((text, n) for text in texts
+                         if 'text %s %s' % (slot, text) not in causes)
             if len(known) > TEXTS:
                 memory.texts[slot] = None
     memory.trim()
@@ -2188,6 +2213,11 @@ def cause_learn(memory, cause, held):
         key, _, said = rest.partition(' ')
         if said not in memory.kind(key)['w']:
             memory.kind(key)['w'].append(said)
+    elif word == 'text':
+        slot, _, text = rest.partition(' ')
+        memory.texts.setdefault(slot, {})
+        if memory.texts[slot] is not None:
+            memory.texts[slot][text] = memory.n
     elif word == 'missing':
         kind = memory.kind(rest)
         kind['b'] = [n for n in kind['b'] if n not in runs]
@@ -2215,6 +2245,9 @@ def cause_unlearn(memory, cause, held):
         key, _, said = rest.partition(' ')
         if key in memory.kinds and said in memory.kinds[key]['w']:
             memory.kinds[key]['w'].remove(said)
+    elif word == 'text':
+        slot, _, text = rest.partition(' ')
+        (memory.texts.get(slot) or {}).pop(text, None)
     elif word == 'status':
         memory.status.pop(rest, None)
     elif word == 'value' and rest in memory.values:
@@ -3560,7 +3593,7 @@ class Watch:
         for cause, held in entry['held'].items():
             often = len(memory.told.get(cause, ())) >= 3
             harmless = not entry['strong'] and (
-                cause.startswith('new ')
+                cause.startswith(('new ', 'text '))
                 or cause.startswith('missing ') and entry['instead'])
             if (often or harmless) and cause not in memory.bad:
                 cause_learn(memory, cause, held)
