@@ -427,13 +427,8 @@ def tarsnapd_conf():
             b'clean-hours = 3\nclean-rate = 3k\n'], run
 
 
-@target('payments', SERVER + (tarsnapd.ProviderError,))
-def payments():
-    """What providers answer, a line each: an event, and what its steps ask
-    for then.  The first byte says what is done.
-    """
-    import paypeer
-    import types
+def payment_samples():
+    """(name of a checkout, what it is about, lines of JSON)"""
     name = 'ab' * 8 + '-' + '65' * 12
     checkout = {'provider': 'stripe', 'cents': 1000, 'time': 0,
                 'currency': 'USD'}
@@ -476,6 +471,19 @@ def payments():
         (b'P', {'events': [event('CHECKOUT.ORDER.APPROVED', order)],
                 'links': [{'rel': 'next', 'href': 'x/v1/y'}]},
             {'events': []}, order)]
+    return name, checkout, [
+        b'\n'.join([kind] + [json.dumps(x).encode() for x in answers])
+        for kind, *answers in lines]
+
+
+@target('payments', SERVER + (tarsnapd.ProviderError,))
+def payments():
+    """What providers answer, a line each: an event, and what its steps ask
+    for then.  The first byte says what is done.
+    """
+    import paypeer
+    import types
+    name, checkout, good = payment_samples()
     shop = types.SimpleNamespace(post=None, prices=None, lax=lambda _: False)
 
     def run(data):
@@ -500,8 +508,7 @@ def payments():
                 found = tarsnapd.money_decode(key, data)
                 if not 0 < abs(found.amount) <= 10 * tarsnapd.ATTO:
                     raise Found('%s %d' % (key, found.amount))
-    return [b'\n'.join([kind] + [json.dumps(x).encode() for x in answers])
-            for kind, *answers in lines], run
+    return good, run
 
 
 @target('s3-answers', SERVER + (ValueError,))

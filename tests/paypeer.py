@@ -44,6 +44,20 @@ PACKAGES = ['localstripe==1.15.10']
 # Not the newest of that name: that is another program.
 NPM_PACKAGE = 'emulate@0.11.2'
 SECRET = 'whsec_test'
+KEYS = '''\
+[stripe]
+secret-key = sk_test_123
+webhook-secret = whsec_new {secret}
+price = {price}
+api = {stripe}
+page = {page}
+[paypal]
+client-id = client
+client-secret = secret
+webhook-id = {webhook}
+api = {paypal}
+page = {paypal}
+'''
 
 
 class Double:
@@ -169,6 +183,19 @@ class LocalStripe(Double):
             'confirm': 'true', 'metadata[checkout]': name})['id']
 
 
+def serve(cleanup, handler):
+    """The URL of a server with that handler, in threads."""
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever,
+                              kwargs={'poll_interval': 0.05})
+    thread.start()
+    cleanup(thread.join)
+    cleanup(server.server_close)
+    cleanup(server.shutdown)
+    return 'http://127.0.0.1:%d' % server.server_port
+
+
 class Hooks:
     """A server that takes webhooks down: (headers, body) in `came`."""
 
@@ -191,15 +218,7 @@ class Hooks:
 
         self.came = []
         self.arrived = threading.Condition()
-        self.server = http.server.ThreadingHTTPServer(
-            ('127.0.0.1', 0), Handler)
-        self.url = 'http://127.0.0.1:%d/' % self.server.server_port
-        thread = threading.Thread(target=self.server.serve_forever,
-                                  kwargs={'poll_interval': 0.05})
-        thread.start()
-        cleanup(thread.join)
-        cleanup(self.server.server_close)
-        cleanup(self.server.shutdown)
+        self.url = serve(cleanup, Handler) + '/'
 
     def wait(self, kind):
         """The first one that came of an event of that type."""
@@ -233,6 +252,7 @@ class Fake:
     """
 
     WEBHOOK = '1JE4291016473214C'
+    PRICE = 'price_1'
 
     def __init__(self, cleanup):
         self.lock = threading.RLock()
@@ -251,16 +271,18 @@ class Fake:
             def log_message(self, *args):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(
-            ('127.0.0.1', 0), Handler)
-        self.server.daemon_threads = True
-        self.url = 'http://127.0.0.1:%d' % self.server.server_port
-        thread = threading.Thread(target=self.server.serve_forever,
-                                  kwargs={'poll_interval': 0.05})
-        thread.start()
-        cleanup(thread.join)
-        cleanup(self.server.server_close)
-        cleanup(self.server.shutdown)
+        self.url = serve(cleanup, Handler)
+
+    def keys(self, file, user=-1, **values):
+        """Write a file of keys for us, with other `values`."""
+        values = {'price': self.PRICE, 'secret': SECRET, 'page': self.url,
+                  'webhook': self.WEBHOOK, 'stripe': self.url,
+                  'paypal': self.url, **values}
+        with open(file, 'w', opener=lambda name, flags: os.open(
+                name, flags, 0o600)) as out:
+            out.write(KEYS.format(**values))
+        os.chmod(file, 0o600)
+        os.chown(file, user, -1)
 
     def reset(self):
         with self.lock:
@@ -269,6 +291,8 @@ class Fake:
             self.plan = lambda *_: None
             self.names = 0
             self.things = {}            # id -> dict, of both
+            self.things[self.PRICE] = {'id': self.PRICE, 'object': 'price',
+                                       'unit_amount': 100, 'currency': 'usd'}
             self.kept = {}              # idempotency key -> (form, answer)
             self.events = {'stripe': [], 'paypal': []}      # oldest first
             self.tokens = set()

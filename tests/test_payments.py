@@ -19,21 +19,6 @@ from rawclient import here
 from tarsnapd import ATTO, DAY, Outcome, ProviderError, ServerError
 from world import seed_choose
 
-KEYS = '''\
-[stripe]
-secret-key = sk_test_123
-webhook-secret = whsec_new {secret}
-price = {price}
-api = {stripe}
-page = {page}
-[paypal]
-client-id = client
-client-secret = secret
-webhook-id = {webhook}
-api = {paypal}
-page = {paypal}
-'''
-
 
 class Killed(BaseException):
     """What no process survives."""
@@ -71,19 +56,12 @@ class Case(unittest.TestCase):
         with open(os.path.join(cls.path, 'tarsnapd.conf'), 'a') as file:
             file.write('web-url = https://backup.example.org/a/account.cgi\n'
                        'pay-keys = pay.keys\n' + cls.PRICES)
-        cls.price = cls.fake.stripe('POST', '/v1/prices', {
-            'product': cls.fake.make('product', 'prod_')['id'],
-            'currency': 'usd', 'unit_amount': '100'})
         cls.keys()
 
     @classmethod
     def keys(cls, **values):
         """Write the file of keys."""
-        values = {'price': cls.price['id'], 'secret': paypeer.SECRET,
-                  'webhook': cls.fake.WEBHOOK, 'stripe': cls.fake.url,
-                  'page': cls.fake.url, 'paypal': cls.fake.url, **values}
-        tarsnapd.write_file(os.path.join(cls.path, 'pay.keys'),
-                            KEYS.format(**values).encode())
+        cls.fake.keys(os.path.join(cls.path, 'pay.keys'), **values)
 
     def setUp(self):
         for name, value in (('first delay', 0.001), ('silence', 0.3)):
@@ -101,7 +79,6 @@ class Case(unittest.TestCase):
     def clear(self):
         """Nobody has paid anything, and the account is a new one."""
         self.fake.reset()
-        self.fake.things[self.price['id']] = self.price
         for key in self.server.accounts.list('checkout/'):
             self.server.accounts.delete(key)
         self.account = os.urandom(8).hex()

@@ -16,7 +16,6 @@ import paypeer
 import rawclient
 import tarsnapd
 from tarsnapd import ATTO
-from test_payments import KEYS
 from webpeer import PRICES, Browser, Site
 
 
@@ -29,26 +28,17 @@ class Case(unittest.TestCase):
         cls.fake = paypeer.Fake(cls.addClassCleanup)
         cls.site = Site(cls.addClassCleanup, PRICES + 'pay-keys = pay.keys\n',
                         'pay-keys = pay.keys\npay-most = 200\n')
-        cls.price = cls.fake.stripe('POST', '/v1/prices', {
-            'product': cls.fake.make('product', 'prod_')['id'],
-            'currency': 'usd', 'unit_amount': '100'})
         cls.keys()
 
     @classmethod
     def keys(cls, **values):
         """One file for the pages, and one for the server."""
-        values = {'price': cls.price['id'], 'secret': paypeer.SECRET,
-                  'webhook': cls.fake.WEBHOOK, 'stripe': cls.fake.url,
-                  'page': cls.fake.url, 'paypal': cls.fake.url, **values}
         for path, user in ((cls.site.web, cls.site.user),
                            (cls.site.srv, os.getuid())):
-            file = os.path.join(path, 'pay.keys')
-            tarsnapd.write_file(file, KEYS.format(**values).encode())
-            os.chown(file, user, -1)
+            cls.fake.keys(os.path.join(path, 'pay.keys'), user, **values)
 
     def setUp(self):
         self.fake.reset()
-        self.fake.things[self.price['id']] = self.price
         Case.users += 1
         self.address = 'u%d@example.org' % Case.users
         self.ident = self.site.account(self.address, b'correct horse')
