@@ -3872,12 +3872,19 @@ def owned_prefix(ident):
     return 'owned/%s/' % ident
 
 
+def owned_put(ident, number, name):
+    """Steps: have owned/ tell of a machine, called `name`, that account
+    `ident` has.
+    """
+    place = '%s%016x' % (owned_prefix(ident), number)
+    yield ('put', place, versioned_encode(place, {'name': name}))
+
+
 def owner_set(number, ident, name=''):
     """Steps: the machine, called `name`, belongs to account `ident` from now
     on.
     """
-    place = '%s%016x' % (owned_prefix(ident), number)
-    yield ('put', place, versioned_encode(place, {'name': name}))
+    yield from owned_put(ident, number, name)
     found = yield from versioned_get(owner_prefix(number))
     if found and found[1]['account'] == ident:
         return
@@ -3887,6 +3894,18 @@ def owner_set(number, ident, name=''):
     if not created:
         raise ServerError('machine %016x is being moved by somebody else'
                           % number)
+
+
+def owned_complete():
+    """Steps: have owned/ tell of all machines that somebody has, as it does
+    not of those from before there was such a list.
+    """
+    told = set((yield ('list', 'owned/')))
+    for number, ident in (yield from owner_machines()).items():
+        if '%s%016x' % (owned_prefix(ident), number) not in told:
+            machine = yield from machine_load(number)
+            if machine:
+                yield from owned_put(ident, number, machine.name)
 
 
 def owned_machines(ident):
@@ -7037,6 +7056,7 @@ def account_export(ident):
                     for version in versions],
         'machines': machines, 'mails': mails, 'money': money,
         'checkouts': (yield from export_checkouts(ident)),
+        'sessions': (yield from export_sessions(ident)),
         'usage': (yield from export_usage(ident, machines)),
         'standing': (yield from versions_all(standing_prefix(ident)))}
 
@@ -7049,6 +7069,17 @@ def export_checkouts(ident):
             ident, key.rpartition('/')[2]))
         if checkout:
             found.append(checkout._asdict())
+    return found
+
+
+def export_sessions(ident):
+    """Steps: who was logged in on the web, and has not logged out."""
+    found = []
+    for key in (yield ('list', 'session/%s/' % ident)):
+        session = yield from summed_get(key)
+        if session:
+            found.append({name: session[name] for name in (
+                'time', 'until', 'agent', 'address')})
     return found
 
 
@@ -13895,6 +13926,7 @@ def command_bill(args):
         bill_say(server, '--dry-run' in options, '--late' in options)
         if '--dry-run' not in options:
             server.run(site_put(server.facts()))
+            server.run(owned_complete())
         return 0
     finally:
         server.close()

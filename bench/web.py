@@ -110,7 +110,8 @@ def account(days, options):
                   days, days // 30, wall,
                   sum(meter.take())), flush=True)
         for path in PAGES:
-            for clients in options.clients:
+            # An address may not try more than ten passwords at once.
+            for clients in options.clients if path is not None else [1]:
                 used, out, rate = measure(
                     site, meter, browser.cookies,
                     path and path.replace('%s', numbers[0]), clients,

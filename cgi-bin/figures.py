@@ -360,7 +360,7 @@ def money_part(account):
     pairs += [('Stored', web.size_text(balance.held)),
               ('Charged up to', 'nothing yet' if account.billed is None
                else web.date(account.billed))]
-    return web.join((facts(pairs), warning(account, left)))
+    return web.join((facts(pairs), warning(account, left), add_money(site)))
 
 
 def warning(account, left):
@@ -546,7 +546,7 @@ def payments(site):
 def add_money(site):
     """A link to where one pays, if one can."""
     return h('<p class="links"><a href="pay.cgi">Add money</a></p>') if (
-        'pay-keys' in site.conf) else ''
+        site.can_pay()) else ''
 
 
 def reference(key):
@@ -588,9 +588,7 @@ def export(site):
         'machines': [{'number': machine.number, 'name': machine.name,
                       'bytes': machine.bytes} for machine
                      in account.machines()],
-        'sessions': [{name: session[name] for name in (
-            'time', 'until', 'agent', 'address')} for _, session
-            in site.sessions(site.account)],
+        'sessions': run(tarsnapd.export_sessions(ident)),
         'mails': mails,
         'money': [{'time': when, 'name': key, 'kind': kind,
                    'amount': amount, 'text': text}
@@ -659,7 +657,7 @@ def status(site):
             when = int(os.fstat(file.fileno()).st_mtime)
     except (OSError, UnicodeDecodeError):
         return ''
-    at = h('<time>{} UTC</time>', moment(when))
+    at = h('<time>{}</time> UTC', moment(when))
     if not words:                   # it is being written
         return ''
     if when < site.now - STATUS_OLD:
@@ -695,6 +693,7 @@ def program(site, address, password):
     They expect a page where they are refused, and tell by these sentences;
     who may try how often is counted as for everybody.
     """
+    site.account = site.session = None
     form = dict(site.request.query, **site.request.form)
     found, known = site.login(address, password)
     if found is None:

@@ -191,7 +191,8 @@ def redirect(where, headers=()):
 
 
 MENU = [('manage.cgi', 'Overview'), ('activity.cgi', 'Activity'),
-        ('payments.cgi', 'Payments'), ('settings.cgi', 'Settings')]
+        ('pay.cgi', 'Add money'), ('payments.cgi', 'Payments'),
+        ('settings.cgi', 'Settings')]
 
 
 def page(site, title, *parts, status='200 OK', headers=(), forms=()):
@@ -200,7 +201,8 @@ def page(site, title, *parts, status='200 OK', headers=(), forms=()):
     if site.account:
         menu += [h('<a href="{}"{}>{}</a>', name, Html(
             ' aria-current="page"') if name == site.script else '', label)
-            for name, label in MENU]
+            for name, label in MENU
+            if name != 'pay.cgi' or site.can_pay()]
         menu.append(form(site, 'logout.cgi', kind='quiet',
                          button='Log out'))
     else:
@@ -466,6 +468,10 @@ class Site(tarsnapd.Server):
     def file(self, name):
         return os.path.join(self.path, name)
 
+    def can_pay(self):
+        """True if one can pay on these pages."""
+        return 'pay-keys' in self.conf
+
     def url(self, name=''):
         """The address of one of our pages, as others may use it.
 
@@ -623,6 +629,9 @@ class Site(tarsnapd.Server):
 
         What is done here is the same for any address.
         """
+        if not self.facts.get('url'):
+            raise Problem('503 Service Unavailable', 'No mail is sent here',
+                          'Ask whoever runs this service instead.')
         if not tarsnapd.mail_address(address):
             raise bad('That is not a mail address. Go back and try again.')
         seconds = self.guesses.ask(self.request.address, self.now, 'mails')

@@ -101,6 +101,25 @@ class Accounts(unittest.TestCase):
         self.assertEqual(account['stored'], tarsnapd.account_verifier(
             b'new', bytes.fromhex(account['salt']))['stored'])
 
+    def test_machines_of_before_there_was_a_list(self):
+        """bill lists them, with their names."""
+        ann = self.create('ann')
+        client = Client(Embedded(self.server.path))
+        number = Host(client).machine
+        client.close()
+        self.run_steps(tarsnapd.owner_set(number, ann))
+        store = self.server.accounts
+        store.delete('owned/%s/%016x' % (ann, number))
+        self.assertEqual(self.run_steps(tarsnapd.owned_machines(ann)), {})
+        for _ in range(2):
+            self.run_steps(tarsnapd.owned_complete())
+        name = self.run_steps(tarsnapd.machine_load(number)).name
+        self.assertEqual(self.run_steps(tarsnapd.owned_machines(ann)),
+                         {'%016x' % number: name})
+        bob = self.create('bob')
+        self.run_steps(tarsnapd.owner_set(number, bob, name))
+        self.assertEqual(self.run_steps(tarsnapd.owned_machines(ann)), {})
+
     def test_owners(self):
         ann, bob = self.create('ann'), self.create('bob')
         client = Client(Embedded(self.server.path))

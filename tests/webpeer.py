@@ -69,11 +69,12 @@ class Site:
     `web`, log().
 
     `cleanup` is an addCleanup or addClassCleanup of unittest.  `conf` is
-    appended to tarsnapd.conf, `web` to web.conf.  Unless it is `plain` it
-    listens to stunnel alone.
+    appended to tarsnapd.conf, `web` to web.conf; `server` is where the pages
+    say that clients go.  Unless it is `plain` it listens to stunnel alone.
     """
 
-    def __init__(self, cleanup, conf=PRICES, web='', plain=True):
+    def __init__(self, cleanup, conf=PRICES, web='', plain=True,
+                 server='backup.example.org:9279'):
         self.apache = shutil.which('apache2', path=SEARCH)
         self.user = NOBODY if os.getuid() == 0 else os.getuid()
         base = tempfile.TemporaryDirectory(prefix='web-', dir='/tmp')
@@ -86,7 +87,7 @@ class Site:
         self.port, = free_ports(1)
         self.url = 'http://127.0.0.1:%d/' % self.port
         self._server(conf)
-        self._install(web)
+        self._install('server = %s\n%s' % (server, web))
         self.child, self.plain = None, plain
         cleanup(self.close)
         self.start()
@@ -124,8 +125,7 @@ class Site:
         os.mkdir(os.path.join(self.root, 'bin'), 0o755)
         os.symlink(self.python, os.path.join(self.root, 'bin', 'python3'))
         with open(os.path.join(self.web, 'web.conf'), 'w') as file:
-            file.write('[web]\naccounts = %s\nserver = %s\n%s' % (
-                self.accounts, 'backup.example.org:9279', web))
+            file.write('[web]\naccounts = %s\n%s' % (self.accounts, web))
         os.chown(file.name, self.user, -1)
         os.chmod(file.name, 0o600)
 
@@ -341,21 +341,43 @@ def pay(site, ident, reference, dollars, kind='payment'):
                                  kind))
 
 
+MAIL = '''#!/bin/sh
+{ echo; sed 's/^/    /'; } >>%s
+'''
+
+
 def show():
     """A site with a sample account, until it is interrupted."""
     import contextlib
     import signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.ExitStack() as stack:
-        site = Site(stack.callback)
+        port, = free_ports(1)
+        address, base = '127.0.0.1:%d' % port, tempfile.mkdtemp()
+        stack.callback(shutil.rmtree, base)
+        box, program = (os.path.join(base, name) for name in ('box', 'mail'))
+        with open(program, 'w') as file:
+            file.write(MAIL % box)
+        os.chmod(program, 0o755)
+        open(box, 'w').close()
+        site = Site(stack.callback, PRICES + 'mail-sendmail = %s\n' % program,
+                    server=address)
+        serve = subprocess.Popen([
+            sys.executable, os.path.join(ROOT, 'tarsnapd.py'), 'serve',
+            site.srv, '--listen', address])
+        stack.callback(serve.wait)
+        stack.callback(serve.terminate)
         ident = site.account()
         sample(site, ident, 60)
         pay(site, ident, '2026-0711', 20)
         print('The account pages are at %s\nlog in as ann@example.org with '
-              'the password "correct horse".\nControl-C ends it.' % site.url,
-              flush=True)
-        while site.child.poll() is None:
-            time.sleep(1)
+              'the password "correct horse".\nMail that is sent is shown '
+              'here.  Control-C ends it.' % site.url, flush=True)
+        with open(box) as file:
+            while site.child.poll() is None:
+                tarsnapd.mail_run(site.server, print)
+                print(file.read(), end='', flush=True)
+                time.sleep(1)
 
 
 if __name__ == '__main__':
