@@ -3729,9 +3729,9 @@ def account_login(address, secret):
     return good, account if good else made_up
 
 
-def account_verifier(password, salt, cost=SCRYPT):
+def account_verifier(password, salt, cost=None):
     """What an account keeps of a password, as a dict of JSON values."""
-    log_n, r, p = cost
+    log_n, r, p = cost or SCRYPT
     key = hashlib.scrypt(password, salt=salt, n=1 << log_n, r=r, p=p,
                          maxmem=256 * MIB, dklen=32)
     stored = sha256(hmac.digest(key, b'client', 'sha256'))

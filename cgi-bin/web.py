@@ -317,10 +317,14 @@ class Request:
 ##############################################################################
 
 
-class Forbidden:
-    """In place of what this process has no part in: blocks, keys, index."""
+class NoBlocks:
+    """In place of what this process has no part in: blocks, keys, index.
 
-    threads = 1
+    `threads` are those of the accounts, as wishes come many at once.
+    """
+
+    def __init__(self, threads):
+        self.threads = threads
 
     def __getattr__(self, name):
         raise StoreError(name, 'blocks', 'the account pages have no access')
@@ -447,8 +451,9 @@ class Site(tarsnapd.Server):
         self.read_only = self.frozen = False
         self.temporary = self.fan = None
         self.lock = threading.Lock()
-        self.store = self.indexes = self.spools = Forbidden()
         self.accounts = tarsnapd.store_open(path, self.conf, name='accounts')
+        self.store = self.indexes = self.spools = NoBlocks(
+            self.accounts.threads)
         self.view = History(self.file('ledger.db'))
         self.traffic = None
         self.request = request

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+from unittest import mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -166,9 +167,13 @@ class Site:
     def run(self, steps):
         return self.server.run(steps)
 
-    def account(self, address='ann@example.org', password=b'correct horse'):
-        """A new account; its id."""
-        return self.run(tarsnapd.account_create(address, password))
+    def account(self, address='ann@example.org', password=b'correct horse',
+                cost=(10, 8, 1)):
+        """A new account; its id.  At less than the usual `cost` its logins
+        take no time.
+        """
+        with mock.patch.object(tarsnapd, 'SCRYPT', cost):
+            return self.run(tarsnapd.account_create(address, password))
 
     def mails(self):
         """[(kind, to, values)] that are to go out; taken as sent."""
