@@ -676,6 +676,7 @@ class Miner:
         self.steady = {}    # key -> {place: name with digits, so far one}
         self.merged = {}
         self.made = 0       # keys, ever
+        self.times = []     # of day, and dates, in the last line added
         if state:
             import json
             kinds, self.steady, self.merged, self.made = json.loads(state)
@@ -755,6 +756,8 @@ class Miner:
 
     def add(self, line):
         (tokens, values, gaps), key = self.look(line)
+        self.times = [text for letter, text in values.values()
+                      if letter == 't']
         if key is None:
             if len(self.kinds) >= KINDS_MOST:
                 return REST, {}
@@ -1295,12 +1298,12 @@ class Observed:
         self.words = {}         # key -> {word: (number, line)}, weight > 0
         self.weights = {}       # key -> the greatest weight of a line
         several = {}            # key -> [(values, line), ...]
-        clock = re.compile(r'\d\d?:\d\d(?::\d\d)?|\d{4}-\d\d-\d\d').findall
-        for (key, values), line in [(miner.add(line[1]), line)
-                                    for line in run.lines]:
+        for (key, values), times, line in [
+                (miner.add(line[1]), miner.times, line)
+                for line in run.lines]:
             key = miner.same(key)       # a later line may have told more
             if len(self.clock) < 500:
-                self.clock += clock(line[1])
+                self.clock += times
             kind = self.kinds.get(key)
             if kind is None:
                 kind = self.kinds[key] = [0, len(self.kinds), line]

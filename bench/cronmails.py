@@ -1840,8 +1840,9 @@ def stale(job, run, rng):
     if job.last is None:
         return False
     last = {text for _, text in job.last.lines}
-    if sum(1 for _, text in run.lines if text not in last) < max(
-            2, len(run.lines) / 4):
+    moved = [text for _, text in run.lines if text not in last]
+    if len(moved) < max(2, len(run.lines) / 4) or not any(
+            re.search(r'\d:\d\d|20\d\d', text) for text in moved):
         return False            # it is much the same each time
     run.lines = list(job.last.lines)
 
@@ -2068,7 +2069,7 @@ def corpus(seed, jobs=56, days=180, learning=45, first=12, kinds=None):
         mails += story.mails()
         faults += story.faults
     mails.sort(key=lambda mail: (mail.time, mail.job))
-    end = stamp_of(EPOCH, 'UTC') + days * DAY
+    end = stamp_of(EPOCH, 'UTC') + days * DAY - 3 * 3600    # in all zones
     mails = [mail for mail in mails if mail.time < end]
     faults.sort(key=lambda fault: (fault.start, fault.job.number))
     for number, fault in enumerate(faults):
