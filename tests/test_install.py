@@ -10,8 +10,8 @@ import venv
 import world
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COMMANDS = ('tarsnap', 'tarsnapd', 'tarsnap-keygen', 'tarsnap-keyregen',
-            'tarsnap-keymgmt', 'tarsnap-recrypt')
+COMMANDS = ('tarsnap', 'tarsnapd', 'cronwatch', 'tarsnap-keygen',
+            'tarsnap-keyregen', 'tarsnap-keymgmt', 'tarsnap-recrypt')
 
 
 class Install(unittest.TestCase):
@@ -27,7 +27,7 @@ class Install(unittest.TestCase):
         os.mkdir(source)
         for name in ('man', 'LICENSE', 'README.md', 'setup.cfg',
                      'pyproject.toml', 'tarsnap.py', 'tarsnapd.py',
-                     'keygen.py'):
+                     'keygen.py', 'cronwatch.py'):
             path = os.path.join(ROOT, name)
             copy = shutil.copytree if os.path.isdir(path) else shutil.copy
             copy(path, os.path.join(source, name))

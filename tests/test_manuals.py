@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """The manual pages are well formed, and say what the programs do."""
 
+import argparse
 import glob
 import os
 import re
@@ -12,6 +13,7 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import cronwatch                                            # noqa: E402
 import keygen                                               # noqa: E402
 import tarsnap                                              # noqa: E402
 import tarsnapd                                             # noqa: E402
@@ -118,6 +120,21 @@ class Tarsnap(unittest.TestCase):
 
 
 class OtherPrograms(unittest.TestCase):
+
+    def test_cronwatch(self):
+        text = page('cronwatch.1')
+        options = {word for line in re.findall(r'(?m)^\.It Ic (.*)$', text)
+                   for word in re.findall(r'[a-z]+(?:-[a-z]+)+|^person', line)}
+        missing = set().union(*cronwatch.OPTIONS) - options
+        self.assertEqual(missing & set(cronwatch.ALARM_OPTIONS),
+                         {'mail-sendmail'})     # named with mail-smtp
+        parser = argparse.ArgumentParser()
+        cronwatch.alarm_parsers(parser.add_subparsers())
+        for name, sub in parser._actions[-1].choices.items():
+            self.assertIn('.Cm %s\n' % name, text)
+            for option in sub._option_string_actions:
+                if option not in ('-h', '--help'):
+                    self.assertIn('Fl ' + option[1:], text)
 
     def test_key_tools(self):
         for name, table in (

@@ -27,13 +27,14 @@ class Packaging(unittest.TestCase):
 
     def test_one_version(self):
         version = self.conf.get('metadata', 'version')
-        for module in ('tarsnap', 'tarsnapd'):
+        for module in ('tarsnap', 'tarsnapd', 'cronwatch'):
             self.assertEqual(importlib.import_module(module).VERSION, version)
 
     def test_version_option(self):
         version = self.conf.get('metadata', 'version')
         for words, says in ((['tarsnap.py'], 'tarsnap'),
                             (['tarsnapd.py'], 'tarsnapd'),
+                            (['cronwatch.py'], 'cronwatch'),
                             (['keygen.py', 'keygen'], 'tarsnap-keygen'),
                             (['keygen.py', 'keyregen'], 'tarsnap-keyregen'),
                             (['keygen.py', 'keymgmt'], 'tarsnap-keymgmt'),
