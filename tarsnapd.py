@@ -12708,6 +12708,7 @@ CHECK_WORSE = (CHECK_OK, CHECK_WARNING, CHECK_UNKNOWN, CHECK_CRITICAL)
 CHECK_EXPIRY = (14 * DAY, 3 * DAY)      # of a certificate, until it ends
 CHECK_BILL = (6 * 3600, 30 * 3600)      # after a day could be billed
 CHECK_MAIL = (2 * 3600, DAY)            # a mail has waited
+CHECK_PAY = (2 * DAY, 5 * DAY)          # providers' events were not read
 CHECK_DISK = 10 * 10 ** 9               # bytes free, or a twentieth if less
 CHECK_MAILS = 200                       # of those that wait are looked at
 
@@ -12928,6 +12929,25 @@ def check_mail(found, server):
                                                why))
 
 
+def check_payments(found, server):
+    """Whether what webhooks leave out is looked for."""
+    if not server.conf.get('pay-keys'):
+        return
+    found.figure('checkouts_due', len(server.perform(
+        ('list', 'checkout/due/'))))
+    for provider in server.shop().providers:
+        seen = server.run(versioned_get('checkout/seen/%s/' % provider))
+        if seen is None:
+            found.fault('payments', CHECK_WARNING, '"tarsnapd pay SRV '
+                        'reconcile" never had all events of %s' % provider)
+            continue
+        found.figure('reconciled_timestamp_seconds', seen[1]['until'],
+                     provider=provider)
+        found.limit('payments', found.now - seen[1]['until'], CHECK_PAY,
+                    'events of %s were read on %s' % (
+                        provider, moment(seen[1]['until'])))
+
+
 def check_backlog(found, server):
     """Whether cleaning and scrubbing keep up, and what scrubbing found."""
     held = sum(os.path.getsize(os.path.join(top, name)) for top, _, names
@@ -12961,6 +12981,7 @@ def check_directory(found, server, floor):
     for name, run in (('disk', lambda: check_disk(found, server, floor)),
                       ('bill', lambda: check_bill(found, server)),
                       ('mail', lambda: check_mail(found, server)),
+                      ('payments', lambda: check_payments(found, server)),
                       ('backlog', lambda: check_backlog(found, server))):
         with found.part(name):
             run()

@@ -718,6 +718,18 @@ class Reconcile(Case):
         self.assertEqual(len(self.server.accounts.list('checkout/seen/')), 2)
 
 
+    def test_check_says_that_it_is_not_run(self):
+        def look(days):
+            found = tarsnapd.Checked(int(time.time()) + days * DAY)
+            tarsnapd.check_payments(found, self.server)
+            return [status for status, _ in found.faults]
+        self.assertEqual(look(0), [tarsnapd.CHECK_WARNING] * 2)
+        self.reconcile()
+        self.assertEqual(look(1), [])
+        self.assertEqual(look(3), [tarsnapd.CHECK_WARNING] * 2)
+        self.assertEqual(look(6), [tarsnapd.CHECK_CRITICAL] * 2)
+
+
 class Accounts(Case):
     """Where accounts are charged, and mail goes out."""
 
