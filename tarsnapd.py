@@ -13466,6 +13466,10 @@ def pay_refund(server, options, name, payment, dollars=None):
     """Enter that a payment, or a part of it, was given back."""
     kind = 'chargeback' if '--chargeback' in options else 'refund'
     amount = None if dollars is None else cents_parse(dollars)
+    provider = PROVIDER_NAMES.get(payment.partition('-')[0])
+    if provider and '--reference' not in options:
+        raise ServerError('give it back at %s, which tells us; enter it here '
+                          'only with --reference, its name there' % provider)
     ident = account_find(server, name)['id']
     new, amount = server.run(ledger_refund(
         ident, payment, kind, amount, options.get('--reference'),

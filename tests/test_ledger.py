@@ -17,6 +17,16 @@ START = '2026-11-26'
 MORNING = 8 * 3600
 
 
+def turn(case):
+    """Let servers of this process have the clock `case.now`, for a test."""
+    perform = tarsnapd.Server.perform_here
+    patch = mock.patch.object(
+        tarsnapd.Server, 'perform_here', lambda server, wish: (
+            case.now if wish == ('now',) else perform(server, wish)))
+    patch.start()
+    case.addCleanup(patch.stop)
+
+
 class Clocked(unittest.TestCase):
     """A server directory with prices, and a clock that a test turns."""
 
@@ -26,12 +36,7 @@ class Clocked(unittest.TestCase):
         self.path = server_directory(self)
         self.conf(self.PRICES)
         self.now = day_parse(START) * DAY + MORNING
-        perform = tarsnapd.Server.perform_here
-        patch = mock.patch.object(
-            tarsnapd.Server, 'perform_here', lambda server, wish: (
-                self.now if wish == ('now',) else perform(server, wish)))
-        patch.start()
-        self.addCleanup(patch.stop)
+        turn(self)
 
     def conf(self, text):
         with open(os.path.join(self.path, 'tarsnapd.conf'), 'a') as file:

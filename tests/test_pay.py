@@ -5,6 +5,7 @@ import json
 import unittest
 
 import rawclient
+import tarsnapd
 from rawclient import here
 from test_ledger import Clocked
 
@@ -68,6 +69,18 @@ class ByHand(Clocked):
         self.twice('refund', 'joe', 'bank-R17', '--chargeback')
         self.wrong('not 0.0', 'pay', 'refund', 'joe', 'bank-R17',
                    '--reference', 'B3')
+
+    def test_what_a_provider_tells_is_not_entered_by_hand_too(self):
+        self.good('pay', 'add', 'joe', '25', '--by', 'stripe', '--reference',
+                  'cs_1')
+        self.wrong('give it back at Stripe', 'pay', 'refund', 'joe',
+                   'stripe-cs_1')
+        self.refund('stripe-cs_1', '--reference', 're_1')
+        server = self.server()
+        self.now += 1
+        self.assertFalse(server.run(tarsnapd.ledger_pay(
+            self.show()['account'], 'stripe', 're_1', -25 * tarsnapd.ATTO,
+            'refund', of='stripe-cs_1')))
 
     def test_list(self):
         self.assertEqual(self.good('pay', 'list'), '')

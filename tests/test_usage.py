@@ -12,7 +12,7 @@ import tarsnapd
 from lab import D, N, R, W, LabTest
 from rawclient import here
 from tarsnapd import ATTO, DAY, day_parse, money_text
-from test_ledger import START, Clocked
+from test_ledger import START, Clocked, turn
 
 PRICES = 'storage-price = 250\nupload-price = 250\ndownload-price = 250\n'
 PRICE = 250 * 10 ** 6
@@ -148,12 +148,7 @@ class Client(LabTest):
         with open(os.path.join(self.lab.store, 'tarsnapd.conf'), 'a') as file:
             file.write(PRICES)
         self.now = day_parse(START) * DAY + DAY // 2
-        perform = tarsnapd.Server.perform_here
-        patch = mock.patch.object(
-            tarsnapd.Server, 'perform_here', lambda server, wish: (
-                self.now if wish == ('now',) else perform(server, wish)))
-        patch.start()
-        self.addCleanup(patch.stop)
+        turn(self)
         server = tarsnapd.Server(self.lab.store)
         server.run(tarsnapd.account_create('ann', b'pw'))
         server.close()
