@@ -71,6 +71,22 @@ class Figures(Clocked):
         for roles in ((D,), (N,), (W, R)):
             self.assertIn('balance', self.ask(self.client(host, *roles)))
 
+    def test_what_was_stored_today_counts(self):
+        """Of the machine that asks; of others yesterday is known."""
+        hosts = self.two()
+        before = self.ask(self.client(hosts[0], R))
+        for host in hosts:
+            host.backup(self.client(host, R, W), 'b', 4, 90000)
+        held = [self.server().run(tarsnapd.catch_up(host.machine)).bytes
+                for host in hosts]
+        found = self.ask(self.client(hosts[0], R))
+        self.assertEqual(found['machine-bytes'], str(held[0]))
+        known = int(before['account-bytes']) - int(before['machine-bytes'])
+        self.assertLess(known, held[1])
+        self.assertEqual(found['account-bytes'], str(known + held[0]))
+        self.assertEqual(found['days-left'], str(
+            int(found['balance']) // ((known + held[0]) * 8333333)))
+
     def test_prices_alone(self):
         host, _ = self.two()
         self.assertEqual(
@@ -237,6 +253,12 @@ class Client(LabTest):
             *words[:-3], '--json', *words[-3:]).out.splitlines()[-1])
         self.assertEqual(found, {'type': 'cost', 'month': money_text(
             new * PRICE), 'upload': money_text(new * PRICE)})
+
+    def test_nobody_asks_where_there_are_no_prices(self):
+        """Servers that are older than the request would hang up."""
+        with mock.patch.object(tarsnapd.Session, '_account') as account:
+            self.host.create('one')
+            self.assertFalse(account.called)
 
     def test_prices_that_are_gone(self):
         self.charge()
