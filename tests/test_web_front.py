@@ -125,6 +125,27 @@ class Front(unittest.TestCase):
             time.sleep(0.1)
 
 
+    def test_in_an_apache_that_is_there(self):
+        """The directives for a <VirtualHost> are no others."""
+        site = self.site
+        with open(site.file('vhost.conf'), 'w') as file:
+            file.write('ServerRoot "%s"\nServerName localhost\n'
+                       'Listen 127.0.0.1:9\n' % site.root)
+            for line in read('tarsnap-web-httpd.conf').splitlines():
+                if line.startswith(('LoadModule', 'TypesConfig')):
+                    file.write(line.replace(
+                        '${WEB_MODULES}', '/usr/lib/apache2/modules') + '\n')
+            for name in ('CGI', 'DIR', 'PATH'):
+                file.write('Define WEB_%s /usr\n' % name)
+            file.write('<VirtualHost *:9>\nSetEnv HTTPS on\n'
+                       'Include "%s"\n</VirtualHost>\n'
+                       % site.file('site.conf'))
+        done = subprocess.run([site.apache, '-t', '-f', file.name],
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+        self.assertEqual((done.returncode, done.stdout), (0, 'Syntax OK\n'))
+
+
 class Unit(unittest.TestCase):
 
     def analyze(self, *words):
