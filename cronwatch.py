@@ -2465,6 +2465,7 @@ def alarm_line(text):
 
 WAYS = ('mail', 'sms', 'call')
 NUMBER = r'\+[1-9][0-9]{6,14}'
+ADDRESS = r'[^@\s<>,;"]+@[^@\s<>,;"]+'
 SECRETS = ('twilio-token', 'mail-password')
 
 
@@ -2478,8 +2479,8 @@ class Person:
             raise ValueError('a name comes first, then way=address')
         for word in words:
             name, _, value = word.partition('=')
-            if name == 'mail' and re.fullmatch(r'[^@\s<>,;"]+@[^@\s<>,;"]+',
-                                               value):
+            if name == 'mail' and value.isascii() and re.fullmatch(
+                    ADDRESS, value):
                 self.ways[name] = value
             elif name in ('sms', 'call') and re.fullmatch(NUMBER, value):
                 self.ways[name] = value
@@ -2548,11 +2549,21 @@ def url_parse(text):
     """An https URL; on this machine itself http will do."""
     import urllib.parse
     parts = urllib.parse.urlsplit(text)
-    if not parts.hostname or parts.query or parts.fragment or not (
+    if not parts.hostname or '@' in parts.netloc or parts.port == 0 or (
+            parts.query or parts.fragment) or not (
             parts.scheme == 'https' or parts.scheme == 'http'
             and parts.hostname in ('localhost', '127.0.0.1', '::1')):
         raise ValueError('%s is not an https URL' % text)
     return text.rstrip('/')
+
+
+def address_parse(text):
+    """A mail address, with or without a name before it."""
+    bare = re.search(r'<([^<>]*)>\Z', text)
+    if not text.isascii() or not re.fullmatch(
+            ADDRESS, bare.group(1) if bare else text):
+        raise ValueError('%s is no mail address' % text)
+    return text
 
 
 def host_parse(text):
@@ -2577,7 +2588,7 @@ ALARM_OPTIONS = {
     'alarm-call': (one_of(*RANKS), CRITICAL),   # what is worth a call
     'alarm-segments': (between(1, 6), 2),       # most parts of an SMS
     'alarm-url': (url_parse, None),             # where alarm.cgi is
-    'mail-from': (str, None),
+    'mail-from': (address_parse, None),
     'mail-smtp': (host_parse, None),            # HOST or HOST:PORT
     'mail-tls': (one_of('starttls', 'tls', 'no'), 'starttls'),
     'mail-ca-bundle': (str, None),
@@ -2862,17 +2873,35 @@ def twilio_ask(state, conf, path, form=None):
         None if form is None else urllib.parse.urlencode(form).encode(),
         {'Authorization': 'Basic ' + base64.b64encode(('%s:%s' % (
             conf['twilio-account'], secret)).encode()).decode()})
+
+    class Stay(urllib.request.HTTPRedirectHandler):
+        """Nobody else is to see the token."""
+
+        def redirect_request(self, *_):
+            return None
+
     try:
-        with urllib.request.urlopen(request, timeout=SEND_SECONDS) as answer:
+        with urllib.request.build_opener(Stay).open(
+                request, timeout=SEND_SECONDS) as answer:
             return json.loads(answer.read(10 ** 7))
     except urllib.error.HTTPError as e:
-        raise twilio_fault(e) from None
-    except urllib.error.URLError as e:
-        # It is wrapped so only up to where the request has been sent.
-        raise (Unclear if isinstance(e.reason, TimeoutError) else Later)(
-            alarm_line(str(e.reason))) from None
+        with e:
+            raise twilio_fault(e) from None
     except (OSError, ValueError, http.client.HTTPException) as e:
-        raise Unclear(alarm_line('%s %s' % (type(e).__name__, e))) from None
+        reason = getattr(e, 'reason', e)
+        raise (Later if unsent(reason) else Unclear)(alarm_line(
+            '%s %s' % (type(reason).__name__, reason))) from None
+
+
+def unsent(fault):
+    """True if nothing can have been sent, since there was no connection."""
+    import errno
+    import socket
+    import ssl
+    return isinstance(fault, (
+        ConnectionRefusedError, socket.gaierror,
+        ssl.SSLCertVerificationError)) or getattr(fault, 'errno', 0) in (
+            errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 def twilio_fault(error):
@@ -2893,8 +2922,8 @@ def twilio_fault(error):
         wait = error.headers.get('Retry-After', '')
         return Later(text, min(int(wait), 600) if wait.isdigit() else 0)
     # Who we are can be mended, whom we call and what we say can not.
-    return Later(text) if error.code in (401, 403, 404, 407, 408) else (
-        Refused(text, code))
+    return Later(text) if error.code < 400 or error.code in (
+        401, 403, 404, 407, 408) else Refused(text, code)
 
 
 def twilio_send(state, conf, notice, alarms):
@@ -2993,7 +3022,13 @@ def alarms_send(state, conf, now, complain=lambda line: None):
             if notice is None:
                 return
             seen.add(notice['id'])
-            notice_do(state, conf, notice, now, complain)
+            try:
+                notice_do(state, conf, notice, now, complain)
+            # A fault of ours must not keep the others from being told.
+            except Exception as e:
+                complain('%s to %s: %s: %s' % (
+                    notice['way'], notice['person'], type(e).__name__, e))
+                notice_again(state, notice, now, Unclear(str(e)))
 
 
 def alarms_due(state, now):
@@ -3014,6 +3049,7 @@ def alarms_fold(state, conf, now):
         for alarm in state.db.execute(
                 "SELECT * FROM alarm WHERE planned = 0"
                 " AND state = 'open'").fetchall():
+            alarms_forget(state, now - 400 * 86400)
             alarm_plan(state, conf, alarm)
         due = {}
         for alarm in state.db.execute(
@@ -3130,6 +3166,8 @@ def notice_do(state, conf, notice, now, complain):
         if notice['state'] == 'trying' and notice_settle(
                 state, conf, notice, now):
             return
+        if notice['tries'] >= TRIES:
+            raise Refused(notice['said'] or 'it comes to nothing')
         # Who has answered meanwhile is not told.
         want = 'open' if notice['kind'] == 'raise' else 'over'
         alarms = [alarm for alarm in notice_alarms(state, notice['id'])
@@ -3294,11 +3332,10 @@ def twilio_urls(url):
     """`url` with its port and without it: Twilio signs either."""
     import urllib.parse
     parts = urllib.parse.urlsplit(url)
-    host = parts.netloc.rpartition('@')[2]
+    host = parts.netloc
     bare = host[:-len(':%d' % parts.port)] if parts.port else host
     port = parts.port or {'https': 443, 'http': 80}[parts.scheme]
-    user = parts.netloc[:len(parts.netloc) - len(host)]
-    return [parts._replace(netloc=user + name).geturl()
+    return [parts._replace(netloc=name).geturl()
             for name in (bare, '%s:%d' % (bare, port))]
 
 
@@ -4743,6 +4780,8 @@ def main(argv=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except (Error, OSError, sqlite3.Error) as e:
         print('cronwatch: %s' % e, file=sys.stderr)
         return 2

@@ -547,6 +547,35 @@ class Faults(Case):
         self.send()
         self.assertEqual(self.told()[1:], [('call', 'ann')] * 2)
 
+    def test_what_fails_again_and_again_is_given_up(self):
+        self.configure(people=PEOPLE.partition('\n')[0] + '\n')
+        CRUEL.plan(*['500'] * 30)
+        self.alarm(severity='warning')
+        for _ in range(90):
+            self.send(1)
+        self.assertEqual((self.notice()['state'], self.notice()['tries']),
+                         ('failed', cronwatch.TRIES))
+
+    def test_a_fault_of_ours_keeps_no_other_from_being_told(self):
+        def fails(*_):
+            raise ZeroDivisionError('a fault')
+        with unittest.mock.patch.dict(cronwatch.SENDERS, sms=fails):
+            self.alarm()
+            self.send()
+        self.assertEqual(self.said, ['sms to ann: ZeroDivisionError: a fault'])
+        self.assertEqual(self.mailed(), ['ann'])
+        self.send(1)
+        self.send(1)
+        self.assertEqual(self.told(), [('sms', 'ann')])
+
+    def test_the_token_goes_nowhere_else(self):
+        CRUEL.plan('302')
+        self.alarm(severity='warning')
+        self.send()
+        self.assertEqual([method for method, _ in CRUEL.asked], ['POST'])
+        self.send(1)
+        self.assertEqual(self.told(), [('sms', 'ann')])
+
     def test_it_is_given_up_in_the_end(self):
         self.configure(people=PEOPLE.partition('\n')[0] + '\n')
         CRUEL.plan(*['429'] * 9)
@@ -727,7 +756,9 @@ class Commands(Case):
                      'alarm-minutes 0', 'alarm-minutes x', 'alarm-sms loud',
                      'alarm-url http://example.org/', 'alarm-url x',
                      'twilio-api http://example.org', 'mail-smtp a:b',
-                     'mail-tls ssl', 'twilio-number 5'):
+                     'mail-tls ssl', 'twilio-number 5', 'mail-from x',
+                     'mail-from A <b', 'alarm-url https://u:p@a.b/',
+                     'person a mail=\xfc@a.b'):
             with self.subTest(text), self.assertRaises(cronwatch.Error):
                 cronwatch.conf_read(self.write('c', text + '\n'),
                                     cronwatch.OPTIONS)

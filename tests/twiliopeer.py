@@ -216,6 +216,8 @@ class Cruel:
             def say(self, status, body):
                 data = json.dumps(body).encode()
                 self.send_response(status)
+                if status == 302:
+                    self.send_header('Location', cruel.url + '/elsewhere')
                 self.send_header('Content-Length', str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
