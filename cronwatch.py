@@ -1263,6 +1263,9 @@ class Words:
         self.strong = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % STRONG, re.I)
         self.mild = re.compile(r'(?<![\w-])(?:%s)(?![\w-])' % MILD, re.I)
         self.grave = re.compile(r'(?<!\w)(?:%s)' % GRAVE, re.I)
+        # What is 0 as long as all is well, without a bad word beside it.
+        self.zero = re.compile(r'\b(?:exit|return) (?:status|code)\b|'
+                               r'\b(?:infected|suspect|suspicious)\b', re.I)
         # Names of files say nothing, nor do errors of which there are none.
         self.names = re.compile(r'\S*/\S*|\S+\.(?:log|txt|conf|py|sh|gz)\b')
         none = r'(?:0|no|none|without|zero|nil)'
@@ -1913,7 +1916,8 @@ class Judge:
         if len(values) < 15:
             return None
         if values[0] == 0:
-            if self.words.found(where)[0] or len(values) >= 60:
+            if self.words.found(where)[0] or self.words.zero.search(where) \
+                    or len(values) >= 60:
                 return WARNING, 44, where
             return NOTICE, 20, where
         if abs(values[0]) < 1000 and values[0] == int(values[0]) \

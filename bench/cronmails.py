@@ -1850,8 +1850,9 @@ def stale(job, run, rng):
 def garbled(job, run, rng):
     if len(run.lines) < 3:
         return False
+    sure = rng.randrange(len(run.lines))
     for i in range(len(run.lines)):
-        if rng.random() < .4:
+        if rng.random() < .4 or i == sure:
             form, text = run.lines[i]
             run.lines[i] = form, ''.join(
                 chr(rng.choice((0xfffd, 0x251c, 0xc3, 0x1b, 0x7f, 0x2592)))
