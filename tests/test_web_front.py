@@ -130,7 +130,8 @@ class Front(unittest.TestCase):
         site = self.site
         with open(site.file('vhost.conf'), 'w') as file:
             file.write('ServerRoot "%s"\nServerName localhost\n'
-                       'Listen 127.0.0.1:9\n' % site.root)
+                       'Listen 127.0.0.1:9\nErrorLog vhost.log\n'
+                       % site.root)
             for line in read('tarsnap-web-httpd.conf').splitlines():
                 if line.startswith(('LoadModule', 'TypesConfig')):
                     file.write(line.replace(
