@@ -1552,9 +1552,11 @@ def out_of_range(values, value, scale, doubt):
         least = max(abs(middle) * 0.03, 1.5)
     margin = doubt * max((high - low) * 0.5 * (1 + 8 / len(known)), least)
     place = scaled(value, scale)
-    if scale == 'log' and 0 < value < min(values) and min(values) - value \
-            < 0.2 * (max(values) - min(values)):
-        return 0.0              # numbers of processes: as good as any
+    if scale == 'log' and 0 < value < min(values):
+        usual = sorted(values)
+        cut = (len(usual) + 19) // 20
+        if usual[0] - value < 0.2 * (usual[-1 - cut] - usual[cut]):
+            return 0.0          # numbers of processes: as good as any
     if place > high:
         return (place - high) / margin
     if place < low:
@@ -1595,6 +1597,18 @@ class Judge:
             self.stale()
             self.order()
         self.time()
+        # A number says more than that the word before it is new there.
+        numbers = {one.cause.split()[1].partition('.')[0]: one
+                   for one in self.evidence if one.kind == 'value'
+                   and one.cause.startswith('value ')}
+        for one in list(self.evidence):
+            number = numbers.get(one.cause.split()[1]) \
+                if one.cause.startswith('word ') else None
+            if number is not None:
+                number.weight = max(number.weight, one.weight)
+                number.severity = max(number.severity, one.severity,
+                                      key=SEVERITIES.index)
+                self.evidence.remove(one)
         fine = set(self.memory.fine)
         for one in self.evidence:
             if one.cause in self.memory.bad:
@@ -1663,17 +1677,19 @@ class Judge:
             return amount(low)
         return '%s to %s' % (amount(low), amount(high))
 
-    def novelty(self, runs):
-        """Share of runs with a new kind of line, and how many it is of."""
-        considered = min(60, max(0, self.memory.n - 5))
+    def novelty(self, runs, skip=5):
+        """Share of runs with a new kind of line, but for the first ones, and
+        how many it is of.
+        """
+        considered = min(60, max(0, self.memory.n - skip))
         found = sum(1 for n in set(runs)
-                    if n >= max(5, self.memory.n - considered))
+                    if n >= max(skip, self.memory.n - considered))
         return (found + 0.5) / (considered + 1), considered
 
     def new_lines(self):
         memory, observed = self.memory, self.observed
         rate, runs = self.novelty(memory.new)
-        badrate, _ = self.novelty(memory.newbad)
+        badrate, _ = self.novelty(memory.newbad, 1)
         self.rewordings()
         for key, (count, place, line) in observed.kinds.items():
             weight = observed.weights.get(key, 0)
@@ -1689,7 +1705,8 @@ class Judge:
                 weight = self.words.found(line[1])[0]
                 cause = 'word %s %s' % (key, said[0])
             severity = NOTICE
-            if weight >= 2 and (badrate < 0.2 or weight > 2):
+            if weight >= 2 and (badrate < 0.2 or weight > 2
+                                or memory.n == 0):
                 severity = CRITICAL if weight > 2 else WARNING
             elif weight == 1 and runs >= 5 and rate < 0.15:
                 severity = WARNING
