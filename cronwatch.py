@@ -186,7 +186,8 @@ def text_lines(text, beyond=0):
     found = text.replace('\r\n', '\n').split('\n')
     while found and not found[-1].strip():
         found.pop()
-    count = len(found) + beyond
+    # What was cut off begins in the middle of a line.
+    count = len(found) + max(0, beyond - (not text.endswith('\n')))
     numbered = enumerate(found, 1)
     if len(found) > LINES_FIRST + LINES_LAST:
         numbered = list(numbered)
@@ -4417,8 +4418,11 @@ class Child:
             if ready:
                 block = os.read(pipe, 1 << 16)
                 if self.echo and block:
-                    sys.stdout.buffer.write(block)
-                    sys.stdout.buffer.flush()
+                    try:
+                        sys.stdout.buffer.write(block)
+                        sys.stdout.buffer.flush()
+                    except BrokenPipeError:     # nobody reads any more
+                        self.echo = False
                 return block
             if self.process.poll() is not None:
                 return b''
@@ -4438,7 +4442,7 @@ def run_name(words):
 
 def command_run(args):
     """Run a command and judge what it said; its exit status."""
-    started, clock = time.time(), time.monotonic()
+    clock = time.monotonic()
     child, problem = None, b''
     try:
         child = Child(args.command_line, args.verbose)
@@ -4466,6 +4470,9 @@ def command_run(args):
         for finding in findings:
             print('cronwatch: %s\n\n%s' % (finding.reason, finding_text(
                 watch.state, finding)))
+        sys.stdout.flush()
+    except BrokenPipeError:             # nobody reads
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # Whatever is wrong with us, the command's output and status are not lost.
     except Exception as e:
         fault = e
@@ -4476,8 +4483,6 @@ def command_run(args):
         sys.stdout.flush()
         print('cronwatch: %s: %s' % (type(fault).__name__, fault),
               file=sys.stderr)
-    sys.stdout.flush()
-    del started
     return died(status)
 
 
@@ -4489,8 +4494,8 @@ def died(status):
     import signal
     sys.stdout.flush()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(-status, signal.SIG_DFL) if -status not in (
-        signal.SIGKILL, signal.SIGSTOP) else None
+    if -status != signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
     return 128 - status
 
