@@ -11,6 +11,8 @@ from web import ServerError, StoreError, h, para, tarsnapd
 from tarsnapd import (                      # web knows where it is
     PROVIDER_NAMES, Forged, Outcome, ProviderError)
 
+WAYS = {'stripe': 'Card, by Stripe', 'paypal': 'PayPal'}
+
 
 def shop(site):
     """What can be paid, a Shop; Problem if nothing can."""
@@ -27,7 +29,7 @@ def choose(site):
     ways = web.join(h(
         '<label class="choice"><input type="radio" name="provider" '
         'value="{}" required{}> {}</label>', name, web.Html(
-            '' if i else ' checked'), PROVIDER_NAMES[name])
+            '' if i else ' checked'), WAYS[name])
         for i, name in enumerate(till.offered()))
     return web.page(
         site, 'Add money',

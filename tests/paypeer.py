@@ -60,6 +60,16 @@ page = {paypal}
 '''
 
 
+STRIPE_KEYS = '''\
+[stripe]
+secret-key = sk_test_123
+webhook-secret = %s
+price = %s
+api = %s
+page = %s
+'''
+
+
 class Double:
     """A program that serves an API at `url`; ended by `cleanup`."""
 
@@ -147,6 +157,20 @@ class Emulate(Double):
                 'start', '--service', 'stripe', '--port', str(self.port),
                 '--seed', 'seed.yaml']
 
+    def keys(self, *places):
+        """Write pay.keys for us into each (directory, user)."""
+        product = self.call('POST', '/v1/products', {'name': 'Backup'})['id']
+        price = self.call('POST', '/v1/prices', {
+            'product': product, 'currency': 'usd', 'unit_amount': 100})['id']
+        for directory, user in places:
+            keys_write(os.path.join(directory, 'pay.keys'), user, STRIPE_KEYS
+                       % (SECRET, price, self.url, self.page))
+
+    @property
+    def page(self):
+        """What it calls itself."""
+        return self.url.replace('127.0.0.1', 'localhost')
+
     def pay(self, url):
         """Press the button of the page at `url`; where it leads then."""
         connection = http.client.HTTPConnection('127.0.0.1', self.port)
@@ -181,6 +205,15 @@ class LocalStripe(Double):
         return self.call('POST', '/v1/payment_intents', {
             'amount': cents, 'currency': 'usd', 'payment_method': method['id'],
             'confirm': 'true', 'metadata[checkout]': name})['id']
+
+
+def keys_write(file, user, text):
+    """A file that nobody but a user can read."""
+    with open(file, 'w', opener=lambda name, flags: os.open(
+            name, flags, 0o600)) as out:
+        out.write(text)
+    os.chmod(file, 0o600)
+    os.chown(file, user, -1)
 
 
 def serve(cleanup, handler):
@@ -278,11 +311,7 @@ class Fake:
         values = {'price': self.PRICE, 'secret': SECRET, 'page': self.url,
                   'webhook': self.WEBHOOK, 'stripe': self.url,
                   'paypal': self.url, **values}
-        with open(file, 'w', opener=lambda name, flags: os.open(
-                name, flags, 0o600)) as out:
-            out.write(KEYS.format(**values))
-        os.chmod(file, 0o600)
-        os.chown(file, user, -1)
+        keys_write(file, user, KEYS.format(**values))
 
     def reset(self):
         with self.lock:

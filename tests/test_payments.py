@@ -1022,7 +1022,7 @@ class Doubles(Case):
         hooks = paypeer.Hooks(self.addCleanup)
         stripe = paypeer.Emulate(self.addCleanup, hooks.url)
         self.addCleanup(self.keys)
-        page = stripe.url.replace('127.0.0.1', 'localhost')
+        page = stripe.page
         self.keys(stripe=stripe.url, page=page, price='')
         status, out, err = here('pay', self.path, 'price')
         self.assertEqual((status, err), (0, ''))

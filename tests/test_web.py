@@ -8,13 +8,12 @@ import json
 import os
 import re
 import subprocess
-import tempfile
 import time
 import unittest
 
 import tarsnapd
 from tarsnapd import ATTO, DAY
-from webpeer import Browser, Site, pay, sample, validator
+from webpeer import Browser, Site, pay, sample, validate
 
 ANN, PASSWORD = 'ann@example.org', 'correct horse'
 DAYS = 70
@@ -260,17 +259,7 @@ class Figures(Case):
                      'receipt.cgi?entry=bank-A1',
                      'machine.cgi?mid=' + self.numbers[0]):
             texts[path] = self.ok(browser.get(path)).text
-        with tempfile.TemporaryDirectory() as base:
-            for i, text in enumerate(texts.values()):
-                with open(os.path.join(base, '%d.html' % i), 'w') as file:
-                    file.write(text)
-            with open(os.path.join(base, '.htmlvalidate.json'), 'w') as file:
-                file.write('{"extends": ["html-validate:recommended"], '
-                           '"root": true}')
-            done = subprocess.run(
-                [validator(), base], stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True)
-        self.assertEqual((done.returncode, done.stdout), (0, ''))
+        self.assertEqual(validate(texts.values()), '')
 
 
 class Doing(Case):

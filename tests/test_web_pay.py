@@ -16,7 +16,7 @@ import paypeer
 import rawclient
 import tarsnapd
 from tarsnapd import ATTO
-from webpeer import PRICES, Browser, Site
+from webpeer import PRICES, Browser, Site, validate
 
 
 class Case(unittest.TestCase):
@@ -83,7 +83,7 @@ class Paying(Case):
         """From the form to the receipt."""
         page = self.browser.go('payments.cgi')
         self.assertIn('href="pay.cgi"', page.text)
-        page = self.browser.go('pay.cgi')
+        page = form = self.browser.go('pay.cgi')
         self.assertIn('min="5" max="200"', page.text)
         # Browsers hold form-action against where a form is sent on to.
         self.assertIn("form-action 'self' %s" % self.fake.url,
@@ -94,6 +94,7 @@ class Paying(Case):
         back = back[len(self.site.url):]
         page = self.browser.go(back)
         self.assertIn('Nothing was charged', page.text)
+        self.assertEqual(validate([form.text, page.text]), '')
         event = self.fake.stripe_pay(session)
         self.assertEqual(self.hook(event), 200, self.site.log())
         self.assertEqual(self.entries(), [('payment', 1000)])
@@ -252,13 +253,8 @@ class Emulate(Case):
         """Its page, its button, its webhook to us."""
         stripe = paypeer.Emulate(self.addCleanup,
                                  self.site.url + 'stripe.cgi')
-        page = stripe.url.replace('127.0.0.1', 'localhost')
         self.addCleanup(self.keys)
-        price = stripe.call('POST', '/v1/prices', {
-            'product': stripe.call('POST', '/v1/products', {
-                'name': 'x'})['id'],
-            'currency': 'usd', 'unit_amount': '100'})['id']
-        self.keys(stripe=stripe.url, page=page, price=price)
+        stripe.keys((self.site.web, self.site.user))
         self.browser.go('pay.cgi')
         url = self.browser.send('pay.cgi', provider='stripe', dollars='25'
                                 ).headers['Location']

@@ -221,6 +221,20 @@ def validator():
         os.close(lock)
 
 
+def validate(texts):
+    """What the validator has to say of pages; '' if nothing."""
+    with tempfile.TemporaryDirectory() as base:
+        for i, text in enumerate(texts):
+            with open(os.path.join(base, '%d.html' % i), 'w') as file:
+                file.write(text)
+        with open(os.path.join(base, '.htmlvalidate.json'), 'w') as file:
+            file.write('{"extends": ["html-validate:recommended"], '
+                       '"root": true}')
+        done = subprocess.run([validator(), base], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+    return done.stdout or done.returncode or ''
+
+
 class Form(html.parser.HTMLParser):
     """The forms of a page: [(action, {name: value})]."""
 
@@ -365,8 +379,13 @@ def show():
             file.write(MAIL % box)
         os.chmod(program, 0o755)
         open(box, 'w').close()
-        site = Site(stack.callback, PRICES + 'mail-sendmail = %s\n' % program,
-                    server=address)
+        keys = 'pay-keys = pay.keys\n' if shutil.which('npm') else ''
+        site = Site(stack.callback, PRICES + 'mail-sendmail = %s\n' % program
+                    + keys, keys, server=address)
+        if keys:
+            import paypeer
+            paypeer.Emulate(stack.callback, site.url + 'stripe.cgi').keys(
+                (site.web, site.user), (site.srv, os.getuid()))
         serve = subprocess.Popen([
             sys.executable, os.path.join(ROOT, 'tarsnapd.py'), 'serve',
             site.srv, '--listen', address])
@@ -377,7 +396,8 @@ def show():
         pay(site, ident, '2026-0711', 20)
         print('The account pages are at %s\nlog in as ann@example.org with '
               'the password "correct horse".\nMail that is sent is shown '
-              'here.  Control-C ends it.' % site.url, flush=True)
+              'here%s.  Control-C ends it.' % (site.url, keys and (
+                  '; money is paid to a double of Stripe')), flush=True)
         with open(box) as file:
             while site.child.poll() is None:
                 tarsnapd.mail_run(site.server, print)
