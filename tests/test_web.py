@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import time
 import unittest
 
