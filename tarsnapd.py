@@ -3541,6 +3541,7 @@ def check_live(commit, rows):
 
 SCRYPT = (15, 8, 1)             # logN, r, p: 32 MiB, about 0.1 s
 VERSIONS = 10 ** 12
+ASK_AT_ONCE = 512               # wishes to the store
 # The account that is read in place of one that is not there, and addresses
 # that no account can have: its own, as long as many are, one that is claimed
 # for it, and one that nobody claims.
@@ -3639,6 +3640,34 @@ def versioned_decode(key, data):
     raise Damaged('read', key, 'checksum does not match')
 
 
+def ask_many(wishes):
+    """Steps: what came of wishes to the store, many at once; a NoObject may
+    be among it.
+    """
+    if len(wishes) == 1:
+        try:
+            return [(yield wishes[0])]
+        except NoObject as e:
+            return [e]
+    out = []
+    for i in range(0, len(wishes), ASK_AT_ONCE):
+        out += yield ('all', wishes[i:i + ASK_AT_ONCE])
+    for value in out:
+        if isinstance(value, StoreError) and not isinstance(value, NoObject):
+            raise value
+    return out
+
+
+def get_many(keys):
+    """Steps: the objects `keys`: data, or a NoObject."""
+    return (yield from ask_many([('get', key, 0, None) for key in keys]))
+
+
+def put_many(objects):
+    """Steps: for each (key, data) True if it is new; durable on return."""
+    return (yield from ask_many([('put', *one) for one in objects]))
+
+
 def summed_get(key):
     """Steps: the dict in an object with a sum, or None if it is not there."""
     try:
@@ -3649,8 +3678,13 @@ def summed_get(key):
 
 def versioned_put(prefix, version, value):
     """Steps: write `value` as that version; False if there is one."""
+    return (yield ('put', *versioned_object(prefix, version, value)))
+
+
+def versioned_object(prefix, version, value):
+    """(key, data) of `value` as that version."""
     key = '%s%012d' % (prefix, VERSIONS - 1 - version)
-    return (yield ('put', key, versioned_encode(key, value)))
+    return key, versioned_encode(key, value)
 
 
 def address_prefix(address):
@@ -3794,12 +3828,17 @@ def account_need(address):
     return found
 
 
+def account_changed(found, changes):
+    """What `found`, as account_load, is after `changes`."""
+    return {name: value for name, value in {**found[1], **changes}.items()
+            if value is not None}
+
+
 def account_write(found, **changes):
     """Steps: the next version of an account after `found`, with `changes`;
     one that is None goes.  ServerError if somebody else was faster.
     """
-    value = {name: value for name, value in {**found[1], **changes}.items()
-             if value is not None}
+    value = account_changed(found, changes)
     created = yield from versioned_put(account_prefix(value['id']),
                                        found[0] + 1, value)
     if not created:
@@ -3816,7 +3855,13 @@ def account_password(found, password):
 
 
 def account_move(found, address):
-    """Steps: give the account another address.
+    """Steps: give the account another address."""
+    return (yield from account_write(
+        found, **(yield from account_moved(found, address))))
+
+
+def account_moved(found, address):
+    """Steps: the changes that give the account another address.
 
     The claim comes first: until the account says the same, it counts for
     nothing; the old claim counts no more after that.
@@ -3824,8 +3869,7 @@ def account_move(found, address):
     account_address_check(address)
     if address.lower() != found[1]['address'].lower():
         yield from account_claim(address, found[1]['id'])
-    return (yield from account_write(
-        found, address=address, moves=found[1].get('moves', 0) + 1))
+    return {'address': address, 'moves': found[1].get('moves', 0) + 1}
 
 
 def account_close(address):
@@ -4118,6 +4162,7 @@ MAIL_FIRST = 900                # seconds after the first attempt; then double
 MAIL_LONGEST = 4 * 3600
 MAIL_TRIES = 34                 # which take five days; then it is given up
 MAIL_SKEW = 300                 # between the clocks of two senders
+MAIL_NEEDS = 3600               # after that what it tells of will not be done
 
 MAIL_LINES = ('text', 'machines')
 
@@ -4272,27 +4317,52 @@ def mail_name(kind, key):
     return sha256(('%s\0%s' % (kind, key)).encode('utf-8')).hex()[:32]
 
 
-def mail_put(kind, to, key, values, ident='-', until=None):
-    """Steps: queue a mail; durable on return.  False if it was queued before.
+# A mail to be queued.  `kind` is one of MAIL_TEXTS, `values` are strings for
+# its words, `ident` the account it is about, '-' if none.  `key` names the
+# step within the kind, such as 'ACCOUNT/DAY'.  At time `until` it is of no use
+# any more.  With `needs`, a key and a SHA-256, it goes out only if that object
+# is there, and is that one.
+Mail = collections.namedtuple('Mail', 'kind to key values ident until needs',
+                              defaults=('-', None, None))
 
-    `kind` is one of MAIL_TEXTS, `values` are strings for its words, `ident`
-    the account it is about.  `key` names the step within the kind, such as
-    'ACCOUNT/DAY'.  At time `until` it is of no use any more.
+
+def mail_put(*mail, **more):
+    """Steps: queue a Mail; durable on return.  False if it was queued before.
     """
-    assert mail_words(MAIL_TEXTS[kind]) <= {
-        'address', 'service', 'url', *values}, (kind, values)
-    if not mail_address(to):
-        raise ServerError('%s is not a mail address' % ascii(to)[1:-1])
-    name = mail_name(kind, key)
-    if (yield ('size', 'mail/done/%s/%s' % (ident, name))) is not None:
-        return False
-    place = 'mail/due/' + name
-    return (yield ('put', place, versioned_encode(place, {
-        'kind': kind, 'to': to, 'account': ident, 'values': values,
-        'time': (yield ('now',)), 'until': until})))
+    mail = Mail(*mail, **more)
+    if not mail_address(mail.to):
+        raise ServerError('%s is not a mail address' % ascii(mail.to)[1:-1])
+    return bool((yield from mails_put([mail])))
 
 
-def mail_account(post, account, kind, key, values, until=None):
+def mails_put(mails):
+    """Steps: queue those Mails that were not queued before, and return them;
+    durable on return.
+    """
+    mails = yield from mails_new(mails)
+    now, objects = (yield ('now',)), []
+    for mail in mails:
+        assert mail_words(MAIL_TEXTS[mail.kind]) <= {
+            'address', 'service', 'url', *mail.values}, mail
+        place = 'mail/due/' + mail_name(mail.kind, mail.key)
+        value = {'kind': mail.kind, 'to': mail.to, 'account': mail.ident,
+                 'values': mail.values, 'time': now, 'until': mail.until}
+        if mail.needs:
+            value['needs'] = mail.needs
+        objects.append((place, versioned_encode(place, value)))
+    made = yield from put_many(objects)
+    return [mail for mail, new in zip(mails, made) if new]
+
+
+def mails_new(mails):
+    """Steps: those Mails that were not sent."""
+    sizes = yield from ask_many([
+        ('size', 'mail/done/%s/%s' % (
+            mail.ident, mail_name(mail.kind, mail.key))) for mail in mails])
+    return [mail for mail, size in zip(mails, sizes) if size is None]
+
+
+def mail_account(post, account, kind, key, values, until=None, needs=None):
     """Steps: queue a mail to an account, as mail_put.
 
     False, and nothing done, where there is no mail (`post` is None) or the
@@ -4301,7 +4371,21 @@ def mail_account(post, account, kind, key, values, until=None):
     if post is None or not mail_address(account['address']):
         return False
     return (yield from mail_put(kind, account['address'], key, values,
-                                account['id'], until))
+                                account['id'], until, needs))
+
+
+def mail_true(mail):
+    """Steps: whether what a mail tells of was done; None if it still may be.
+    """
+    if 'needs' not in mail:
+        return True
+    key, digest = mail['needs']
+    try:
+        data = yield ('get', key, 0, None)
+    except NoObject:
+        late = mail['time'] + MAIL_NEEDS
+        return None if (yield ('now',)) < late else False
+    return sha256(data).hex() == digest
 
 
 def mail_tries(name):
@@ -4607,21 +4691,32 @@ def news_put(post, subject, text):
 
 def password_change(post, found, password):
     """Steps: a new password for an account, and a mail that says so."""
-    version, account = yield from account_password(found, password)
-    yield from mail_account(
-        post, account, 'password-changed',
-        '%s/%d' % (account['id'], version),
-        {'date': moment((yield ('now',)))})
+    salt = yield ('random', 32)
+    yield from account_tell(post, found, account_verifier(password, salt),
+                            'password-changed', {})
 
 
 def address_change(post, found, address):
     """Steps: another address for an account, and a mail to the old one."""
-    version, account = yield from account_move(found, address)
+    yield from account_tell(
+        post, found, (yield from account_moved(found, address)),
+        'address-changed', {'old': found[1]['address'], 'new': address})
+
+
+def account_tell(post, found, changes, kind, values):
+    """Steps: account_write(), and a mail to the address that it had.
+
+    The mail is queued first, and needs what is written then: it goes out if
+    and only if that was, whoever is killed in between.
+    """
     old = found[1]
+    key, data = versioned_object(account_prefix(old['id']), found[0] + 1,
+                                 account_changed(found, changes))
+    digest = sha256(data).hex()
     yield from mail_account(
-        post, old, 'address-changed', '%s/%d' % (old['id'], version),
-        {'date': moment((yield ('now',))), 'old': old['address'],
-         'new': address})
+        post, old, kind, '%s/%d/%s' % (old['id'], found[0] + 1, digest),
+        dict(values, date=moment((yield ('now',)))), needs=[key, digest])
+    yield from account_write(found, **changes)
 
 
 ##############################################################################
@@ -4655,7 +4750,6 @@ BILL_MOST = 31                  # days at once, unless told to
 TRAFFIC_SECONDS = 600           # what a killed process can lose
 WARN_DAYS = 7
 DELETE_DAYS = 7                 # from the first day below zero
-ASK_AT_ONCE = 512               # objects
 
 Prices = collections.namedtuple(
     'Prices', 'storage up down')        # attodollars, a byte(-month)
@@ -4747,18 +4841,6 @@ def once(key, data):
     except StoreError:
         created = yield ('put', key, data)
     return data if created else (yield ('get', key, 0, None))
-
-
-def get_many(keys):
-    """Steps: the objects `keys`, many at once: data, or a NoObject."""
-    out = []
-    for i in range(0, len(keys), ASK_AT_ONCE):
-        out += yield ('all', [('get', key, 0, None)
-                              for key in keys[i:i + ASK_AT_ONCE]])
-    for data in out:
-        if isinstance(data, StoreError) and not isinstance(data, NoObject):
-            raise data
-    return out
 
 
 def lines_encode(key, lines):
@@ -5639,12 +5721,36 @@ def ledger_catch_up(account=None):
 # Billing, the standing of accounts.
 
 
-def bill(prices, dry=False, late=False):
+class Foreseen:
+    """What a dry run would charge."""
+
+    def __init__(self):
+        self.used = collections.Counter()   # account -> attodollars
+        self.held = {}              # shard -> {account: bytes} at its end
+
+    def add(self, usage):
+        """The Usage of a shard's next day."""
+        held = self.held[usage.shard] = collections.Counter()
+        for machine, row in usage.rows.items():
+            if row.account != '-':
+                held[row.account] += row.bytes
+                self.used[row.account] += sum(usage.amounts(machine))
+
+    def balances(self, before):
+        """{account: Balance} after it; `before` are those there are."""
+        held = sum(self.held.values(), collections.Counter())
+        return {account: Balance(
+            before.get(account, Balance(0, 0)).money - self.used[account],
+            held[account] if self.held else before[account].held)
+            for account in before.keys() | self.used.keys()}
+
+
+def bill(prices, dry=None, late=False):
     """Steps: charge every day that is over and was not charged, and close
     months; [(day, machines, byte-days, up, down, attodollars)].
 
-    Any number of these may run at once, be killed and be late.  With `dry`
-    nothing is written.  ServerError for more than 31 days, unless `late`.
+    Any number of these may run at once, be killed and be late.  With `dry`, a
+    Foreseen, that learns it and nothing is written.  ServerError for more than 31 days, unless `late`.
     """
     now = yield ('now',)
     start = yield from start_get()
@@ -5682,7 +5788,9 @@ def bill_days(prices, start, first, last, dry):
                 billing, day, shard, prices._replace(
                     storage=price_of_day(prices.storage, day)),
                 before.get(shard))
-            if not dry:
+            if dry:
+                dry.add(usage)
+            else:
                 usage = usage_decode(day, shard, (
                     yield from once(usage.key(), usage.encode())))
             before[shard] = usage
@@ -5773,20 +5881,21 @@ def standing_prefix(account):
     return 'standing/%s/' % account
 
 
-def standing_update(accounts, prices, amnesty, post=None):
-    """Steps: judge `accounts`, {id: Balance}; [(id, standing before or None,
-    standing, Balance)] of those that changed.  The view has been caught up.
+# An account was judged: its standing before, None for the first one, and now,
+# the version of that, and whether it is a step that is to be written.
+Judged = collections.namedtuple(
+    'Judged', 'account before step version new balance left')
 
-    With a Post their owners are told: also of a step that somebody made who
-    was killed before he could tell.
-    """
+
+def standing_judged(accounts, prices, amnesty):
+    """Steps: [Judged] of `accounts`, {id: Balance}; nothing is written."""
     newest = {}
     prefix = 'standing/'
     if len(accounts) == 1:
         prefix = standing_prefix(*accounts)
     for key in (yield ('list', prefix)):
         newest.setdefault(key.split('/')[1], key)
-    now, changed = (yield ('now',)), []
+    now, judged = (yield ('now',)), []
     known = sorted(newest.keys() & accounts.keys())
     found = dict(zip(known, (yield from get_many(
         [newest[account] for account in known]))))
@@ -5798,53 +5907,77 @@ def standing_update(accounts, prices, amnesty, post=None):
             version = versioned_number(newest[account])
             before = versioned_decode(newest[account], found[account])
         step = standing_judge(before, balance, prices, now, amnesty)
-        if before is None or step['state'] != before['state']:
+        new = before is None or step['state'] != before['state']
+        if new:
             step['was'] = before and before['state']
-            version += 1
-            if (yield from standing_put(account, version, step)):
-                changed.append((account, before, step, balance))
-        else:
-            step = before
-        yield from standing_mail(post, '%s/%d' % (account, version), step,
-                                 balance, days_left(balance, prices, now))
-    return changed
+        judged.append(Judged(
+            account, before, step if new else before, version + new, new,
+            balance, days_left(balance, prices, now)))
+    return judged
 
 
-def standing_mail(post, key, step, balance, left):
-    """Steps: tell an account's owner of its last step, once.
+def standing_update(accounts, prices, amnesty, post=None):
+    """Steps: judge `accounts`, {id: Balance}; [Judged] of those that changed.
+    The view has been caught up.
 
-    `key` is ACCOUNT/VERSION of the standing `step`, `left` the days for
-    which the Balance lasts, None if nothing is stored.
+    With a Post their owners are told: also of a step that somebody made who
+    was killed before he could tell.
     """
-    kinds, now = [], (yield ('now',))
+    judged = yield from standing_judged(accounts, prices, amnesty)
+    steps = [one for one in judged if one.new]
+    made = yield from standing_put(steps)
+    yield from mails_put((yield from standing_mails(post, judged)))
+    return [one for one, new in zip(steps, made) if new]
+
+
+def standing_mails(post, judged):
+    """Steps: the Mails that tell owners of the last step of accounts, as
+    Judged.
+    """
+    now, kinds, mails = (yield ('now',)), {}, []
+    for one in judged if post else ():
+        found = standing_kinds(one, now)
+        if found:
+            kinds[one.account] = found
+    accounts = yield from accounts_load(list(kinds))
+    for one in judged:
+        account = accounts.get(one.account)
+        if account is None or account.get('closed') or not mail_address(
+                account['address']):
+            continue
+        today, since = now // DAY, one.step['since'] // DAY
+        left = one.left or 0
+        values = {
+            'balance': money_short(one.balance.money),
+            'date': day_text(today), 'since': day_text(since),
+            'deletable': day_text(since + DELETE_DAYS), 'days': '%d' % left,
+            'empty': day_text(today + left)}
+        mails += [Mail(kind, account['address'], '%s/%d' % (
+            one.account, one.version), values, one.account)
+            for kind in kinds[one.account]]
+    return mails
+
+
+def standing_kinds(one, now):
+    """Kinds of mails that tell of the last step of an account, as Judged."""
+    step, kinds = one.step, []
     fine = step['state'] in ('ok', 'warned')
     # Nobody is told today that he paid long ago.
     if fine and step.get('was') in ('negative', 'deletable') and (
             now < step['since'] + DELETE_DAYS * DAY):
         kinds.append('reinstated')
-    if step['state'] != 'ok' and not (fine and left is None):
+    if step['state'] != 'ok' and not (fine and one.left is None):
         kinds.append(step['state'])
-    if post is None or not kinds:
-        return
-    ident = key.split('/')[0]
-    found = yield from account_load(ident)
-    if not found or found[1].get('closed'):
-        return
-    today, since = now // DAY, step['since'] // DAY
-    values = {
-        'balance': money_short(balance.money), 'date': day_text(today),
-        'since': day_text(since), 'deletable': day_text(since + DELETE_DAYS),
-        'days': '%d' % (left or 0), 'empty': day_text(today + (left or 0))}
-    for kind in kinds:
-        yield from mail_account(post, found[1], kind, key, values)
+    return kinds
 
 
-def standing_put(account, version, value):
-    """Steps: the one place where a balance takes a step; False if another
-    process made it.
+def standing_put(steps):
+    """Steps: the one place where balances take steps, as Judged; for each
+    False if another process made it.
     """
-    return (yield from versioned_put(standing_prefix(account), version,
-                                     value))
+    return (yield from put_many([versioned_object(
+        standing_prefix(one.account), one.version, one.step)
+        for one in steps]))
 
 
 def funds_missing(machine):
@@ -6123,10 +6256,29 @@ def accounts_newest():
     """Steps: {id: account} of all, also closed ones; None for one that is
     damaged, which is said.
     """
+    return (yield from accounts_get('account/'))
+
+
+def accounts_load(idents):
+    """Steps: {id: account} of some, as accounts_newest()."""
+    if not idents:
+        return {}
+    wanted = set(idents)
+    return (yield from accounts_get(
+        'account/' if len(wanted) > 1 else account_prefix(*wanted), wanted))
+
+
+def accounts_get(prefix, wanted=None):
+    """Steps: accounts_newest() of what begins with `prefix`, or of those
+    `wanted` of it.
+    """
     newest, found = {}, {}
-    for key in (yield ('list', 'account/')):
+    for key in (yield ('list', prefix)):
         newest.setdefault(key.split('/')[1], key)
     newest.pop(DECOY, None)
+    if wanted is not None:
+        newest = {ident: key for ident, key in newest.items()
+                  if ident in wanted}
     for ident, data in zip(newest, (yield from get_many(
             list(newest.values())))):
         try:
@@ -10430,15 +10582,17 @@ class Server:
     def _perform_all(self, wishes):
         """What came of several wishes, in order; StoreErrors among it.
 
-        At the same time where the store is far away.
+        At the same time where the store is far away, and where a disk has
+        to have them: it takes as long for some as for one.
         """
-        if len(wishes) < 2 or self.store.threads < 8:
+        threads = max(self.store.threads, self.accounts.threads)
+        if len(wishes) < 2 or threads < 8 and wishes[0][0] != 'put':
             return [self._perform_quietly(wish) for wish in wishes]
         with self.lock:
             if self.fan is None:
                 import concurrent.futures
                 self.fan = concurrent.futures.ThreadPoolExecutor(
-                    self.store.threads)
+                    max(threads, 8))
         return list(self.fan.map(self._perform_quietly, wishes))
 
     def _perform_quietly(self, wish):
@@ -10880,6 +11034,11 @@ def mail_one(server, courier, key, complain):
         return False
     if mail['until'] is not None and mail['until'] <= now:
         run(mail_end(name, mail, 'it came too late to be of use'))
+        return False
+    true = run(mail_true(mail))
+    if not true:
+        if true is not None:        # it never was
+            run(mail_clear(name))
         return False
     message = mail_render(server.post, server.path, name, mail)
     courier.open()
@@ -13977,22 +14136,35 @@ def bill_check_say(server, words):
 
 def bill_say(server, dry, late):
     """Bill, and say what came of it."""
+    dry = Foreseen() if dry else None
     for day, machines, stored, up, down, amount in server.run(
             bill(server.prices, dry, late)):
         print('%s: %d machines, %d byte-days stored, %d up, %d down, %s '
               'dollars%s' % (day_text(day), machines, stored, up, down,
                              money_text(amount),
                              ', not charged' if dry else ''))
+    balances, mails = server.perform(('view', 'balances')), []
     if dry:
-        return
-    balances = server.perform(('view', 'balances'))
-    for ident, _, standing, balance in server.run(standing_update(
-            balances, server.prices, server.amnesty, server.post)):
-        found = server.run(account_load(ident))
-        print('%s is %s: balance %s, days left %s' % (
-            printable(found[1]['address']) if found else ident,
-            standing['state'], money_text(balance.money),
-            days_left(balance, server.prices, server.perform(('now',)))))
+        judged = server.run(standing_judged(
+            dry.balances(balances), server.prices, server.amnesty))
+        mails = server.run(mails_new(server.run(
+            standing_mails(server.post, judged))))
+        due = set(server.run(iter_list('mail/due/')))
+        mails = [mail for mail in mails if 'mail/due/' + mail_name(
+            mail.kind, mail.key) not in due]
+        judged = [one for one in judged if one.new]
+    else:
+        judged = server.run(standing_update(
+            balances, server.prices, server.amnesty, server.post))
+    accounts = server.run(accounts_load([one.account for one in judged]))
+    for one in judged:
+        account = accounts.get(one.account)
+        print('%s %s %s: balance %s, days left %s' % (
+            printable(account['address']) if account else one.account,
+            'would be' if dry else 'is', one.step['state'],
+            money_text(one.balance.money), one.left))
+    for mail in mails:
+        print('%s would get the mail %s' % (mail.to, mail.kind))
 
 
 def command_report(args):
@@ -14196,7 +14368,8 @@ def command_mail(args):
         raise ServerError('%s: tarsnapd.conf has no mail-from' % path)
     elif '--dry-run' in options:
         for name, mail, done in server.run(mail_list()):
-            if not done and server.run(mail_ready(name)) is not None:
+            if not done and server.run(mail_ready(name)) is not None and (
+                    server.run(mail_true(mail))):
                 message = mail_render(server.post, path, name, mail)
                 print(message.as_string())
     elif server.read_only:

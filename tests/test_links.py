@@ -79,6 +79,77 @@ class Case(unittest.TestCase):
         return self.token(new, 'confirm-address')
 
 
+    def told(self):
+        """[kind, whether it goes out, None: perhaps] of mails that are due,
+        which then are no more.
+        """
+        found = []
+        for name, mail, done in self.steps(tarsnapd.mail_list()):
+            if not done:
+                found.append([mail['kind'],
+                              self.steps(tarsnapd.mail_true(mail))])
+                self.steps(tarsnapd.mail_clear(name))
+        return sorted(found, key=str, reverse=True)
+
+
+class Changes(Case):
+    """Who changes an account is told, if and only if it was changed."""
+
+    def killed(self, steps, left):
+        """Carry `steps` out up to the put number `left`; True if there was
+        one.
+        """
+        value = None
+        while True:
+            try:
+                wish = steps.send(value)
+            except StopIteration:
+                return False
+            left -= wish[0] == 'put'
+            if left < 0:
+                return True
+            value = self.server.perform(wish)
+
+    def check(self, make, kind):
+        """`make` begins a change of an account as found."""
+        puts = 0
+        while True:
+            before = self.steps(tarsnapd.account_load(self.ann))
+            killed = self.killed(make(before), puts)
+            after = self.steps(tarsnapd.account_load(self.ann))
+            queued = [mail for _, mail, done in self.steps(
+                tarsnapd.mail_list()) if not done]
+            for mail in queued:
+                self.assertEqual(mail['to'], before[1]['address'])
+            self.assertEqual(self.told(), [[kind, True]] if after != before
+                             else [[kind, None]] * len(queued), puts)
+            if not killed:
+                self.assertNotEqual(after, before)
+                return puts
+            self.assertEqual(after, before)
+            puts += 1
+
+    def test_password(self):
+        self.assertEqual(self.check(
+            lambda found: tarsnapd.password_change(
+                self.post, found, b'new'), 'password-changed'), 2)
+
+    def test_address(self):
+        self.assertEqual(self.check(
+            lambda found: tarsnapd.address_change(
+                self.post, found, 'b@example.org'), 'address-changed'), 3)
+
+    def test_what_never_was_is_not_told(self):
+        steps = tarsnapd.password_change(self.post, self.found(), b'new')
+        self.assertTrue(self.killed(steps, 1))
+        self.assertEqual(tarsnapd.mail_run(self.server, self.fail), 0)
+        self.assertEqual(self.server.accounts.list('mail/done'), [])
+        self.assertEqual(len(self.server.accounts.list('mail/due')), 1)
+        self.server.ahead = tarsnapd.MAIL_NEEDS + 1
+        self.assertEqual(tarsnapd.mail_run(self.server, self.fail), 0)
+        self.assertEqual(self.server.accounts.list('mail/'), [])
+
+
 class Links(Case):
 
     def test_forgotten_password(self):
@@ -153,13 +224,15 @@ class Links(Case):
         value = None
         while True:
             wish = ahead.send(value)
-            if wish[0] == 'put':
+            if wish[0] == 'put' and wish[1].startswith('account/'):
                 break
             value = self.server.perform(wish)
         self.use(token, b'newer')
         with self.assertRaisesRegex(ServerError, 'by somebody else'):
             ahead.send(self.server.perform(wish))
         self.assertEqual(self.password(), [b'newer'])
+        self.assertEqual(self.told(), [['password-changed', True],
+                                       ['password-changed', False]])
 
     def test_another_address(self):
         token = self.move()

@@ -36,6 +36,12 @@ class Notices(Clocked):
                 server.run(tarsnapd.mail_end(name, mail))
         return sorted(found)
 
+    def foreseen(self):
+        """Kinds of mails that a dry run says would be sent."""
+        lines = self.good('bill', '--dry-run').splitlines()
+        return sorted(line.rpartition(' ')[2] for line in lines
+                      if line.startswith('zoe@example.org would get the mail'))
+
     def stored(self):
         """A machine of hers that has a few blocks; what they cost a day."""
         host = Host(self.client())
@@ -63,9 +69,13 @@ class Notices(Clocked):
         seen = {}
         for day in range(2, 22):
             self.at(day)
+            foreseen = self.foreseen()
             for _ in range(2):                  # however often it is run
                 self.good('bill')
-            for kind, text in self.sent():
+            self.assertEqual(self.foreseen(), [])
+            sent = self.sent()
+            self.assertEqual([kind for kind, _ in sent], foreseen)
+            for kind, text in sent:
                 self.assertNotIn(kind, seen)
                 seen[kind] = (day, text)
         self.assertEqual(list(seen), ['warned', 'negative', 'deletable'])
