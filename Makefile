@@ -81,6 +81,7 @@ help:
 	@echo 'make bench-rebuild     the index of a million blocks made anew'
 	@echo 'make bench-login       whether time tells which users there are'
 	@echo 'make bench-web         what a page of an account costs'
+	@echo 'make bench-bill        the days of many accounts charged'
 	@echo 'make bench-cron [LOGS=dir] how well cronwatch groups lines of logs,'
 	@echo '                       and finds what is wrong in made mails'
 	@echo 'make lint              check sources and manual pages'
@@ -125,7 +126,8 @@ bench-quick: peers
 bench-cron:
 	@$(FIND) && exec "$$py" bench/cron.py $(LOGS:%=--logs %) $(BENCH)
 
-bench-growth bench-network bench-load bench-rebuild bench-login bench-web:
+bench-growth bench-network bench-load bench-rebuild bench-login bench-web \
+    bench-bill:
 	@$(FIND) && exec "$$py" bench/$(@:bench-%=%).py $(BENCH)
 
 # As root on Debian what is missing is installed; elsewhere the tests and the

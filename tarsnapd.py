@@ -5750,7 +5750,8 @@ def bill(prices, dry=None, late=False):
     months; [(day, machines, byte-days, up, down, attodollars)].
 
     Any number of these may run at once, be killed and be late.  With `dry`, a
-    Foreseen, that learns it and nothing is written.  ServerError for more than 31 days, unless `late`.
+    Foreseen, that learns it and nothing is written.  ServerError for more than
+    31 days, unless `late`.
     """
     now = yield ('now',)
     start = yield from start_get()

@@ -147,6 +147,22 @@ class Benchmarks(unittest.TestCase):
         self.assertTrue(900 * 77 < rebuilt['read']['most'] < 900 * 85,
                         rebuilt)
 
+    def test_bill(self):
+        path = os.path.join(self.base.name, 'bill.json')
+        done = subprocess.run(
+            [sys.executable, os.path.join(BENCH, 'bill.py'), '--accounts',
+             '4', '--machines', '20', '--days', '1', '--json', path],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        with open(path) as file:
+            document = json.load(file)
+        self.assertEqual([name for name, _, _ in document['figures']],
+                         ['first day', 'ordinary day 1', 'end of a month',
+                          'all standings change'])
+        # Of each account a standing before and after, and a mail.
+        self.assertGreater(document['sizes']['standing'], 4 * 2 * 100)
+        self.assertGreater(document['sizes']['mail'], 4 * 200)
+
     def test_load(self):
         document, _ = self.run_bench(
             'load', '--quick')
