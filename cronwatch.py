@@ -498,65 +498,61 @@ class Masker:
         name.
         """
         tokens, values, gaps = [], {}, set()
-        before, last = '', ''
+        before, last = '', ''       # text, and letter if it was masked
         for match in self.scan(line):
-            letter = self.letters[match.lastindex - 1]
-            text = match.group()
-            glued = match.start() and line[match.start() - 1] not in ' \t'
-            if text in ('from', 'by') and before == 'user':     # nobody
+            text, at = match.group(), match.start()
+            if self.empty(before, text, line, at):
                 values[len(tokens)] = 'w', ''
                 tokens.append(VARIABLE)
-            if letter == 't' and before.lower() in LASTED and len(text) < 9:
-                letter = 'd'
-            if letter == 'e':
-                token = self.digits('#', text)
-            elif letter == '_':
-                letter, token = self.word(text, tokens, line, match.end())
-            elif letter == '-' or letter == '.':
-                token = '...' if letter == '.' else text
-                if text == ')' and before == '(' and not (
-                        len(tokens) > 1 and self.called(line, match.start())):
-                    values[len(tokens)] = 'w', ''
-                    tokens.append(VARIABLE)
-                letter = ''
-            else:
-                token = VARIABLE
+            letter, token = self.token(match, before, tokens, line)
             # What may come any number of times stands for all of them.
             if token is VARIABLE and letter == last and letter in 'iap' \
                     and tokens[-1] is VARIABLE:
                 continue
-            if before == '=' and not glued and tokens[-1] == '=' \
-                    and self.bare(line, match.start()):
-                values[len(tokens)] = 'w', ''
-                tokens.append(VARIABLE)
             if letter:
                 values[len(tokens)] = letter, text
-            if not glued:
+            if not at or line[at - 1].isspace():
                 gaps.add(len(tokens))
             tokens.append(token)
             before, last = text, letter if token is VARIABLE else ''
-        if before == '=' and self.bare(line.rstrip() + ' ',
-                                       len(line.rstrip()) + 1):
+        if self.empty(before, '', line, len(line)):
             values[len(tokens)] = 'w', ''
             tokens.append(VARIABLE)
         return tokens, values, gaps
 
-    @staticmethod
-    def called(line, at):
-        """Whether the `()` that ends at `at` stands right behind a name."""
-        place = line.rfind('(', 0, at)
-        return place > 0 and not line[place - 1].isspace()
+    def token(self, match, before, tokens, line):
+        """(letter or '', token) of one match."""
+        letter, text = self.letters[match.lastindex - 1], match.group()
+        if letter == '_':
+            return self.word(text, tokens, line, match.end())
+        if letter == '.':
+            return '', '...'
+        if letter == '-':
+            return '', text
+        if letter == 'e':
+            return letter, self.digits('#', text)
+        if letter == 't' and before.lower() in LASTED and len(text) < 9:
+            return 'd', VARIABLE
+        return letter, VARIABLE
 
     @staticmethod
-    def bare(line, at):
-        """Whether a `=` without a value ends before `at`, as in `key= `."""
-        place = line.rfind('=', 0, at)
-        return place > 0 and line[place - 1].isalnum()
+    def empty(before, text, line, at):
+        """Whether something usual is left out between `before` and `text`
+        at `at`: ` ()`, `key= `, `user  from`.
+        """
+        if before == '(':
+            place = line.rfind('(', 0, at)
+            return text == ')' and (place < 1 or line[place - 1].isspace())
+        if before == '=':
+            place = line.rfind('=', 0, at)
+            return place > 0 and line[place - 1].isalnum() and (
+                not text or line[at - 1].isspace())
+        return before == 'user' and text in ('from', 'by')
 
     def word(self, text, tokens, line, end):
         """(letter, token) of a word."""
         previous = tokens[-1] if tokens else ''
-        if previous in ('user', 'User', 'for') and text[0].isalnum() and (
+        if previous in ('user', 'for') and text[0].isalnum() and (
                 previous != 'for' or line[end:end + 6] == ' from '):
             return 'w', VARIABLE
         if text.lower() in NOTHING and previous in ('=', ':'):
