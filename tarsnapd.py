@@ -6450,12 +6450,13 @@ class Outcome:
     # Of a checkout: open (to be paid), waiting (for the bank), paid, ended
     # (never will be), differs, unknown.
 
-    __slots__ = ('state', 'did', 'differs')
+    __slots__ = ('state', 'did', 'differs', 'again')
 
     def __init__(self):
         self.state = 'unknown'
         self.did = []
         self.differs = []
+        self.again = False          # what differs may be right later
 
     def wrong(self, checkout, text):
         self.state = 'differs'
@@ -6660,6 +6661,7 @@ def pay_back(shop, out, checkout, paid, kind, name, cents, undone=None):
     if paid not in entries:
         out.wrong(checkout, '%s %s of a payment that was not entered'
                   % (kind, name))
+        out.again = True
         return
     left = sum(money.amount for at, money in entries.items()
                if at == paid or money.of == paid and not undone)
@@ -7147,12 +7149,12 @@ def events_read(shop, out, provider, now):
             since, ''.join('&types[]=' + kind for kind in STRIPE_EVENTS)))
     else:
         events = yield from paypal_list(since, now)
-    done, one = True, (stripe_event if provider == 'stripe'
-                       else paypal_event)
+    done, out.again = True, False
+    one = stripe_event if provider == 'stripe' else paypal_event
     for event in reversed(events):
         done &= yield from tried(out, 'event of ' + provider,
                                  one(shop, out, event))
-    if done:
+    if done and not out.again:
         old = yield ('list', prefix)
         yield from versioned_put(prefix, seen[0] + 1 if seen else 0,
                                  {'until': now})
@@ -9663,7 +9665,7 @@ class PayPal(Provider):
         import urllib.parse
         kept = self._recall().get('certificates', {})
         if url in kept:
-            return certificate_key(kept[url].encode())
+            return certificate_key(kept[url].encode('latin-1'))
         there = urllib.parse.urlsplit(url)
         place = '%s://%s' % (there.scheme, there.netloc)
         if not (there.path.startswith('/v1/notifications/certs/')
@@ -9675,7 +9677,8 @@ class PayPal(Provider):
         key = certificate_key(pem)
         if key is not None:
             kept = dict(list(kept.items())[1 - PAY_LIMIT['certificates']:])
-            self._keep(certificates=dict(kept, **{url: pem.decode()}))
+            self._keep(certificates=dict(kept, **{
+                url: pem.decode('latin-1')}))
         return key
 
     def _recall(self):

@@ -75,6 +75,9 @@ STATES = {
     'waiting': ('On its way', 'Your bank has not sent the money yet. When '
                 'it comes, which may take some days, it is added by itself, '
                 'and a receipt comes by mail.'),
+    'unsure': ('A moment, please', 'We cannot see now whether this payment '
+               'was made. If it was, it is added by itself, and a receipt '
+               'comes by mail.'),
     'ended': ('Not paid', 'This payment was not made, and nothing was '
               'charged.'),
     'differs': ('We have to look at it', 'Something about this payment is '
@@ -91,7 +94,7 @@ def back(site):
             site.run(tarsnapd.checkout_settle(till, out, name))
         except ProviderError as e:
             tarsnapd.say('web: paid.cgi: %s' % e)
-            out.state = 'waiting'
+            out.state = 'unsure'
     say_all(out)
     if out.state == 'unknown':
         raise web.Problem('404 Not Found', 'No such payment',

@@ -718,6 +718,19 @@ class Reconcile(Case):
         self.assertEqual(len(self.server.accounts.list('checkout/seen/')), 2)
 
 
+    def test_a_refund_before_its_payment_was_entered(self):
+        """It is read again until an operator has entered that."""
+        name, session = self.begin()
+        self.fake.stripe_pay(session, amount_total=700)
+        self.fake.stripe_refund(session, 700)
+        for days in range(4):
+            self.server.ahead = days * DAY
+            self.assertIn('was not entered', self.reconcile().differs[-1])
+        self.server.run(tarsnapd.ledger_pay(
+            self.account, 'stripe', session, 7 * ATTO))
+        self.assertEqual(self.reconcile().differs, [])
+        self.check(('payment', 700), ('refund', -700))
+
     def test_check_says_that_it_is_not_run(self):
         def look(days):
             found = tarsnapd.Checked(int(time.time()) + days * DAY)

@@ -140,7 +140,7 @@ class Paying(Case):
         self.assertEqual(page.status, 503)
         self.assertIn('Nothing was charged', page.text)
         asked = self.fake.things[session]['metadata']['checkout']
-        self.assertIn('On its way', self.browser.go(
+        self.assertIn('We cannot see now', self.browser.go(
             'paid.cgi?checkout=' + asked).text)
         self.assertEqual(self.entries(), [])
         self.fake.plan = lambda *_: None
