@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """What a machine is told of usage and money; what a dry run makes of it."""
 
+import contextlib
 import json
 import os
 import unittest
@@ -256,9 +257,9 @@ class Client(LabTest):
 
     def test_nobody_asks_where_there_are_no_prices(self):
         """Servers that are older than the request would hang up."""
-        with mock.patch.object(tarsnapd.Session, '_account') as account:
+        with self.lies(b'') as asked:
             self.host.create('one')
-            self.assertFalse(account.called)
+        self.assertEqual(asked, [])
 
     def test_prices_that_are_gone(self):
         self.charge()
@@ -300,12 +301,17 @@ class Client(LabTest):
                     '-c', '-f', os.urandom(4).hex(), '-C', self.lab.tree,
                     '.').status, 0, body)
 
+    @contextlib.contextmanager
     def lies(self, body):
-        """A server that answers ACCOUNT with `body`."""
-        def account(session, _):
+        """A server that answers ACCOUNT with `body`; what it was asked."""
+        asked = []
+
+        def account(session, request):
+            asked.append(request)
             yield ('answer', tarsnapd.FIGURES, body)
 
-        return mock.patch.object(tarsnapd.Session, '_account', account)
+        with mock.patch.object(tarsnapd.Session, '_account', account):
+            yield asked
 
     def test_an_older_server(self):
         known = {kind: row for kind, row in tarsnapd.REQUESTS.items()
