@@ -14307,35 +14307,27 @@ def statement_text(user, head, opening, lines, closing):
 
 
 def statement_csv(user, head, opening, lines, closing):
-    """The list of the original service: days begin with the balance, charges
-    are positive.  What was entered has its kind for RECTYPE, its name for
-    TYPE, and the amount the balance grew by.
+    """The list of the original service, with a column more: a day begins with
+    the balance at its end, charges are positive.  What was entered is a
+    Payment, of its kind, with the amount the balance grew by and its name.
     """
     rows, balance = [('RECTYPE', 'DATE', 'MACHINE', 'TYPE', 'QUANTITY',
-                      'AMOUNT', 'BALANCE')], opening
-    day, end = month_parse(head['month']), head['last day']
-    if lines:
-        day = min(day, lines[0].day)
-    rows.append(balance_row(day, balance))
-    for line in lines:
-        if line.day != day:
-            day = line.day
-            rows.append(balance_row(day, balance))
-        balance += line.amount
-        if line.quantity is None:
-            rows.append((line.kind.capitalize(), day_text(day), '',
-                         csv_safe(line.name), '', money_text(line.amount),
-                         ''))
-        else:
-            rows.append(('Usage', day_text(day), line.machine, line.kind,
-                         line.quantity, money_text(-line.amount), ''))
-    rows.append(balance_row(max(day, day_parse(end) if end else day) + 1,
-                            balance))
+                      'AMOUNT', 'BALANCE', 'REFERENCE')], opening
+    rows.append(('Balance', day_text(month_parse(head['month']) - 1), '', '',
+                 '', '', money_text(opening), ''))
+    for day, some in itertools.groupby(lines, lambda line: line.day):
+        some = list(some)
+        balance += sum(line.amount for line in some)
+        rows.append(('Balance', day_text(day), '', '', '', '',
+                     money_text(balance), ''))
+        for line in some:
+            used = line.quantity is not None
+            rows.append((
+                'Usage' if used else 'Payment', day_text(day), line.machine,
+                line.kind, line.quantity if used else '',
+                money_text(-line.amount if used else line.amount), '',
+                csv_safe(line.name)))
     csv_print(rows)
-
-
-def balance_row(day, balance):
-    return 'Balance', day_text(day), '', '', '', '', money_text(balance)
 
 
 def statement_json(user, head, opening, lines, closing):

@@ -162,16 +162,11 @@ def csv_answer(heads, rows, name):
         ('Content-Disposition', 'attachment; filename="%s"' % name)])
 
 
-def cell_safe(text):
-    """A name as a cell that no spreadsheet takes for a formula."""
-    return "'" + text if text[:1] in '=+-@' and text else text
-
-
 def csv_rows(rows, verbose):
     """Rows as CSV has them, all 18 digits of amounts."""
     for row in rows:
         yield (row.rectype, day_text(row.day),
-               *([cell_safe(row.machine)] if verbose else []),
+               *([tarsnapd.csv_safe(row.machine)] if verbose else []),
                row.type, row.quantity,
                '' if row.amount is None else money_text(row.amount),
                '' if row.balance is None else money_text(row.balance))

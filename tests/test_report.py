@@ -89,23 +89,25 @@ class Reports(Clocked):
         machine = '%016x' % host.machine
         head, *rows = self.rows('--account', 'joe')
         self.assertEqual(','.join(head), 'RECTYPE,DATE,MACHINE,TYPE,QUANTITY,'
-                                         'AMOUNT,BALANCE')
+                                         'AMOUNT,BALANCE,REFERENCE')
         day, (storage, up, _) = self.usage(host, 0)
         self.assertEqual(rows[:7], [
-            ['Balance', '2026-11-01', '', '', '', '', money_text(0)],
-            ['Balance', START, '', '', '', '', money_text(0)],
-            ['Credit', START, '', 'gift', '', money_text(5 * ATTO), ''],
-            ['Payment', START, '', 'bank-R17', '',
-             money_text(51 * ATTO // 2), ''],
+            ['Balance', '2026-10-31', '', '', '', '', money_text(0), ''],
+            ['Balance', START, '', '', '', '',
+             money_text(61 * ATTO // 2 - storage - up), ''],
+            ['Payment', START, '', 'credit', '', money_text(5 * ATTO), '',
+             'gift'],
+            ['Payment', START, '', 'payment', '', money_text(51 * ATTO // 2),
+             '', 'bank-R17'],
             ['Usage', START, machine, 'Daily storage', str(day.stored),
-             money_text(storage), ''],
+             money_text(storage), '', ''],
             ['Usage', START, machine, 'Client->Server bandwidth',
-             str(day.up), money_text(up), ''],
-            ['Balance', '2026-11-27', '', '', '', '',
-             money_text(61 * ATTO // 2 - storage - up)]])
-        self.assertEqual(rows[-1][:2], ['Balance', '2026-12-01'])
+             str(day.up), money_text(up), '', ''],
+            ['Balance', '2026-11-27', '', '', '', '', money_text(
+                61 * ATTO // 2 - storage - up - self.spent(host, 1)), '']])
+        self.assertEqual(rows[-2][:2], ['Balance', '2026-11-30'])
         found = json.loads(self.good('report', '--account', 'joe', '--json'))
-        self.assertEqual(found['closing'], rows[-1][6])
+        self.assertEqual(found['closing'], rows[-2][6])
         text = self.good('report', '--account', self.show()['account'])
         for line in found['lines']:
             self.assertIn(line['amount'], text)
@@ -158,7 +160,7 @@ class Reports(Clocked):
         self.assertEqual(users, {"'" + name for name in names[:6]}.union(
             names[6:], ['joe']))
         row = self.rows('--account', '=1+1', '--month', '2026-11')[3]
-        self.assertEqual(row[3], "'-1")
+        self.assertEqual(row[7], "'-1")
 
     def test_machines_that_change_hands_or_are_nobodys(self):
         self.good('bill')
