@@ -566,7 +566,7 @@ class Masker:
             return '', text
         if self.random(text):
             return 'i', VARIABLE
-        if '/' in text and (text.count('.') > 1 or text.count('/') > 2):
+        if '/' in text and (text.count('.') > 1 or text.count('/') > 1):
             return 'p', VARIABLE
         if '~' in text:
             return 'i', VARIABLE
@@ -641,7 +641,8 @@ class Masker:
 # `merged` says which keys are no more.
 ##############################################################################
 
-ENOUGH_NAMES = 4        # of a.b.c, or after `=`
+ENOUGH_NAMES = 3        # a.b.c
+ENOUGH_SET = 4          # after `=`, or names with digits
 ENOUGH_WORDS = 5
 ENOUGH_STATES = 8       # words all in capitals, or where little else stands
 KINDS_MOST = 2000       # of a job; then lines that fit none are of one kind
@@ -846,10 +847,11 @@ class Miner:
         if not rest and (place == 0 and len(tokens) < 2
                          or VARIABLE not in tokens):
             return False
-        if all(word.count('.') > 1 or '#' in word for word in words):
+        if all(word.count('.') > 1 for word in words):
             enough = ENOUGH_NAMES
-        elif place and tokens[place - 1] == '=':
-            enough = ENOUGH_NAMES
+        elif place and tokens[place - 1] == '=' or all(
+                word.count('.') > 1 or '#' in word for word in words):
+            enough = ENOUGH_SET
         elif all(word.isupper() for word in words) or rest < 2:
             enough = ENOUGH_STATES
         else:
