@@ -12272,7 +12272,9 @@ def prices_keep(opt, remote):
     path = os.path.join(opt.cachedir, PRICES)
     try:
         figures = {}
-        if remote.charges and remote.channel and not remote.channel.failed:
+        if remote.charges:
+            if not remote.channel or remote.channel.failed:
+                return                  # it is not reached again for that
             figures = figures_parse(remote.channel.call(ACCOUNT, b'\0')[1])
         text = ''.join('%s %d\n' % (name, figures[name])
                        for name in PRICE_NAMES if name in figures)

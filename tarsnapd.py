@@ -14266,10 +14266,11 @@ def report_text(head, rows, totals):
                 sum(row[name] for name in REPORT_CHARGES),
                 sum(row[REPORT_ENTRIES[kind]] for kind in PAID),
                 row['closing']))
-    print()
-    table_print([names + ['user']] + [
-        line + [printable(row['user'])] for line, row in zip(table, rows)],
-        range(len(names)))
+    if table:
+        print()
+        table_print([names + ['user']] + [
+            line + [printable(row['user'])]
+            for line, row in zip(table, rows)], range(len(names)))
 
 
 def month_say(head):
@@ -14302,8 +14303,9 @@ def statement_text(user, head, opening, lines, closing):
                 ['', '', 'closing balance', '', '', money_text(closing), '']]
     else:
         rows = [row[:4] for row in rows]
-    print()
-    table_print(rows, range(3, 6))
+    if rows:
+        print()
+        table_print(rows, range(3, 6))
 
 
 def statement_csv(user, head, opening, lines, closing):

@@ -278,7 +278,10 @@ class NothingCharged(Clocked):
         self.now = day_parse('2026-12-01') * DAY + 60
         self.assertIn('days 0: none', self.good('report', '--month',
                                                 '2026-12'))
-        self.good('report', '--month', '2026-12', '--account', 'joe')
+        self.assertEqual(self.good(
+            'report', '--month', '2026-12', '--account', 'joe')
+            .splitlines()[1:], [
+                'month 2026-12', 'days 0: none that is over was counted yet'])
         self.good('report', '--month', '2026-12', '--csv')
 
 

@@ -7,6 +7,7 @@ import os
 import unittest
 from unittest import mock
 
+import format_examples
 import rawclient
 import tarsnap
 import tarsnapd
@@ -60,6 +61,24 @@ class Figures(Clocked):
                for name, value in sums[0].items()},
             **{'account-' + name: str(value + sums[1][name])
                for name, value in sums[0].items()}})
+
+    def test_the_example_of_the_page(self):
+        """It has all that there is, in order, and adds up."""
+        text = format_examples.blocks(format_examples.PROTOCOL)[
+            'example', 'figures']
+        hosts = self.two()
+        self.assertEqual(
+            [line.split()[0] for line in text.splitlines()],
+            list(self.ask(self.client(hosts[0], R))))
+        found = tarsnap.figures_parse(text.encode())
+        for who in 'machine', 'account':
+            self.assertEqual(
+                found[who + '-charged'], found[who + '-stored'] * 8333333
+                + (found[who + '-up'] + found[who + '-down']) * PRICE)
+        self.assertEqual(found['balance'], 10 * ATTO
+                         - found['account-charged'])
+        self.assertEqual(found['days-left'], found['balance'] // (
+            found['account-bytes'] * 8333333))
 
     def test_a_write_key_alone_learns_of_its_machine_only(self):
         """And of how long there is money; any other role learns all."""
