@@ -1626,7 +1626,71 @@ CHUNK_MAX = CEILING['chunk']
 WINDOW = 16
 SCAN = 256 * KIB            # bytes encrypted at once: stays in the L2 cache
 FEED = 128 * KIB            # bytes collected before they are scanned
+PIECE = 512 * KIB           # of what comes at once, scanned at once
+SCANS = 4                   # pieces of a stream being scanned at most
 WEAK = 16                   # first 16 bits below this: 12 of them are zero
+
+
+def cut_key(key):
+    """The AES key that a Key cuts with."""
+    return hmac.digest(key.k_cut, b'cut', 'sha256')[:16]
+
+
+class Scan:
+    """Where chunks may end in a piece of a stream; known sooner or later."""
+
+    __slots__ = ('crew', 'length', 'hits')
+
+    def __init__(self, length, hits=None, crew=None):
+        self.length = length    # bytes of the piece
+        self.hits = hits        # rising (end, first 16 bits); None: not yet
+        self.crew = crew        # who looks for them
+
+    def wait(self):
+        """The hits."""
+        while self.hits is None:
+            self.crew.collect()
+        return self.hits
+
+
+class Scanner:
+    """Finds the windows below WEAK.  A Crew does the same in its workers:
+    what it finds does not depend on where chunks begin.
+    """
+
+    __slots__ = ('aes', 'out')
+
+    def __init__(self, key):
+        from cryptography.hazmat.primitives.ciphers import Cipher, \
+            algorithms, modes
+        self.aes = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+        self.out = bytearray(SCAN + WINDOW)
+
+    def scan(self, before, data):
+        """The Scan of two pieces together."""
+        return Scan(len(before) + len(data), self.hits(before + data))
+
+    def hits(self, buf):
+        """Rising (end, value) of the windows in `buf`, value < WEAK.
+
+        Sixteen calls, one for each alignment, hold every window once.
+        """
+        hits = []
+        view, out = memoryview(buf), self.out
+        for base in range(0, len(buf) - WINDOW + 1, SCAN):
+            piece = view[base:base + SCAN + WINDOW - 1]
+            for shift in range(min(WINDOW, len(piece) - WINDOW + 1)):
+                length = (len(piece) - shift) & -WINDOW
+                self.aes.update_into(piece[shift:shift + length], out)
+                end = 0
+                column = bytes(out[0:length:WINDOW])
+                for part in column.split(b'\0')[:-1]:
+                    end += WINDOW * len(part) + WINDOW
+                    value = out[end - WINDOW + 1]
+                    if value < WEAK:
+                        hits.append((base + shift + end, value))
+        hits.sort()
+        return hits
 
 
 class Cutter:
@@ -1636,52 +1700,87 @@ class Cutter:
     the smallest windows of those with 12 zero bits; where there is none, at
     CHUNK_MAX.  (One byte inserted into 32 MB of records of one size re-sends
     0.3 MB with that rule, 3.3 MB without.)
+
+    To find the windows is nearly all of the work, 2.9 s for a GB: the `crew`
+    does it, some pieces ahead of the cuts, which are made here in order.
     """
 
-    __slots__ = ('aes', 'out', 'tail', 'hits', 'fresh', 'waiting')
+    __slots__ = ('scanner', 'crew', 'fresh', 'waiting', 'last', 'asked',
+                 'tail', 'hits')
 
-    def __init__(self, key):
-        from cryptography.hazmat.primitives.ciphers import Cipher, \
-            algorithms, modes
-        self.aes = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
-        self.out = bytearray(SCAN + WINDOW)
-        self.tail = b''         # bytes of the stream since the last cut
-        self.hits = []          # (end, first 16 bits) in tail, rising
-        self.fresh = []         # what came after it, not yet scanned
+    def __init__(self, scanner, crew=None):
+        """Without a `crew` the `scanner` does it, here and now."""
+        self.scanner = scanner
+        self.crew = crew or scanner
+        self.drop()
+
+    def drop(self):
+        """Forget the stream; another one may begin."""
+        self.fresh = []         # what came and is not being scanned yet
         self.waiting = 0        # bytes of that
+        self.last = b''         # bytes before it that its first windows need
+        self.asked = collections.deque()    # (piece, bytes before it, Scan)
+        self.tail = b''         # what was scanned since the last cut
+        self.hits = []          # (end, first 16 bits) in tail, rising
 
     def feed(self, data):
-        """Take more of the stream; chunks (bytes) that ended in it.
+        """Take more of the stream; the chunks that are known to have ended,
+        as memoryviews.
 
         Where it is cut does not depend on the pieces it comes in.
         """
-        self.fresh.append(data)
-        self.waiting += len(data)
-        return self.cut() if self.waiting >= FEED else []
+        out, view = [], memoryview(data)
+        for at in range(0, len(data), PIECE):
+            piece = view[at:at + PIECE]
+            self.fresh.append(piece)
+            self.waiting += len(piece)
+            if self.waiting >= FEED:
+                self.ask(self.crew)
+                out += self.cut(SCANS)
+        return out
 
-    def cut(self):
-        """Scan what was collected; the chunks that end in it."""
-        seen = len(self.tail)
-        buf = b''.join([self.tail, *self.fresh])
-        hits = self.hits + self.scan(buf, max(0, seen - WINDOW + 1))
-        out, start, first = [], 0, 0
+    def ask(self, scanner):
+        """Have scanned what was collected."""
+        data = b''.join(self.fresh)
+        self.asked.append((data, len(self.last),
+                           scanner.scan(self.last, data)))
+        self.last = (self.last + data[1 - WINDOW:])[1 - WINDOW:]
+        self.fresh, self.waiting = [], 0
+
+    def finish(self):
+        """End the stream: its last chunks."""
+        if self.fresh:
+            self.ask(self.scanner)      # it would be waited for
+        out = self.cut()
+        if self.tail:
+            out.append(memoryview(self.tail))
+        self.drop()
+        return out
+
+    def cut(self, most=0):
+        """The chunks that end in what was scanned; waits until at most `most`
+        pieces are being scanned.
+        """
+        out = []
+        while self.asked and (len(self.asked) > most
+                              or self.asked[0][2].hits is not None):
+            data, before, scan = self.asked.popleft()
+            out += self.take(data, len(self.tail) - before, scan.wait())
+        return out
+
+    def take(self, data, at, hits):
+        """The chunks that end in the next piece; its hits count from `at`."""
+        buf = self.tail + data
+        hits = self.hits + [(end + at, value) for end, value in hits]
+        view, out, start, first = memoryview(buf), [], 0, 0
         while True:
             end, first = self.end(hits, first, start, len(buf))
             if end is None:
                 break
-            out.append(buf[start:end])
+            out.append(view[start:end])
             start = end
         self.tail = buf[start:]
         self.hits = [(end - start, value) for end, value in hits[first:]]
-        self.fresh, self.waiting = [], 0
-        return out
-
-    def finish(self):
-        """End the stream: its last chunks."""
-        out = self.cut()
-        if self.tail:
-            out.append(self.tail)
-        self.tail, self.hits = b'', []
         return out
 
     def end(self, hits, first, start, length):
@@ -1708,28 +1807,6 @@ class Cutter:
         while first < len(hits) and hits[first][0] <= end:
             first += 1
         return end, first
-
-    def scan(self, buf, start):
-        """[(end, value)] of the windows of `buf` from `start`, value < WEAK.
-
-        Sixteen calls, one for each alignment, hold every window once.
-        """
-        hits = []
-        view, out = memoryview(buf), self.out
-        for base in range(start, len(buf) - WINDOW + 1, SCAN):
-            piece = view[base:base + SCAN + WINDOW - 1]
-            for shift in range(min(WINDOW, len(piece) - WINDOW + 1)):
-                length = (len(piece) - shift) & -WINDOW
-                self.aes.update_into(piece[shift:shift + length], out)
-                end = 0
-                column = bytes(out[0:length:WINDOW])
-                for part in column.split(b'\0')[:-1]:
-                    end += WINDOW * len(part) + WINDOW
-                    value = out[end - WINDOW + 1]
-                    if value < WEAK:
-                        hits.append((base + shift + end, value))
-        hits.sort()
-        return hits
 
 
 ##############################################################################
@@ -6379,14 +6456,14 @@ def mount_types():
 
 
 ##############################################################################
-# Workers: deflating and sealing in processes of their own
+# Workers: cutting, deflating and sealing in processes of their own
 #
-# Deflate and encryption are most of a first backup.  In threads they would
-# wait for the interpreter with all else (1.55 of 2 processors were busy), so
-# they run in processes, forked before this one has a thread.  Blocks go over
-# and come back in shared memory; two pipes say which slot is whose turn.
-# Everything else, naming and looking up too, stays in the process that forks,
-# in one thread.  Knows blocks; nothing of files or the server.
+# Deflate, and AES for cuts and seals, are most of a first backup.  In threads
+# they would wait for the interpreter with all else (1.55 of 2 processors were
+# busy), so they run in processes, forked before this one has a thread.  Blocks
+# go over and come back in shared memory; two pipes say which slot is whose
+# turn.  Everything else, naming and looking up too, stays in the process that
+# forks, in one thread.  Knows blocks and Scans, nothing of files or servers.
 ##############################################################################
 
 JOB = 512 * KIB             # plain bytes handed over at once, about
@@ -6401,10 +6478,15 @@ SAMPLE_FIRST = 100          # and these of each worker
 IN_VAIN = 4                 # chunks in a row that did not shrink: of the next
                             # one pieces are tried first
 
-JOB_MESSAGE = struct.Struct('>IIb')     # slot, blocks, level or -1
-JOB_RESULT = struct.Struct('>II')       # slot, blocks; NO_BLOCKS: a text
+# Slot, blocks, level or -1; or slot, bytes, SCANNING.
+JOB_MESSAGE = struct.Struct('>IIb')
+SCANNING = -2
+# Slot, blocks or hits; NO_BLOCKS: a text; ALL_HITS: there was no room.
+JOB_RESULT = struct.Struct('>II')
 JOB_BLOCK = struct.Struct('>32scB')     # name, class, parts
 NO_BLOCKS = 0xffffffff
+ALL_HITS = 0xfffffffe
+HIT = struct.Struct('>IB')              # end, value
 
 
 def processors():
@@ -6426,6 +6508,7 @@ class Worker:
         self.check_all = check_all      # open every block again
         self.made = 0                   # blocks, for the sample
         self.in_vain = 0                # chunks deflated in vain, in a row
+        self.scanner = None
 
     def run(self):
         while True:
@@ -6434,7 +6517,11 @@ class Worker:
                 return
             slot, count, level = JOB_MESSAGE.unpack(message)
             try:
-                self.job(slot * SLOT, count, None if level < 0 else level)
+                if level == SCANNING:
+                    count = self.scan(slot * SLOT, count)
+                else:
+                    self.job(slot * SLOT, count,
+                             None if level < 0 else level)
             except (RuntimeError, MemoryError) as e:
                 text = str(e).encode('utf-8', 'replace')[:KIB]
                 U32.pack_into(self.slots, slot * SLOT, len(text))
@@ -6462,6 +6549,17 @@ class Worker:
                 pos += U32.size
                 view[pos:pos + len(sealed)] = sealed
                 pos += len(sealed)
+
+    def scan(self, pos, length):
+        """Put the hits of a piece in its place; how many, or ALL_HITS."""
+        self.scanner = self.scanner or Scanner(cut_key(self.sealer.key))
+        with memoryview(self.slots)[pos:pos + length] as piece:
+            hits = self.scanner.hits(piece)
+        if len(hits) * HIT.size > SLOT:
+            return ALL_HITS
+        for number, hit in enumerate(hits):
+            HIT.pack_into(self.slots, pos + number * HIT.size, *hit)
+        return len(hits)
 
     def seal(self, cls, name, parts, level):
         """The sealed block; opened again and compared, all or a sample."""
@@ -6497,6 +6595,8 @@ class Crew:
         self.slots = mmap.mmap(-1, slots * SLOT)
         self.free = list(range(slots))
         self.jobs = {}                  # slot -> [rest of add(), one a block]
+        #                                 or a Scan
+        self.key = key
         self.sizes = {}                 # slot -> bytes in it
         self.bytes = 0                  # added and not put yet
         self.slot = None                # being filled
@@ -6559,17 +6659,33 @@ class Crew:
         self.bytes += size
         self.batch.append(rest)
 
+    def scan(self, before, data):
+        """The Scan of two pieces together, which have room in a slot."""
+        while not self.free:
+            self.collect()
+        slot = self.free.pop()
+        at, middle = slot * SLOT, slot * SLOT + len(before)
+        scan = Scan(len(before) + len(data), crew=self)
+        self.slots[at:middle] = before
+        self.slots[middle:at + scan.length] = data
+        self.send(slot, scan, scan.length, SCANNING)
+        return scan
+
+    def send(self, slot, job, count, level):
+        """Tell a worker what is in a slot."""
+        self.jobs[slot] = job
+        try:
+            os.write(self.give, JOB_MESSAGE.pack(slot, count, level))
+        except BrokenPipeError:
+            self.check(0)
+
     def flush(self):
         """Hand over the open slot, and take what is ready."""
         if self.batch:
-            self.jobs[self.slot], self.sizes[self.slot] = self.batch, self.pos
+            self.sizes[self.slot] = self.pos
             level = self.level()
-            try:
-                os.write(self.give, JOB_MESSAGE.pack(
-                    self.slot, len(self.batch),
-                    -1 if level is None else level))
-            except BrokenPipeError:
-                self.check(0)
+            self.send(self.slot, self.batch, len(self.batch),
+                      -1 if level is None else level)
             self.slot, self.pos, self.batch = None, 0, []
         while self.jobs and self.ready(0):
             self.collect()
@@ -6579,12 +6695,12 @@ class Crew:
         return bool(self.poll.poll(1000 * seconds))
 
     def collect(self):
-        """Wait for one job; its blocks are put."""
+        """Wait for one job; its blocks are put, its hits known."""
         for rest, sealed in self.result():
             self.put(sealed, *rest)
 
     def result(self):
-        """[(rest, sealed)] of the next job that is done."""
+        """[(rest, sealed)] of the next job that is done; of a Scan none."""
         while not self.ready(1):
             self.check(os.WNOHANG)
         message = os.read(self.take, JOB_RESULT.size)
@@ -6592,6 +6708,10 @@ class Crew:
             self.check(0)
         slot, count = JOB_RESULT.unpack(message)
         batch, pos = self.jobs.pop(slot), slot * SLOT
+        if isinstance(batch, Scan) and count != NO_BLOCKS:
+            self.found(batch, pos, count)
+            self.free.append(slot)
+            return ()
         blocks = []
         for _ in range(1 if count == NO_BLOCKS else count):
             length, = U32.unpack_from(self.slots, pos)
@@ -6603,6 +6723,17 @@ class Crew:
         if count == NO_BLOCKS:
             raise Error('a worker process failed: %s' % show(blocks[0]))
         return zip(batch, blocks)
+
+    def found(self, scan, pos, count):
+        """Take the hits out of a slot; if it has the piece still, since it
+        has no room for them, look for them here.
+        """
+        if count == ALL_HITS:
+            scanner = Scanner(cut_key(self.key))
+            scan.hits = scanner.hits(self.slots[pos:pos + scan.length])
+        else:
+            scan.hits = list(HIT.iter_unpack(
+                self.slots[pos:pos + count * HIT.size]))
 
     def check(self, flags):
         """Error if a worker has ended: its job would never come back."""
@@ -6688,8 +6819,8 @@ class SharedStream:
     deflated together with another's.
     """
 
-    def __init__(self, cut_key, store):
-        self.cutter = Cutter(cut_key)
+    def __init__(self, cutter, store):
+        self.cutter = cutter
         self.store = store          # Writer.chunk
         self.owner = None
         self.waiting = collections.deque()      # (Content, start), in order
@@ -6711,6 +6842,11 @@ class SharedStream:
     def flush(self):
         """End the stream; every content handed in is complete then."""
         for chunk in self.cutter.finish():
+            self.cut(chunk)
+
+    def wait(self):
+        """Until no more is being scanned."""
+        for chunk in self.cutter.cut():
             self.cut(chunk)
 
     def cut(self, chunk):
@@ -6818,11 +6954,12 @@ def tree_raise(writer, kind, level, rows, pack, merge):
 class FileReader:
     """Reads files into Contents."""
 
-    def __init__(self, writer, cut_key):
+    def __init__(self, writer):
         self.writer = writer
-        self.cut_key = cut_key
-        self.cutter = Cutter(cut_key)
-        self.shared = SharedStream(cut_key, writer.chunk)
+        scanner = Scanner(cut_key(writer.key))
+        self.cutter = Cutter(scanner, writer.crew)
+        self.shared = SharedStream(Cutter(scanner, writer.crew),
+                                   writer.chunk)
         pause = writer.opt.disk_pause
         self.pread = pread_paced(pause / 1000) if pause else pread_exactly
         self.open = None            # Content of the file being read
@@ -6901,7 +7038,7 @@ class FileReader:
         elif len(data) <= CHUNK_MAX:
             self.chunk(content, data)
         else:
-            self.cutter.finish()
+            self.cutter.drop()
             while data:
                 for chunk in self.cutter.feed(data):
                     self.chunk(content, chunk)
@@ -6953,7 +7090,7 @@ class FileReader:
                 self.chunk(content, data)
             return len(data)
         pos = start
-        self.cutter.finish()        # what a file that failed may have left
+        self.cutter.drop()          # what a file that failed may have left
         while pos < end:
             data = read(min(READ, end - pos), pos)
             if not data:
@@ -7178,7 +7315,6 @@ class Writer:
         crew.put, crew.level = self.put, self.level
         self.page_mac = hmac.new(
             hmac.digest(key.k_cut, b'page', 'sha256'), b'', 'sha256')
-        self.cut_key = hmac.digest(key.k_cut, b'cut', 'sha256')[:16]
         self.errors = 0                 # entries that could not be stored
         self.owners = {}                # (uid, gid) -> owner()
         self.keyed = bool(opt.store_atime or opt.rename)
@@ -7193,7 +7329,7 @@ class Writer:
         self.errors = 0
         self.linked = {}                    # Entry.link -> name, for -vv
         self.progress.reset()
-        self.reader = FileReader(self, self.cut_key)
+        self.reader = FileReader(self)
         self.ahead = collections.deque()    # entries of the walk looked at
         self.page = None
         self.waiting = collections.deque()  # full pages, in order
@@ -7849,6 +7985,10 @@ class Writer:
             if len(self.waiting) > PAGES_WAITING:
                 self.reader.shared.flush()
             self.settle(4)
+            if len(self.waiting) >= PAGES_WAITING:
+                # Where the next flush is must not depend on the workers.
+                self.reader.shared.wait()
+                self.settle(4)
 
     def settle(self, most, final=False):
         """Finish full pages in order until `most` are left, if they can be.

@@ -2604,6 +2604,7 @@ def log_load(machine, entries, ahead):
 ##############################################################################
 
 INDEX_VERSION = 4
+FIND = 256                  # names in one SELECT
 INDEX_TABLES = ('meta', 'log', 'lost', 'commits', 'archives', 'segments',
                 'blocks', 'kept', 'erased')
 INDEX_SCHEMA = '''
@@ -2799,10 +2800,14 @@ class Index:
         `table` is `blocks` for those that are live, or `kept`.
         """
         here = {'blocks': '', 'kept': 'AND s.dropped = 0'}[table]
-        return [self.db.execute(
-            'SELECT s.key, b.offset, b.length, b.class FROM %s b '
-            'JOIN segments s ON s.seg = b.seg WHERE name = ? %s'
-            % (table, here), (name,)).fetchone() for name in names]
+        found = {}
+        for at in range(0, len(names), FIND):
+            some = names[at:at + FIND]
+            found.update((row[0], row[1:]) for row in self.db.execute(
+                'SELECT b.name, s.key, b.offset, b.length, b.class FROM %s b '
+                'JOIN segments s ON s.seg = b.seg WHERE b.name IN (%s) %s'
+                % (table, ', '.join('?' * len(some)), here), some))
+        return [found.get(name) for name in names]
 
     def keeping(self, since):
         """{segment key: stored bytes} of what was deleted at time `since`

@@ -1,11 +1,14 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """The cut: same places as the rule read literally, and what it is good for."""
 
+import functools
 import io
+import itertools
 import os
 import random
 import tarfile
 import unittest
+from unittest import mock
 
 import tarsnap
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -46,14 +49,14 @@ def cut_naive(data, key):
 
 def cut(data, key=KEY, sizes=(tarsnap.MIB,)):
     """The chunks by Cutter, fed in pieces of the `sizes` in turn."""
-    cutter = tarsnap.Cutter(key)
+    cutter = tarsnap.Cutter(tarsnap.Scanner(key))
     chunks, at, turn = [], 0, 0
     while at < len(data):
         size = sizes[turn % len(sizes)]
         chunks += cutter.feed(data[at:at + size])
         at += size
         turn += 1
-    return chunks + cutter.finish()
+    return list(map(bytes, chunks + cutter.finish()))
 
 
 def text(rng, size):
@@ -103,6 +106,12 @@ def key_where(test, block):
             return key
 
 
+@functools.lru_cache()
+def key_strong():
+    """A key with which a window of zeros ends a chunk."""
+    return key_where(lambda value: value == 0, bytes(16))
+
+
 class Reference(unittest.TestCase):
     """Cutter against the rule, on data of many kinds."""
 
@@ -145,6 +154,18 @@ class Reference(unittest.TestCase):
         self.check(bytes(data), key, (1,), (7,), (15,), (16,), (17,))
         data = random.Random(SEED).randbytes(300000)
         self.check(data, KEY, (113,), (1, 5000, 16, 15, 17))
+
+    def test_windows_across_what_is_scanned_at_once(self):
+        """A cut with so many bytes of its window in the next piece."""
+        strong = b'#' * 16
+        key = key_where(lambda value: value == 0, strong)
+        data, ends = bytearray(random.Random(SEED).randbytes(300000)), []
+        for inside in range(17):
+            ends.append((inside + 1) * 17000 // 1000 * 1000 + inside)
+            data[ends[-1] - 16:ends[-1]] = strong
+        with mock.patch.object(tarsnap, 'FEED', 1000):
+            lengths = self.check(bytes(data), key, (1000,))
+        self.assertLessEqual(set(ends), set(itertools.accumulate(lengths)))
 
     def test_lengths_around_the_bounds(self):
         rng = random.Random(SEED)
@@ -189,16 +210,91 @@ class Reference(unittest.TestCase):
 
     def test_strong_everywhere(self):
         """Every window ends a chunk: the minimum, each time."""
-        strong = key_where(lambda value: value == 0, bytes(16))
-        self.assertEqual(self.check(bytes(5 * CHUNK_MIN + 9), strong, (MIB,),
-                                    (1000,)), [CHUNK_MIN] * 5 + [9])
+        self.assertEqual(self.check(bytes(5 * CHUNK_MIN + 9), key_strong(),
+                                    (MIB,), (1000,)), [CHUNK_MIN] * 5 + [9])
 
     def test_finish_begins_anew(self):
         data = random.Random(SEED).randbytes(400000)
-        cutter = tarsnap.Cutter(KEY)
+        cutter = tarsnap.Cutter(tarsnap.Scanner(KEY))
         first = cutter.feed(data) + cutter.finish()
         self.assertEqual(cutter.feed(data) + cutter.finish(), first)
         self.assertEqual(cutter.finish(), [])
+
+
+class InWorkers(unittest.TestCase):
+    """The same cuts where a crew finds the windows, ahead of the cuts and in
+    any order, while it seals blocks.
+    """
+
+    def setUp(self):
+        self.key = tarsnap.key_make('', 'box')
+        self.cut_key = tarsnap.cut_key(self.key)
+        self.names = tarsnap.Names(self.key)
+        self.sealed = 0
+        self.begin()
+
+    def begin(self):
+        self.crew = tarsnap.Crew(self.key)
+        self.crew.put = self.put
+        self.addCleanup(self.crew.close)
+
+    def put(self, _, length):
+        self.sealed += length
+
+    def cut(self, streams, sizes):
+        """The chunks of several streams that are fed in turns."""
+        scanner, total = tarsnap.Scanner(self.cut_key), 0
+        cutters = [tarsnap.Cutter(scanner, self.crew) for _ in streams]
+        out, ats, turn = [[] for _ in streams], [0] * len(streams), 0
+        while any(at < len(data) for at, data in zip(ats, streams)):
+            for number, data in enumerate(streams):
+                at, size = ats[number], sizes[turn % len(sizes)]
+                turn, ats[number] = turn + 1, at + size
+                for chunk in cutters[number].feed(data[at:at + size]):
+                    out[number].append(bytes(chunk))
+                    self.crew.add(tarsnap.CHUNK, self.names.chunk(chunk),
+                                  (chunk,), len(chunk))
+                    total += len(chunk)
+        for number, cutter in enumerate(cutters):
+            out[number] += map(bytes, cutter.finish())
+        self.crew.finish()
+        self.assertEqual(self.sealed, total)
+        return out
+
+    def check(self, *streams, sizes):
+        for data, chunks in zip(streams, self.cut(streams, sizes)):
+            self.assertEqual(b''.join(chunks), data)
+            self.assertEqual([len(chunk) for chunk in chunks],
+                             [len(c) for c in cut(data, self.cut_key)])
+
+    def test_kinds_of_data(self):
+        rng = random.Random(SEED)
+        self.check(rng.randbytes(5 * MIB), text(rng, MIB),
+                   disk_image(rng, 3 * MIB), sizes=(MIB, 700000, 4096))
+
+    def test_by_the_rule_itself(self):
+        data = random.Random(SEED).randbytes(900000)
+        (chunks,) = self.cut((data,), (100000,))
+        self.assertEqual(chunks, cut_naive(data, self.cut_key))
+
+    def test_more_hits_than_there_is_room_for(self):
+        """The piece is scanned where it came from."""
+        self.cut_key = key_strong()
+        with mock.patch.object(tarsnap, 'cut_key', lambda _: self.cut_key):
+            self.begin()
+            self.check(bytes(MIB), random.Random(SEED).randbytes(MIB),
+                       sizes=(tarsnap.PIECE,))
+
+    def test_a_stream_is_dropped(self):
+        cutter = tarsnap.Cutter(tarsnap.Scanner(self.cut_key), self.crew)
+        rng = random.Random(SEED)
+        for _ in range(3):
+            cutter.feed(rng.randbytes(3 * MIB))
+            cutter.drop()
+        data = rng.randbytes(3 * MIB)
+        self.assertEqual(
+            [bytes(c) for c in cutter.feed(data) + cutter.finish()],
+            cut(data, self.cut_key))
 
 
 class Behaviour(unittest.TestCase):

@@ -434,6 +434,35 @@ class PageNames(DedupTest):
         self.assertEqual(log.puts(b'c'), [])
         self.assertGreater(len(first.puts(b'i')), 0)
 
+    def test_chunks_do_not_depend_on_the_workers(self):
+        """So many tiny files that the stream of their contents is ended for
+        the sake of the pages that wait for it: where, is the same whether
+        the workers find its windows at once or as late as they can.
+        """
+        for number in range(4000):
+            self.write('d%02d/f%04d' % (number % 20, number),
+                       self.rng.randbytes(120))
+        real = tarsnap.Cutter.cut
+
+        def late(cutter, most=0):
+            return [] if most else real(cutter)
+
+        def at_once(cutter, most=0):
+            return real(cutter)
+
+        with mock.patch.object(tarsnap, 'PAGES_WAITING', 5):
+            with mock.patch.object(tarsnap.Cutter, 'cut', at_once):
+                first = self.sent()
+            self.assertGreater(len(first.puts(b'c')), 4)
+            self.host.lose('cache')
+            with mock.patch.object(tarsnap.Cutter, 'cut', late), \
+                    mock.patch.object(tarsnap.Writer, 'small_find',
+                                      lambda writer, digest: None):
+                log = self.sent()
+        self.assertEqual(log.puts(b'c'), [])
+        self.assertEqual(log.puts(b'i'), [])
+        self.last_is_the_tree()
+
 
 if __name__ == '__main__':
     unittest.main()

@@ -426,7 +426,7 @@ class Fresh(LabTest):
         """The rule is about the start of the run, in nanoseconds."""
         self.assertGreaterEqual(tarsnap.Writer.stat_key.__globals__[
             'BILLION'] * 2, 2 * 10 ** 9)
-        writer = mock.Mock(cut_key=bytes(16), keyed=False)
+        writer = mock.Mock(key=mock.Mock(k_cut=bytes(32)), keyed=False)
         writer.opt.snaptime = writer.opt.disk_pause = None
         writer.owner.return_value = b'', b'', b''
         with mock.patch.object(tarsnap, 'RACY', 2 * tarsnap.BILLION), \
