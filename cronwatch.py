@@ -1270,8 +1270,8 @@ class Words:
         none = r'(?:0|no|none|without|zero|nil)'
         self.none = re.compile(
             r'(?<![\w.])%s (?:\w+ )?(?:%s|%s)(?![\w-])'
-            r'|(?<!\w)(?:%s|%s)(?:\(s\))?(?: \w+)?\s*[:=]\s*(?:0|none|no)'
-            r'(?![\w.])' % (none, STRONG, MILD, STRONG, MILD), re.I)
+            r'|(?<!\w)(?:%s|%s)(?:\(s\))?(?: \w+)?\s*[:=]\s*'
+            r'(?:(?:0|none)(?![\w.])|no(?! ?\w))' % (none, STRONG, MILD, STRONG, MILD), re.I)
 
     def found(self, line):
         """(weight 0 to 3, sorted words) of a line."""

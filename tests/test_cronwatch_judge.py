@@ -102,7 +102,9 @@ class Found(Judged):
         for line, weight in (('errors: 0', 0), ('no errors found', 0),
                              ('Failed:   0', 0), ('5 errors', 2),
                              ('10 errors', 2), ('/var/log/error.log', 0),
-                             ('non-fatal', 0), ('fatal: x', 3)):
+                             ('non-fatal', 0), ('fatal: x', 3),
+                             ('fatal: no space left on device', 3),
+                             ('Errors: no', 0), ('error: no such file', 2)):
             self.assertEqual(words.found(line)[0], weight, line)
 
     def test_none_became_some(self):
