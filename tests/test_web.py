@@ -10,9 +10,8 @@ import re
 import time
 import unittest
 
-import tarsnapd
-from tarsnapd import ATTO, DAY
-from webpeer import Browser, Site, pay, sample, validate
+from webpeer import (
+    ATTO, DAY, Browser, Site, pay, sample, tarsnapd, validate)
 
 ANN, PASSWORD = 'ann@example.org', 'correct horse'
 DAYS = 70

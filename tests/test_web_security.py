@@ -12,9 +12,8 @@ import time
 import unittest
 from unittest import mock
 
-import tarsnapd
 import webpeer
-from webpeer import Browser, Form, Site, sample
+from webpeer import Browser, Form, Site, sample, tarsnapd
 
 sys.path.insert(0, os.path.join(webpeer.ROOT, 'cgi-bin'))
 import web                                              # noqa: E402
@@ -289,8 +288,14 @@ class Pages(Case):
         seen = Tags(browser.page.text).text
         for name in NASTY:
             self.assertIn(name.replace('\u202e', '?'), seen)
-        page = browser.get('activity.cgi?view=machines&format=csv')
-        self.assertNotIn('\n=', page.text.replace(',', '\n'))
+
+    def test_no_formula_in_csv(self):
+        key = 'owned/%s/%s' % (self.ident, self.numbers[0])
+        self.site.server.accounts.delete(key)
+        self.site.run(tarsnapd.owned_put(
+            self.ident, int(self.numbers[0], 16), '=1+1,"2'))
+        page = self.logged_in().get('activity.cgi?view=machines&format=csv')
+        self.assertIn(',"\'=1+1,""2",', page.text)
 
     def test_nothing_secret_in_the_logs(self):
         browser = self.logged_in()
@@ -340,9 +345,9 @@ class Pages(Case):
     def test_bounds_without_apache(self):
         """The scripts do not trust in what stands before them."""
         for length, status in (('70000', '413'), ('-1', '413'), ('x', '413'),
-                               ('10', '400')):
+                               ('10', '400'), ('3', '303')):
             said = self.run_script(
-                'news.cgi', b'a=1', REQUEST_METHOD='POST',
+                'news.cgi', b'a=1&a=2', REQUEST_METHOD='POST',
                 CONTENT_LENGTH=length,
                 CONTENT_TYPE='application/x-www-form-urlencoded')
             self.assertEqual(said[:11], 'Status: ' + status)
