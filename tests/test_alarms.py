@@ -321,6 +321,11 @@ class Answers(Case):
         code, = re.fullmatch('CRITICAL the front door is dead '
                              r'Reply ACK (\d{4})', message['body']).groups()
         TWILIO.reply('+15559999999', 'ACK ' + code)
+        form = {'AccountSid': ACCOUNT, 'MessageSid': 'SM9', 'To': NUMBER,
+                'From': '+15559999999', 'Body': 'ACK ' + code}
+        self.assertEqual(self.page(CGI.url, form, CGI.url), (
+            200, '<?xml version="1.0" encoding="UTF-8"?><Response></Response>'
+        ))
         TWILIO.reply(ANN, 'what? ')
         TWILIO.reply(ANN, 'ack %04d' % ((int(code) + 1) % 10000))
         self.assertEqual(self.stood()[0], 'open')
@@ -513,7 +518,7 @@ class Faults(Case):
     def test_a_call_that_is_unclear_is_not_made_again(self):
         self.alarm()
         self.send()
-        for what in ('took', 'late 0.3'):
+        for what in ('took', 'took 40'):
             CRUEL.plan(what)
             self.send(10)
             made = self.told()
@@ -523,6 +528,23 @@ class Faults(Case):
         self.assertEqual(self.told(), ROUND[:3])
         self.assertEqual({row[0] for row in self.state.db.execute(
             'SELECT state FROM notice')}, {'sent'})
+
+    def test_what_is_listed_late_is_not_sent_again(self):
+        CRUEL.plan('took 50')
+        number = self.alarm(severity='warning')
+        for _ in range(4):
+            self.send(0.5)
+        self.assertEqual(self.told(), [('sms', 'ann')])
+        # Also who turns out to have been told is told that it is over.
+        CRUEL.forget()
+        CRUEL.plan('took 50')
+        number = self.alarm(severity='warning')
+        self.send()
+        self.over(number)
+        for _ in range(4):
+            self.send(0.5)
+        self.assertEqual(self.told(), [('sms', 'ann')] * 2)
+        self.assertIn('OVER', CRUEL.made[1]['body'])
 
     def test_nobody_answers_at_twilio(self):
         self.configure(more='twilio-api http://127.0.0.1:9\n')

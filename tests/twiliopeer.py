@@ -11,8 +11,8 @@ does, and plan() says what it does with the next requests that make one:
     ok                  takes it
     CODE [ERROR]        answers so, with Twilio's error number
     drop                hangs up before it has done anything
-    took                takes it, and hangs up before it says so
-    late SECONDS        takes it, but does not list it before that
+    took [SECONDS]      takes it, and hangs up before it says so; it is
+                        not listed before that
 
 `Cgi` runs alarm.cgi for them.
 """
@@ -193,7 +193,7 @@ class Cruel:
                 self.say(200, {kind.lower(): [
                     one for one in reversed(cruel.made)
                     if one['kind'] == kind and to in (None, one['to'])
-                    and time.time() >= one['listed']]})
+                    and cruel.clock() >= one['listed']]})
 
             def do_POST(self):
                 cruel.asked.append(('POST', self.path))
@@ -208,9 +208,8 @@ class Cruel:
                         'message': 'as planned'})
                 elif word != 'drop' and 'To' in form:
                     with lock:
-                        one = cruel.take(self.path, form, float(
-                            number if word == 'late' else 0))
-                    if word in ('ok', 'late'):
+                        one = cruel.take(self.path, form, float(number or 0))
+                    if word == 'ok':
                         self.say(201, one)
 
             def say(self, status, body):
@@ -258,7 +257,7 @@ class Cruel:
                'from': form['From'], 'body': form.get('Body'),
                'twiml': form.get('Twiml'), 'direction': 'outbound-api',
                'date_created': now, 'status': 'queued',
-               'listed': time.time() + seconds}
+               'listed': self.clock() + seconds}
         self.made.append(one)
         return one
 
