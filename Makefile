@@ -172,5 +172,5 @@ clean:
 .PHONY: help demo web test crash fuzz rot faults books model bench \
 	bench-quick \
 	bench-growth bench-network bench-load bench-rebuild bench-login \
-	bench-web bench-cron tools \
+	bench-web bench-cron bench-bill tools \
 	peers lint clean

@@ -2,14 +2,14 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Does the ledger add up, whatever happens while it is kept?
 
-usage: tests/books.py [--seed N] [--events N] [--worlds N]
+usage: tests/books.py [--seed N] [--events N] [--worlds N] [--s3]
 
-A world is a store in memory and two hosts, each with a view and a clock of
-its own.  Events are drawn: machines commit, change hands and are sent blocks;
-providers tell of payments, refunds and chargebacks, mostly twice; operators
-credit and debit; time goes on by minutes or days; and hosts bill: twice, days
-late, both at once step by step, with clocks that went back, with store
-requests that fail or only seem to, and killed in the middle.
+A world is a store in memory, or with --s3 in a bucket, and two hosts, each
+with a view and a clock of its own.  Events are drawn: machines commit, change
+hands and are sent blocks; providers tell of payments, refunds and chargebacks,
+mostly twice; operators credit and debit; time goes on by minutes or days; and
+hosts bill: twice, days late, both at once step by step, with clocks that went
+back, with store requests that fail or only seem to, and killed in the middle.
 
 In the end the ledger must be, byte for byte, that of one clean run over the
 same logs, day after day on time; and every balance what a few lines of
@@ -19,7 +19,9 @@ arithmetic, which share nothing with the program, make of the events.
 import argparse
 import bisect
 import collections
+import contextlib
 import fractions
+import itertools
 import os
 import random
 import sys
@@ -31,6 +33,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 import model        # noqa: E402
 import rawclient    # noqa: E402
+import s3peers      # noqa: E402
 import tarsnapd     # noqa: E402
 from tarsnapd import ATTO, DAY, StoreError      # noqa: E402
 
@@ -68,6 +71,27 @@ class Store(model.Store):
                            bisect.bisect_left(self.sorted, prefix + '\x7f')]
 
 
+    def count(self):
+        return len(self.objects)
+
+
+class Bucket(tarsnapd.S3Store):
+    """A store of an S3 server."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self):
+        super().__init__('s3://books/%d' % next(self.numbers), {})
+
+    @property
+    def objects(self):
+        """All there are."""
+        return {key: self.get(key) for key in self.list('')}
+
+    def count(self):
+        return len(self.list(''))
+
+
 class Dead(Exception):
     """The process that ran these steps was killed."""
 
@@ -83,12 +107,12 @@ class Host:
 class Books:
     """A world; `rng` draws what happens in it."""
 
-    def __init__(self, rng, directory, start, late=590):
+    def __init__(self, rng, directory, start, late=590, store=None):
         self.rng = rng
         self.directory = directory
         self.start = tarsnapd.day_parse(start)
         self.now = self.start * DAY + 12 * 3600
-        self.store = Store(lambda: self.now)
+        self.store = store or Store(lambda: self.now)
         self.hosts = [self.host(name) for name in 'ab']
         self.accounts = ['%016x' % rng.getrandbits(64) for _ in range(7)]
         self.machines = {}          # number -> [(time, k, live, up)]
@@ -278,7 +302,7 @@ class Books:
         host = self.rng.choice(self.hosts)
         host.skew = self.slightly() - self.now
         function, *arguments = what
-        before = len(self.store.objects)
+        before = self.store.count()
         times = self.rng.choice((1, 1, 2))
         for i in range(9):
             try:
@@ -289,7 +313,7 @@ class Books:
             times -= 1
             if not times:
                 break
-        assert len(self.store.objects) == before + new, what
+        assert self.store.count() == before + new, what
         if new:
             amount = [x for x in arguments if isinstance(x, int)][0]
             self.money.append((account, amount, self.now, what))
@@ -471,13 +495,14 @@ def commit_object(number, kind):
         bytes(2), bytes(64)])
 
 
-def explore(seed, events):
+def explore(seed, events, store=None):
     """One world of so many events; its stats.  AssertionError if the ledger
     is not what it must be.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as directory:
-        books = Books(rng, directory, STARTS[seed % len(STARTS)])
+        books = Books(rng, directory, STARTS[seed % len(STARTS)],
+                      store=store)
         try:
             for _ in range(events):
                 books.event()
@@ -492,12 +517,15 @@ def main():
     parser.add_argument('--seed', type=int, default=None)
     parser.add_argument('--events', type=int, default=10000)
     parser.add_argument('--worlds', type=int, default=1)
+    parser.add_argument('--s3', action='store_true', help='on moto')
     options = parser.parse_args()
     from world import seed_choose
     first = options.seed if options.seed is not None else seed_choose('books')
     stats = collections.Counter()
-    for seed in range(first, first + options.worlds):
-        stats.update(explore(seed, options.events))
+    with s3peers.bucket('books') if options.s3 else contextlib.nullcontext():
+        for seed in range(first, first + options.worlds):
+            stats.update(explore(seed, options.events,
+                                 Bucket() if options.s3 else None))
     print('seeds %d to %d, %d events each: %s' % (
         first, first + options.worlds - 1, options.events,
         ', '.join('%s %d' % x for x in sorted(stats.items()))))

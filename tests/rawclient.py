@@ -514,13 +514,15 @@ def run(*args, stdin=b''):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def server_directory(case):
-    """A fresh server directory with user joe, password pw, for a test."""
+def server_directory(case, options=()):
+    """A fresh server directory with user joe, password pw, for a test;
+    `options` as of tarsnapd.server_create().
+    """
     base = tempfile.TemporaryDirectory()
     (case.addClassCleanup if isinstance(case, type)
      else case.addCleanup)(base.cleanup)
     path = os.path.join(base.name, 'srv')
-    tarsnapd.server_create(path)
+    tarsnapd.server_create(path, options)
     tarsnapd.certificate_renew(path)
     server = tarsnapd.Server(path)
     server.run(tarsnapd.account_create('joe', b'pw'))

@@ -197,6 +197,16 @@ class OpenMoto(Peer):
         self.wait(self.port)
 
 
+@contextlib.contextmanager
+def bucket(name):
+    """An OpenMoto with that bucket, and the environment that leads there."""
+    import tarsnapd
+    from test_s3_store import environment
+    with OpenMoto() as peer, environment(peer.environment()):
+        tarsnapd.Bucket(name, {}).request('create', '', 'PUT')
+        yield peer
+
+
 SWIFT_CONF = '''\
 [swift-hash]
 swift_hash_path_suffix = suffix

@@ -4,6 +4,7 @@
 Killed at any request, the same command completes it.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -318,19 +319,13 @@ class Deletable(Erasing):
 class Bucket(Erasing):
     """Where the store and the accounts are buckets."""
 
+    PLACES = {'store': 's3://backup/x', 'accounts': 's3://backup/y'}
+
     def setUp(self):
-        peer = s3peers.OpenMoto()
-        self.addCleanup(peer.close)
-        patch = mock.patch.dict(os.environ, peer.environment())
-        patch.start()
-        self.addCleanup(patch.stop)
-        tarsnapd.Bucket('backup', {}).request('create', '', 'PUT')
-        create = tarsnapd.server_create
-        with mock.patch.object(
-                tarsnapd, 'server_create', lambda path: create(path, {
-                    'store': 's3://backup/x',
-                    'accounts': 's3://backup/y'})):
-            super().setUp()
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(s3peers.bucket('backup'))
+        super().setUp()
 
     def test_all_of_it_goes(self):
         mine, other = self.stored(), self.stored()

@@ -30,10 +30,11 @@ def turn(case):
 class Clocked(unittest.TestCase):
     """A server directory with prices, and a clock that a test turns."""
 
+    PLACES = {}                 # where store and accounts are
     PRICES = 'storage-price = 250\nupload-price = 250\ndownload-price = 250\n'
 
     def setUp(self):
-        self.path = server_directory(self)
+        self.path = server_directory(self, self.PLACES)
         self.conf(self.PRICES)
         self.now = day_parse(START) * DAY + MORNING
         turn(self)

@@ -4,6 +4,7 @@
 """
 
 import base64
+import contextlib
 import email
 import email.policy
 import json
@@ -12,6 +13,7 @@ import time
 import unittest
 
 import rawclient
+import s3peers
 import tarsnapd
 from rawclient import Client, Embedded, Host, run
 from tarsnapd import ServerError
@@ -22,8 +24,10 @@ URL = 'https://backup.example.org/manage'
 
 class Case(unittest.TestCase):
 
+    PLACES = {}                 # where store and accounts are
+
     def setUp(self):
-        self.path = rawclient.server_directory(self)
+        self.path = rawclient.server_directory(self, self.PLACES)
         with open(os.path.join(self.path, 'tarsnapd.conf'), 'a') as file:
             file.write('mail-from = backup@example.org\nweb-url = %s\n' % URL)
         self.server = Clock(self.path)
@@ -148,6 +152,31 @@ class Changes(Case):
         self.server.ahead = tarsnapd.MAIL_NEEDS + 1
         self.assertEqual(tarsnapd.mail_run(self.server, self.fail), 0)
         self.assertEqual(self.server.accounts.list('mail/'), [])
+
+
+class Bucket(Changes):
+    """The same, and links, where accounts are in a bucket."""
+
+    PLACES = {'accounts': 's3://backup/x'}
+
+    @classmethod
+    def setUpClass(cls):
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        stack.enter_context(s3peers.bucket('backup'))
+
+    def tearDown(self):
+        """Every test begins with none."""
+        for key in self.server.accounts.list(''):
+            self.server.accounts.delete(key)
+
+    def test_a_link_works_once(self):
+        token, other = self.reset(), self.move()
+        self.assertEqual(self.use(token, b'new'), 'ann@example.org')
+        self.assertEqual(self.password(), [b'new'])
+        self.bad(token)
+        self.bad(other)
+        self.assertEqual(list(self.mails()), ['password-changed'])
 
 
 class Links(Case):

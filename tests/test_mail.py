@@ -2,6 +2,7 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Mail goes out once, whoever fails on the way; and says what it should."""
 
+import contextlib
 import email
 import email.policy
 import os
@@ -13,6 +14,7 @@ import unittest
 
 import mailpeer
 import rawclient
+import s3peers
 import tarsnapd
 from rawclient import here
 from tarsnapd import ServerError
@@ -36,9 +38,10 @@ class Clock(tarsnapd.Server):
 class Case(unittest.TestCase):
 
     shared = None               # a mail server without TLS, for many tests
+    PLACES = {}                 # where store and accounts are
 
     def setUp(self):
-        self.path = rawclient.server_directory(self)
+        self.path = rawclient.server_directory(self, self.PLACES)
         self.conf = os.path.join(self.path, 'tarsnapd.conf')
         with open(self.conf) as file:
             self.usual = file.read()
@@ -351,6 +354,19 @@ class Senders(Case):
         self.assertEqual(self.send(1000), 1)
         first, second = peer.mails()
         self.assertEqual(first, second)
+
+
+class Bucket(Senders):
+    """The same where accounts are in a bucket."""
+
+    PLACES = {'accounts': 's3://backup/x'}
+    test_serve_sends = test_kill_9_of_the_command = None
+
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(s3peers.bucket('backup'))
+        super().setUp()
 
 
 class Program(Case):
