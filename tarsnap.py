@@ -1729,15 +1729,16 @@ class Cutter:
 
         Where it is cut does not depend on the pieces it comes in.
         """
-        out, view = [], memoryview(data)
-        for at in range(0, len(data), PIECE):
-            piece = view[at:at + PIECE]
-            self.fresh.append(piece)
-            self.waiting += len(piece)
-            if self.waiting >= FEED:
-                self.ask(self.crew)
-                out += self.cut(SCANS)
-        return out
+        if len(data) > PIECE:
+            view = memoryview(data)
+            return [chunk for at in range(0, len(data), PIECE)
+                    for chunk in self.feed(view[at:at + PIECE])]
+        self.fresh.append(data)
+        self.waiting += len(data)
+        if self.waiting < FEED:
+            return []
+        self.ask(self.crew)
+        return self.cut(SCANS)
 
     def ask(self, scanner):
         """Have scanned what was collected."""
@@ -7242,7 +7243,7 @@ class Page:
     """A page being filled: entries, and what the memo keeps of them."""
 
     __slots__ = ('entries', 'keys', 'first', 'rows', 'kids', 'bytes',
-                 'whole')
+                 'whole', 'cut')
 
     def __init__(self, first):
         self.first = first      # member name of the first entry
@@ -7252,6 +7253,17 @@ class Page:
         self.kids = 0           # at most so many
         self.bytes = 0          # of files in it
         self.whole = True       # False: next time look at each entry
+        self.cut = 0            # entries known to be in finished chunks
+
+    def waits(self):
+        """True if bytes of it are not cut into chunks yet."""
+        entries = self.entries
+        while self.cut < len(entries):
+            content = entries[self.cut][1]
+            if content is not None and content.left:
+                return True
+            self.cut += 1
+        return False
 
 
 class KidTable:
@@ -7998,10 +8010,7 @@ class Writer:
         while self.waiting:
             page = self.waiting[0]
             if isinstance(page, Page):
-                if len(self.waiting) <= most:
-                    return
-                if any(content is not None and content.left
-                       for _, content, _ in page.entries):
+                if len(self.waiting) <= most or page.waits():
                     return
                 row = self.page_make(page, final
                                      and len(self.waiting) == 1)

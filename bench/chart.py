@@ -52,7 +52,7 @@ def bar(y, figure, unit, most):
     scale = (WIDTH - LEFT - RIGHT) / most
     values = figure[unit]
     long = values['median'] * scale
-    kind = name if name in ('this', 'floor') else 'peer'
+    kind = {'this': name, 'floor': name, 'packing': 'floor'}.get(name, 'peer')
     value = ('%.0f MB' % (values['median'] / 1e6) if unit == 'bytes'
              else '%.2f s' % values['median'])
     out = [text(LEFT - 8, y + 12, name, anchor='end'),

@@ -40,8 +40,9 @@ sys.exit(main())
 
 # A program that prints versions: imported here, the libraries would be in the
 # way (see `warm`).
-LIBRARIES = ('import cryptography, ssl; print(cryptography.__version__, '
-             '"with", ssl.OPENSSL_VERSION)')
+LIBRARIES = ('import cryptography, ssl, zlib; print('
+             'cryptography.__version__, "with", ssl.OPENSSL_VERSION, "and '
+             'zlib", zlib.ZLIB_RUNTIME_VERSION)')
 
 ##############################################################################
 # Measuring

@@ -21,7 +21,10 @@ compact`).  CPU and memory are those of the program and its children; a
 server's stand apart, except that borg's is a child.
 
 The floor is what one thread of Python needs to read the tree (first), look at
-its inodes (unchanged), make its files (restore).
+its inodes (unchanged), make its files (restore).  `packing` is what a process
+for each processor needs to read what is different in the tree and to hash,
+deflate and encrypt it with the libraries that Python has, and no more: nothing
+that deflates with these can be faster.
 """
 
 import collections
@@ -168,10 +171,19 @@ def floor(place, tree, _shifted):
         restore=base + ['create', tree, place.path('out')]))
 
 
+def packing(place, tree, _shifted):
+    # The list is made once for all rounds; it takes as long as a backup.
+    if not os.path.exists(place.path('different')):
+        place.quiet([sys.executable, FLOOR, 'list', tree,
+                     place.path('different')])
+    return Program('local', dict(
+        first=[sys.executable, FLOOR, 'pack', place.path('different')]))
+
+
 PROGRAMS = {'embedded': embedded, 'restic': restic, 'borg': borg,
-            'floor': floor, 'tls': tls, 'restic-rest': restic_rest,
-            'borg-serve': borg_serve}
-OURS = ('embedded', 'tls', 'floor')
+            'floor': floor, 'packing': packing, 'tls': tls,
+            'restic-rest': restic_rest, 'borg-serve': borg_serve}
+OURS = ('embedded', 'tls', 'floor', 'packing')
 
 ##############################################################################
 # Rounds
