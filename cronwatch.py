@@ -1545,6 +1545,8 @@ def out_of_range(values, value, scale, doubt):
     middle = median(known)
     if scale == 'count':
         least = 3.5 if high > low else 2.5
+        if len(known) >= 20:    # it is known to vary less than by chance
+            least = min(least, max(1.2, 4 * (high - low)))
     elif scale == 'log':
         least = 0.35
     else:
