@@ -284,6 +284,10 @@ class Request:
         # First of all: a script that ends with a body unread can have its
         # answer cut off by mod_cgid.
         length = get('CONTENT_LENGTH') or '0'
+        if get('HTTP_TRANSFER_ENCODING'):
+            sys.stdin.buffer.read(MOST['body'])
+            raise Problem('411 Length Required', 'That was not understood',
+                          'Say how long the request is.')
         if not (length.isascii() and length.isdigit()
                 and int(length) <= MOST['body']):
             raise Problem('413 Content Too Large', 'That was too much',

@@ -124,6 +124,21 @@ https://backup.example.org/a
         self.assertEqual(mail['text'].count('\n'),
                          mail['text'].count('\r\n'))
 
+    def test_what_the_pages_noted(self):
+        """Who asked for a link gets it, and only who may have it."""
+        peer = self.peer(**{'web-url': 'https://backup.example.org/'})
+        for kind, address in (('join', 'new@example.net'),
+                              ('reset', 'nobody@example.net'),
+                              ('join', '-f@example'), ('join', 'a\nb@c.org')):
+            for _ in range(2):
+                self.server.run(tarsnapd.ask_put(kind, address))
+        self.assertEqual(self.send(), 1)
+        mail, = peer.mails()
+        self.assertEqual(mail['to'], ['new@example.net'])
+        self.assertIn('https://backup.example.org/?link=', mail['text'])
+        self.assertEqual(self.server.accounts.list('ask/'), [])
+        self.assertEqual(self.said, [])
+
     def test_a_step_is_mailed_once(self):
         peer = self.peer()
         self.assertTrue(self.queue())

@@ -338,6 +338,8 @@ class Pages(Case):
             page = browser.get('activity.cgi?' + query)
             self.assertEqual((query[:20], page.status),
                              (query[:20], status))
+        page = browser.ask('POST', 'news.cgi', iter([b'a=1']), kind)
+        self.assertEqual(page.status, 411)
         page = browser.get('manage.cgi', Cookie='session=' + 'x' * 8100)
         self.assertIn(page.status, (303, 400))
         self.assertNotIn('Traceback', self.site.log())
