@@ -344,10 +344,12 @@ class Fake:
             time.sleep(1)
         if fate in ('reset', 'lost', 'hang'):
             return
-        handler.send_response(status)
-        handler.send_header('Content-Length', str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body[:len(body) // 2] if fate == 'torn' else body)
+        with contextlib.suppress(ConnectionError):      # killed, perhaps
+            handler.send_response(status)
+            handler.send_header('Content-Length', str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body[:len(body) // 2] if fate == 'torn'
+                                else body)
 
     def respond(self, method, url, data, headers):
         """(fate, status, body) of a request."""

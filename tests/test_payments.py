@@ -7,11 +7,16 @@ import contextlib
 import os
 import random
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import unittest
 from unittest import mock
 
+import faults
 import paypeer
 import rawclient
 import tarsnapd
@@ -899,6 +904,52 @@ class Kills(Direct):
             self.assertEqual(errors, [])
             self.assertEqual(self.balance(),
                              self.fake.charged()[self.account])
+
+
+class Processes(Case):
+    """A process of reconcile that the kernel kills, at any call that writes
+    or goes to the network.
+    """
+
+    SHARE = 8
+
+    def reconciled(self, at, what):
+        """A payment by each provider, a refund, and reconcile killed at call
+        number `at`; True if it was.
+        """
+        self.clear()
+        _, session = self.begin()
+        self.fake.stripe_pay(session)
+        self.fake.stripe_refund(session, 300)
+        _, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.page.set(at, what, 0, faults.WRITES | faults.NETWORK)
+        code = subprocess.run(
+            [sys.executable, rawclient.program(), 'pay', self.path,
+             'reconcile'], stdout=subprocess.DEVNULL, env=dict(
+                 os.environ, LD_PRELOAD=self.library,
+                 FAULTS_LOG=os.devnull, FAULTS_STATE=self.page.path)
+        ).returncode
+        self.assertIn(code, (0, -9))
+        self.assertEqual(self.reconcile().differs, [])
+        self.check(('payment', 1000), ('refund', -300), ('payment', 1000))
+        self.assertEqual(self.reconcile().did, [])
+        return code != 0
+
+    def test_killed_at_any_call(self):
+        where = tempfile.mkdtemp(prefix='faults-')
+        self.addCleanup(shutil.rmtree, where)
+        self.library = faults.build(where)
+        self.page = faults.Faults(os.path.join(where, 'state'))
+        self.page.watch(self.path)
+        self.assertFalse(self.reconciled(10 ** 6, faults.PASS))
+        points = self.page.count
+        self.assertGreater(points, 40)
+        dice = random.Random(seed_choose('kills among %d calls' % points))
+        for at in dice.sample(range(1, points), self.SHARE):
+            with self.subTest(at=at):
+                self.assertTrue(self.reconciled(at, dice.choice(
+                    (faults.KILL, faults.AFTER))))
 
 
 class Worlds(Direct):
