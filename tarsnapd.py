@@ -9503,15 +9503,21 @@ class Provider:
     """Requests to one API; any thread."""
 
     def __init__(self, name, api):
-        import urllib.request
         self.name = name
         self.api = api
-        # Not one that follows redirects: keys go with the requests.
-        self.opener = urllib.request.OpenerDirector()
-        for handler in ('ProxyHandler', 'HTTPHandler', 'HTTPSHandler',
-                        'HTTPDefaultErrorHandler', 'HTTPErrorProcessor',
-                        'UnknownHandler'):
-            self.opener.add_handler(getattr(urllib.request, handler)())
+        self.opener = None              # of urllib, made when first needed
+
+    def _open(self, request):
+        """Its response.  A redirect is not followed: keys go with it."""
+        import urllib.request
+        if self.opener is None:
+            opener = urllib.request.OpenerDirector()
+            for handler in ('ProxyHandler', 'HTTPHandler', 'HTTPSHandler',
+                            'HTTPDefaultErrorHandler', 'HTTPErrorProcessor',
+                            'UnknownHandler'):
+                opener.add_handler(getattr(urllib.request, handler)())
+            self.opener = opener
+        return self.opener.open(request, timeout=PAY_LIMIT['silence'])
 
     def send(self, method, path, data, headers):
         """The answer, bytes; ProviderError.
@@ -9549,8 +9555,7 @@ class Provider:
             url, data, dict(headers, **{'User-Agent': 'tarsnapd/' + VERSION}),
             method=method)
         try:
-            with self.opener.open(
-                    request, timeout=PAY_LIMIT['silence']) as response:
+            with self._open(request) as response:
                 body = response.read(PAY_LIMIT['answer'])
                 if response.read(1):
                     raise ProviderError('%s: an answer without end'
