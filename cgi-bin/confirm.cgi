@@ -42,7 +42,8 @@ def get(site):
     title, text, button = WHAT[what['kind']]
     return web.page(site, title, para(text, address), web.form(
         site, 'confirm.cgi',
-        web.password_fields() if what['kind'] in ('join', 'reset') else '',
+        web.password_fields(address) if what['kind'] in ('join', 'reset')
+        else '',
         button=button, hidden=[('link', token)]))
 
 

@@ -9,10 +9,11 @@ from web import h, para
 
 def get(site):
     account = site.account
-    current = [web.field('Password of this account', 'password', 'password',
-                         'current-password', ident='password%d' % i)
-               for i in range(3)]
-    rows = [(figures.moment(session['time']), session['agent'] or '–',
+    current = [web.join((web.owner(account['address']), web.field(
+        'Password of this account', 'password', 'password',
+        'current-password', ident='password%d' % i))) for i in range(3)]
+    rows = [(figures.moment(session['time']),
+             h('<span class="agent">{}</span>', session['agent'] or '–'),
              session['address'],
              'this one' if place == site.session else '')
             for place, session in site.sessions(account)]
@@ -25,7 +26,8 @@ def get(site):
                       complete='email'), current[0],
             button='Mail a link to the new address'),
         h('</section><section><h2>Password</h2>'), web.form(
-            site, 'password.cgi', current[1], web.password_fields(),
+            site, 'password.cgi', current[1],
+            web.password_fields(account['address']),
             button='Change the password'),
         h('</section><section><h2>News</h2>'), web.form(
             site, 'news.cgi', para('Announcements are {}mailed to you.',

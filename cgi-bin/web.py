@@ -112,10 +112,17 @@ def form(site, action, *parts, button, kind='plain', hidden=()):
              inputs, join(parts), button)
 
 
-def password_fields():
-    """Inputs for a new password, twice."""
+def owner(address):
+    """Whose password a form is about, for browsers that remember them."""
+    return h('<input type="text" value="{}" autocomplete="username" hidden>',
+             address)
+
+
+def password_fields(address):
+    """Inputs for a new password of `address`, twice."""
     note = 'At least %d characters.' % PASSWORD[0]
     return join((
+        owner(address),
         field('New password', 'new', 'password', complete='new-password',
               note=note, more=Html('minlength="%d"' % PASSWORD[0])),
         field('Once more', 'again', 'password', complete='new-password')))
@@ -213,6 +220,7 @@ def page(site, title, *parts, status='200 OK', headers=(), forms=()):
         '<title>{} – {}</title><meta name="viewport" '
         'content="width=device-width, initial-scale=1"><meta '
         'name="color-scheme" content="light dark">'
+        '<link rel="icon" type="image/svg+xml" href="icon.svg">'
         '<link rel="stylesheet" href="style.css"></head><body>'
         '<a class="skip" href="#main">To the content</a>'
         '<header><nav aria-label="Pages">{}</nav></header>'

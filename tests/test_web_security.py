@@ -206,7 +206,7 @@ class Pages(Case):
         browser = self.logged_in()
         for path in ('', 'account.html', 'manage.cgi', 'activity.cgi',
                      'activity.cgi?format=csv', 'export.cgi', 'nothing.cgi',
-                     'web.py', 'machine.cgi?mid=0', 'style.css',
+                     'web.py', 'machine.cgi?mid=0', 'style.css', 'icon.svg',
                      'confirm.cgi?link=x', 'logout.cgi'):
             page = browser.get(path)
             headers = {name: page.headers.get_all(name) for name in (
