@@ -16,6 +16,9 @@ DIR =
 # `make demo STORE=s3`: in a bucket of an S3 server made for it.
 STORE =
 
+# Where `make shots` puts its pictures.
+SHOTS = shots
+
 # Arguments for tests/run.py, such as modules, or -p PATTERN.
 TESTS =
 
@@ -60,6 +63,7 @@ help:
 	@echo '                       STORE=s3 keeps it all in a bucket'
 	@echo 'make web               the account pages under an Apache of their own,'
 	@echo '                       with a sample account'
+	@echo 'make shots [SHOTS=DIR] pictures of all of them, into DIR'
 	@echo 'make test [TESTS=...]  run the tests'
 	@echo 'make crash [CRASH=...] kill and cut the power at any call, for ten'
 	@echo '                       minutes; nothing may be lost'
@@ -94,6 +98,9 @@ demo:
 
 web: tools
 	@$(FIND) && exec "$$py" tests/webpeer.py
+
+shots: tools
+	@$(FIND) && exec "$$py" tests/chromium.py $(SHOTS)
 
 test: tools
 	@$(FIND) && exec "$$py" tests/run.py $(TESTS)
@@ -167,10 +174,10 @@ lint:
 	@! LC_ALL=C.UTF-8 grep -nE '^.{80}' man/* contrib/*.sh Makefile .ci/run
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info
+	rm -rf .venv .venv-* shots build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo web test crash fuzz rot faults books model bench \
+.PHONY: help demo web shots test crash fuzz rot faults books model bench \
 	bench-quick \
 	bench-growth bench-network bench-load bench-rebuild bench-login \
 	bench-web bench-cron bench-bill tools \
