@@ -6366,10 +6366,11 @@ def machine_figures(machine, held, prices, amnesty, much, whole):
         return lines
     yield from ledger_catch_up(account)
     now, (day, used) = (yield ('now',)), (yield ('view', 'used', account))
-    if day is not None and month_days(day + 1)[0] <= day:
-        start = yield from start_get()
-        lines += [('first-day', day_text(max(start, month_days(day)[0]))),
-                  ('last-day', day_text(day))]
+    if day is not None:
+        first = max((yield from start_get()), month_days(day + 1)[0])
+        if first <= day:
+            lines += [('first-day', day_text(first)),
+                      ('last-day', day_text(day))]
     mine = used.pop('%016x' % machine, [0] * 5)
     names = ('stored', 'up', 'down', 'charged')
     lines += [('machine-' + name, value)

@@ -126,6 +126,16 @@ class Figures(Clocked):
         self.assertEqual(int(self.ask(client)['balance']),
                          int(before['balance']) + ATTO)
 
+    def test_before_a_day_was_charged(self):
+        for words in ((), ('bill',)):
+            if words:
+                self.good(*words)
+            host = self.host()
+            found = self.ask(self.client(host, R))
+            self.assertNotIn('last-day', found)
+            self.assertEqual((found['account-charged'], found['standing']),
+                             ('0', 'warned'))
+
     def test_a_machine_of_nobody(self):
         host = rawclient.Host(self.client())
         self.assertEqual(self.ask(self.client(host, R)),
