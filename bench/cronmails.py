@@ -1499,6 +1499,7 @@ class Job:
                                           'vm', 'ci')), number // 8 + 1)
         self.domain = rng.choice(('example.org', 'corp.example.com',
                                   'example.net'))
+        self.root = 'root@%s.%s' % (self.host, self.domain)
         self.zone = rng.choice(('CET', 'CET', 'UTC'))
         self.encoding = rng.choice(('7bit', '8bit', '8bit',
                                     'quoted-printable', 'base64'))
@@ -1607,89 +1608,112 @@ def mail_date(stamp, zone):
         moment.year, moment.strftime('%H:%M:%S'), ahead)
 
 
+def addressed(sender, to, subject):
+    return ['From: ' + sender, 'To: ' + to, 'Subject: ' + subject]
+
+
+def by_debian(job, run, texts, subject, rng):
+    root = job.root
+    return addressed('root (Cron Daemon) <%s>' % root, root,
+                     'Cron <root@%s> %s' % (job.host, job.kind.command)), [
+        'MIME-Version: 1.0', 'Content-Type: text/plain; charset=UTF-8',
+        'Content-Transfer-Encoding: 8bit', 'X-Cron-Env: <SHELL=/bin/sh>',
+        'X-Cron-Env: <HOME=/root>', 'X-Cron-Env: <PATH=/usr/bin:/bin>',
+        'X-Cron-Env: <LOGNAME=root>', 'Auto-Submitted: auto-generated'
+    ], joined(texts).encode('utf-8')
+
+
+def by_freebsd(job, run, texts, subject, rng):
+    return addressed('Cron Daemon <%s>' % job.root, job.root,
+                     'Cron <root@%s> %s' % (job.host, job.kind.command)), [
+        'X-Cron-Env: <SHELL=/bin/sh>', 'X-Cron-Env: <USER=root>'
+    ], joined(texts).encode('utf-8')
+
+
+def by_anacron(job, run, texts, subject, rng):
+    text = '/etc/cron.daily/%s:\n' % job.kind.command + joined(texts)
+    return addressed('Anacron <%s>' % job.root, job.root,
+                     "Anacron job 'cron.daily' on " + job.root[5:]), [
+        'Content-Type: text/plain; charset="UTF-8"'], text.encode('utf-8')
+
+
+def by_systemd(job, run, texts, subject, rng):
+    unit = job.kind.command
+    tag = '%s %s[%d]: ' % (job.host, unit.split('.')[0],
+                           rng.randrange(700, 99999))
+    ending = ('Deactivated successfully.' if not run.exit else
+              "Failed with result 'exit-code'.")
+    clock = (run.when.strftime('%b %d %H:%M:%S ')).replace(' 0', '  ', 1)
+    texts = (['%s - nightly task' % unit,
+              '     Loaded: loaded (/etc/systemd/system/%s; static)' % unit,
+              '   Main PID: %d (code=exited, status=%d/%s)' % (
+                  rng.randrange(700, 99999), run.exit,
+                  'FAILURE' if run.exit else 'SUCCESS'), '']
+             + [clock + tag + text for text in texts]
+             + [clock + job.host + ' systemd[1]: %s: %s' % (unit, ending)])
+    return (addressed('systemd <%s>' % job.root, job.root,
+                      '[%s] %s' % (job.host, unit)),
+            *encoded(job, joined(texts)))
+
+
+def by_wrapper(job, run, texts, subject, rng):
+    name = job.kind.command.split('/')[-1]
+    return (addressed('%s <%s>' % (name, job.root), 'ops@' + job.domain,
+                      '%s: %s' % (job.host, name)),
+            *encoded(job, joined(texts) + '-- \nexit status %d after %.1f s\n'
+                     % (run.exit, run.seconds)))
+
+
+def by_html(job, run, texts, subject, rng):
+    rows = ''.join('<tr><td>%s</td></tr>\n' % text.replace(
+        '&', '&amp;').replace('<', '&lt;').replace('|', '</td><td>')
+        for text in texts)
+    page = '<html><body><table>\n%s</table></body></html>\n' % rows
+    edge = '=_%016x' % rng.getrandbits(64)
+    lines, part = encoded(job, page, 'html')
+    return addressed('Reports <reports@%s>' % job.domain,
+                     'sales@' + job.domain, subject), [
+        'MIME-Version: 1.0',
+        'Content-Type: multipart/mixed;\n boundary="%s"' % edge
+    ], ('This is a multi-part message in MIME format.\n--%s\n%s\n\n' % (
+        edge, '\n'.join(lines))).encode() + part + (
+            '\n--%s--\n' % edge).encode()
+
+
+def by_app(job, run, texts, subject, rng):
+    return (addressed('root <%s>' % job.root, job.root, subject),
+            *encoded(job, joined(texts)))
+
+
+# Each gives the header of the envelope, that of the content, and the body.
+SENDERS = {'debian': by_debian, 'freebsd': by_freebsd, 'anacron': by_anacron,
+           'systemd': by_systemd, 'wrapper': by_wrapper, 'html': by_html,
+           'app': by_app}
+
+
+def joined(texts):
+    return '\n'.join(texts) + '\n'
+
+
 def mail_raw(job, run, texts, stamp, rng):
     """The raw mail of a run's lines, as the job's sender sends it."""
-    sender, host = job.kind.sender, '%s.%s' % (job.host, job.domain)
-    root = 'root@' + host
-    head = ['Return-Path: <%s>' % root,
+    moment = local(stamp, job.zone)
+    head = ['Return-Path: <%s>' % job.root,
             'Received: by mail.%s (Postfix, from userid 0)\n\tid %s; %s' % (
                 job.domain, '%010X' % rng.getrandbits(40),
                 mail_date(stamp, job.zone))]
-    body, content = '\n'.join(texts) + '\n', None
-    name = job.kind.subject or ''
-    moment = local(stamp, job.zone)
-    name = name.format(host=job.host, date=moment.strftime('%d %B %Y'),
-                       state=rng.choice(('package on hold', 'reboot'))
-                       if sender == 'app' and rng.random() < .2 else 'ok')
+    subject = (job.kind.subject or '').format(
+        host=job.host, date=moment.strftime('%d %B %Y'),
+        state=rng.choice(('package on hold', 'reboot'))
+        if job.kind.sender == 'app' and rng.random() < .2 else 'ok')
     if run.exit:
         for good, bad in (('SUCCESS', 'FAILURE'), ('Backup OK', 'Backup'
                           ' Error'), ('backup successful', 'backup failed')):
-            name = name.replace(good, bad)
-    command = job.kind.command
-    if sender == 'debian':
-        head += ['From: root (Cron Daemon) <%s>' % root, 'To: ' + root,
-                 'Subject: Cron <root@%s> %s' % (job.host, command)]
-        content = ['MIME-Version: 1.0',
-                   'Content-Type: text/plain; charset=UTF-8',
-                   'Content-Transfer-Encoding: 8bit',
-                   'X-Cron-Env: <SHELL=/bin/sh>', 'X-Cron-Env: <HOME=/root>',
-                   'X-Cron-Env: <PATH=/usr/bin:/bin>',
-                   'X-Cron-Env: <LOGNAME=root>', 'Auto-Submitted:'
-                   ' auto-generated']
-        data = body.encode('utf-8')
-    elif sender == 'freebsd':
-        head += ['To: ' + root, 'From: Cron Daemon <%s>' % root,
-                 'Subject: Cron <root@%s> %s' % (job.host, command),
-                 'X-Cron-Env: <SHELL=/bin/sh>', 'X-Cron-Env: <USER=root>']
-        content, data = [], body.encode('utf-8')
-    elif sender == 'anacron':
-        head += ['From: Anacron <%s>' % root, 'To: ' + root,
-                 "Subject: Anacron job 'cron.daily' on " + host]
-        content = ['Content-Type: text/plain; charset="UTF-8"']
-        data = ('/etc/cron.daily/%s:\n' % command + body).encode('utf-8')
-    elif sender == 'systemd':
-        tag = '%s %s[%d]: ' % (job.host, command.split('.')[0],
-                               rng.randrange(700, 99999))
-        ending = ('Deactivated successfully.' if not run.exit else
-                  "Failed with result 'exit-code'.")
-        clock = (run.when.strftime('%b %d %H:%M:%S ')).replace(' 0', '  ', 1)
-        texts = (['%s - nightly task' % command,
-                  '     Loaded: loaded (/etc/systemd/system/%s; static)'
-                  % command,
-                  '   Main PID: %d (code=exited, status=%d/%s)' % (
-                      rng.randrange(700, 99999), run.exit,
-                      'FAILURE' if run.exit else 'SUCCESS'), '']
-                 + [clock + tag + text for text in texts]
-                 + [clock + job.host + ' systemd[1]: %s: %s' % (command,
-                                                                ending)])
-        head += ['From: systemd <%s>' % root, 'To: ' + root,
-                 'Subject: [%s] %s' % (job.host, command)]
-        content, data = encoded(job, '\n'.join(texts) + '\n')
-    elif sender == 'wrapper':
-        head += ['From: %s <%s>' % (command.split('/')[-1], root),
-                 'To: ops@' + job.domain, 'Subject: %s: %s' % (
-                     job.host, command.split('/')[-1])]
-        content, data = encoded(job, body + '-- \nexit status %d after %.1f s'
-                                '\n' % (run.exit, run.seconds))
-    elif sender == 'html':
-        rows = ''.join('<tr><td>%s</td></tr>\n' % text.replace(
-            '&', '&amp;').replace('<', '&lt;').replace('|', '</td><td>')
-            for text in texts)
-        head += ['From: Reports <reports@%s>' % job.domain,
-                 'To: sales@' + job.domain, 'Subject: ' + name]
-        page = '<html><body><table>\n%s</table></body></html>\n' % rows
-        edge = '=_%016x' % rng.getrandbits(64)
-        lines, part = encoded(job, page, 'html')
-        content = ['MIME-Version: 1.0', 'Content-Type: multipart/mixed;'
-                   '\n boundary="%s"' % edge]
-        data = ('This is a multi-part message in MIME format.\n--%s\n%s\n\n'
-                % (edge, '\n'.join(lines))).encode() + part + (
-                    '\n--%s--\n' % edge).encode()
-    else:
-        head += ['From: root <%s>' % root, 'To: ' + root, 'Subject: ' + name]
-        content, data = encoded(job, body)
-    head += content + ['Message-Id: <%s.%x@%s>' % (
-        moment.strftime('%Y%m%d%H%M%S'), rng.getrandbits(40), host),
+            subject = subject.replace(good, bad)
+    envelope, content, data = SENDERS[job.kind.sender](job, run, texts,
+                                                       subject, rng)
+    head += envelope + content + ['Message-Id: <%s.%x@%s>' % (
+        moment.strftime('%Y%m%d%H%M%S'), rng.getrandbits(40), job.root[5:]),
         'Date: ' + mail_date(stamp, job.zone)]
     return '\n'.join(head).encode('utf-8') + b'\n\n' + data
 
