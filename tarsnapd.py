@@ -9788,6 +9788,7 @@ class Shop:
         keys = keys_read(os.path.join(path, conf['pay-keys']))
         self.providers = {}             # name -> Provider
         self.hosts = {}                 # name -> where its pages are
+        self.trials = []                # names of those where no money is
         for name, section in keys.items():
             self._add(name, section, path)
         stripe = keys.get('stripe', {})
@@ -9813,6 +9814,8 @@ class Shop:
             if not url.startswith('https://') and not loopback(url):
                 raise ServerError('%s is not https' % printable(url))
         self.hosts[name] = page
+        if api == PAYPAL_SANDBOX or '_test_' in section.get('secret-key', ''):
+            self.trials.append(name)
         self.providers[name] = (
             Stripe(section, api) if name == 'stripe'
             else PayPal(section, api, os.path.join(path, 'paypal.cache')))
@@ -13109,6 +13112,9 @@ def check_payments(found, server):
         return
     found.figure('checkouts_due', len(server.perform(
         ('list', 'checkout/due/'))))
+    for provider in server.shop().trials:
+        found.fault('payments', CHECK_WARNING, '%s is set up for trials: what '
+                    'is paid there is entered, and is no money' % provider)
     for provider in server.shop().providers:
         seen = server.run(versioned_get('checkout/seen/%s/' % provider))
         if seen is None:

@@ -44,6 +44,7 @@ def choose(site):
         para('You pay on a page of the one you choose; we never see the '
              'number of your card. The money is on your account at once, '
              'and a receipt comes by mail.'),
+        para('This is a trial: no money is taken.') if till.trials else '',
         forms=[till.pages(name) for name in till.offered()])
 
 

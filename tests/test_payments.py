@@ -639,6 +639,7 @@ class Keys(Case):
         shop = self.open().shop()
         self.assertEqual(shop.pages('paypal'),
                          'https://www.sandbox.paypal.com')
+        self.assertEqual(shop.trials, ['stripe', 'paypal'])
         self.assertFalse(shop.lax('paypal'))
 
     def test_the_manual_names_every_event(self):
@@ -741,6 +742,8 @@ class Reconcile(Case):
             found = tarsnapd.Checked(int(time.time()) + days * DAY)
             tarsnapd.check_payments(found, self.server)
             return [status for status, _ in found.faults]
+        self.assertEqual(self.server.shop().trials, ['stripe'])
+        self.server.shop().trials = []
         self.assertEqual(look(0), [tarsnapd.CHECK_WARNING] * 2)
         self.reconcile()
         self.assertEqual(look(1), [])

@@ -85,6 +85,7 @@ class Paying(Case):
         self.assertIn('href="pay.cgi"', page.text)
         page = form = self.browser.go('pay.cgi')
         self.assertIn('min="5" max="200"', page.text)
+        self.assertIn('This is a trial', page.text)     # by its key
         # Browsers hold form-action against where a form is sent on to.
         self.assertIn("form-action 'self' %s" % self.fake.url,
                       page.headers['Content-Security-Policy'])
