@@ -1271,7 +1271,8 @@ class Words:
         self.none = re.compile(
             r'(?<![\w.])%s (?:\w+ )?(?:%s|%s)(?![\w-])'
             r'|(?<!\w)(?:%s|%s)(?:\(s\))?(?: \w+)?\s*[:=]\s*'
-            r'(?:(?:0|none)(?![\w.])|no(?! ?\w))' % (none, STRONG, MILD, STRONG, MILD), re.I)
+            r'(?:(?:0|none)(?![\w.])|no(?! ?\w))' % (
+                none, STRONG, MILD, STRONG, MILD), re.I)
 
     def found(self, line):
         """(weight 0 to 3, sorted words) of a line."""
