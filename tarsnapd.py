@@ -13634,6 +13634,11 @@ def pay_add(server, options, name, dollars):
                           'in these' % printable(options['--currency']))
     amount = cents_parse(dollars)
     ident = account_find(server, name)['id']
+    for key in server.perform(('list', 'pay/')):
+        _, other, entry = key.split('/')
+        if entry == '%s-%s' % (provider, reference) and other != ident:
+            raise ServerError('%s is a payment of %s already' % (
+                entry, account_addresses(server, [other])[other]))
     if not server.run(ledger_pay(ident, provider, reference, amount,
                                  text=printable(options.get('--text', '')),
                                  post=server.post)):

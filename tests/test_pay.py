@@ -40,6 +40,10 @@ class ByHand(Clocked):
         self.good('pay', 'add', 'joe', '1', '--by', 'cash', '--reference',
                   'R17')
         self.assertEqual(self.show()['balance'], '26.500000000000000000')
+        # One payment is not of two accounts.
+        rawclient.run('user', self.path, 'add', 'ann', stdin=b'pw\n')
+        self.wrong('bank-R17 is a payment of joe already', 'pay', 'add',
+                   'ann', '25.50', '--by', 'bank', '--reference', 'R17')
 
     def test_access_is_back_and_the_owner_has_a_receipt(self):
         self.conf('mail-from = Backups <ledger@example.org>\n')
