@@ -96,7 +96,7 @@ def account(days, options):
     import contextlib
     with contextlib.ExitStack() as stack:
         site = webpeer.Site(stack.callback)
-        ident = site.account()
+        ident = site.account(cost=webpeer.tarsnapd.SCRYPT)
         numbers = webpeer.sample(site, ident, days)
         for month in range(days // 30):
             webpeer.pay(site, ident, '%d' % month, 5)

@@ -31,6 +31,7 @@ class Machine:
     def __init__(self, number, name, size, backup):
         self.number = number    # 16 hexadecimal digits
         self.name = name        # '' where it is not known
+        self.label = name or number     # no other machine's
         self.bytes = size       # live at the end of the last day, or None
         self.backup = backup    # last day on which it stored something
         self.usual = None       # days from one backup to the next
@@ -82,6 +83,8 @@ class Account:
         found = []
         for number, name in names.items():
             machine = Machine(number, name, *known.get(number, (None, None)))
+            if name and list(names.values()).count(name) > 1:
+                machine.label = '%s (%s)' % (name, number)
             self.watch(machine, backups.get(number, []))
             found.append(machine)
         return sorted(found, key=lambda one: (one.name, one.number))
@@ -94,7 +97,7 @@ class Account:
         if machine.backup is not None and machine.bytes:
             since = self.billed - machine.backup
             machine.silent = since > max(SILENT_DAYS,
-                                         3 * (machine.usual or 2))
+                                         2 * (machine.usual or 3) + 1)
 
 
 ##############################################################################
@@ -111,7 +114,7 @@ Row = collections.namedtuple(
 
 def activity(account, first, last, verbose=False):
     """Rows of days `first` to `last`, by machine or for all together."""
-    names = {machine.number: machine.name or machine.number
+    names = {machine.number: machine.label
              for machine in account.machines()} if verbose else {}
     days, money = {}, {}
     for day, machine, used, prices in account.view('days_of', first, last):
@@ -294,7 +297,7 @@ CHART_MACHINES = 5              # with a part of their own; others share one
 
 def storage_chart(account, month, days):
     """What was stored on each day of a month, by machine."""
-    names = {machine.number: machine.name or machine.number
+    names = {machine.number: machine.label
              for machine in account.machines()}
     total = collections.Counter()
     for _, machine, used, _ in days:
@@ -378,7 +381,7 @@ def machines_part(account):
     if not machines:
         return h('<h2>Machines</h2><p>There is none yet.</p>')
     rows = [(h('<a href="machine.cgi?mid={}">{}</a>', machine.number,
-               machine.name or machine.number),
+               machine.label),
              '–' if machine.bytes is None else web.size_text(machine.bytes),
              last_backup(account, machine)) for machine in machines]
     return web.join((
@@ -481,7 +484,7 @@ def machine_page(site):
         return machine_csv(account, machine.number, month.first, month.last)
     days = account.view('days_of', month.first, month.last, machine.number)
     return web.page(
-        site, machine.name or machine.number, facts([
+        site, machine.label, facts([
             ('Number', h('<code>{}</code>', machine.number)),
             ('Stored', 'not known yet' if machine.bytes is None
              else web.size_text(machine.bytes)),
@@ -714,7 +717,7 @@ def program(site, address, password):
             return machine_csv(account, machine.number, first, last)
         return activity_csv(account, first, last, act == 'verboseactivity')
     if machine:
-        return web.page(site, machine.name or machine.number,
+        return web.page(site, machine.label,
                         machine_table(account, machine, first, last))
     if act:
         return web.page(site, 'Activity', activity_table(

@@ -164,6 +164,24 @@ class Figures(Case):
                 balance += amount(change) * (-1 if kind == 'Usage' else 1)
         self.assertEqual(balance, self.balance())
 
+    def test_two_of_one_name(self):
+        """They are told apart by their numbers."""
+        accounts, places = self.site.server.accounts, []
+        for number in self.numbers[:2]:
+            place = 'owned/%s/%s' % (self.ident, number)
+            places.append((place, accounts.get(place)))
+            accounts.delete(place)
+            self.site.run(tarsnapd.owned_put(self.ident, int(number, 16),
+                                             'twin'))
+        try:
+            rows = self.csv(action='verboseactivity')[1:]
+        finally:
+            for place, data in places:
+                accounts.delete(place)
+                accounts.put(place, data)
+        self.assertEqual({row[2] for row in rows if row[2]}, {
+            'laptop', *('twin (%s)' % number for number in self.numbers[:2])})
+
     def test_program_one_machine(self):
         number = self.numbers[1]
         rows = self.csv(action='subactivity', mid=number)

@@ -294,6 +294,7 @@ class Pages(Case):
         self.site.server.accounts.delete(key)
         self.site.run(tarsnapd.owned_put(
             self.ident, int(self.numbers[0], 16), '=1+1,"2'))
+        self.addCleanup(self.site.server.accounts.delete, key)
         page = self.logged_in().get('activity.cgi?view=machines&format=csv')
         self.assertIn(',"\'=1+1,""2",', page.text)
 
