@@ -49,7 +49,7 @@ TOOLS = mandoc:mandoc scrypt:scrypt setfattr:attr setfacl:acl rsync:rsync \
 	cpio:cpio \
 	sshd:openssh-server cc:gcc systemd-socket-activate:systemd \
 	stunnel4:stunnel4 spiped:spiped strace:strace \
-	apache2:apache2 logrotate:logrotate node:nodejs npm:npm \
+	apache2:apache2-bin logrotate:logrotate node:nodejs npm:npm \
 	chromedriver:chromium-driver
 
 # What the benchmark compares with.
