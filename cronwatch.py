@@ -1370,7 +1370,7 @@ class Memory:
                             # it was another one, how often the same
             'status': {},   # exit status -> last run
             'kinds': {},    # key -> see kind()
-            'texts': {},    # key.slot -> {text: last run}, None: anything
+            'texts': {},    # key.slot -> {text: in how many runs}, None: any
             'values': {},   # feature -> [[run, ...], [value, ...]]
             'open': {},     # finding -> {causes, since, at, held}
             'told': {},     # cause -> [epoch of each finding, ...]
@@ -1541,17 +1541,23 @@ def out_of_range(values, value, scale, doubt):
     values are known.  For a normal distribution that is one false alarm in
     some ten thousand values, with 8 values known as with 100.
     """
+    if scale == 'ratio':
+        unit = 100 / (median(values) or 1)
+        values, value = [one * unit for one in values], value * unit
+        scale = 'log'
     known = [scaled(one, scale) for one in values]
     low, high = min(known), max(known)
     middle = median(known)
     if scale == 'count':
-        least = 3.5 if high > low else 2.5
-        if len(known) >= 20:    # it is known to vary less than by chance
-            least = min(least, max(1.2, 4 * (high - low)))
+        # Of numbers of chance 3.5; less of those that hardly vary.
+        mean = sum(known) / len(known)
+        wide = (sum((one - mean) ** 2 for one in known) / len(known)) ** 0.5
+        least = min(3.5, max(1.2, 5 * wide)) if high > low else 2.5
     elif scale == 'log':
-        least = 0.35
+        least = 0.45
     else:
-        least = max(abs(middle) * 0.03, 1.5)
+        least = max(abs(middle) * 0.03, 1.5 if all(
+            one == int(one) for one in values) else 1e-9)
     margin = doubt * max((high - low) * 0.5 * (1 + 8 / len(known)), least)
     place = scaled(value, scale)
     if scale == 'log' and 0 < value < min(values):
@@ -1583,7 +1589,7 @@ class Judge:
         recent = sum(1 for cause, times in memory.told.items()
                      if cause not in memory.bad
                      for at in times if at > self.run.at - 60 * DAY)
-        self.doubt = 1 + 0.25 * min(recent, 6)
+        self.doubt = 1 + 0.1 * min(recent, 5)
 
     def judge(self):
         """The list of Evidence, the heaviest first."""
@@ -1655,12 +1661,15 @@ class Judge:
                      % self.range(values))
         elif count > 10 * most and count > 40:
             self.whole = True
-            self.say('long', 'length', WARNING, 60, '%d lines, usually %s'
+            self.say('flood', 'length', WARNING, 60, '%d lines, usually %s'
                      % (count, self.range(values)),
                      self.worst_lines())
-        elif len(values) >= 12 and least >= 10 and count < least / 5:
-            self.say('short', 'length', WARNING, 30, '%d lines, usually %s'
-                     % (count, self.range(values)))
+        elif len(values) >= 15 and abs(count - median(values)) >= 5:
+            far = out_of_range(values, count, 'count', self.doubt)
+            if abs(far) > 1:
+                self.say('long' if far > 0 else 'short', 'length', WARNING,
+                         30, '%d lines, usually %s' % (
+                             count, self.range(values)), held=count)
 
     def worst_lines(self):
         """Of a mail that is much too long, what is new, the worst first."""
@@ -1832,7 +1841,9 @@ class Judge:
             runs = memory.n - start
             if runs < 10:
                 continue
-            values += [0] * max(0, runs - len(values) - len(kind['b']))
+            blind = sum(1 for n in set(kind['b']) | set(memory.blind)
+                        if n >= start)
+            values += [0] * max(0, runs - len(values) - blind)
             far = out_of_range(values, count, 'count', self.doubt)
             usual = 'usually %s times' % self.range(values)
             constant = min(values) == max(values)
@@ -1859,8 +1870,8 @@ class Judge:
             key = slot.partition('.')[0]
             if not known or len(known) > 3 or key not in memory.kinds:
                 continue
-            runs = len(memory.kinds[key]['n'])
-            if runs < 15 or (len(known) - 0.5) / (runs + 1) * self.doubt \
+            runs = sum(known.values())
+            if runs < 15 or runs < 0.8 * len(memory.kinds[key]['n']) or (len(known) - 0.5) / (runs + 1) * self.doubt \
                     > 0.05:
                 continue
             for text, line in texts.items():
@@ -1914,8 +1925,11 @@ class Judge:
             return self.constant(values, value, weight, where)
         scale = 'log' if low >= 0 and high >= 20 and not (
             high <= 100 and '%' in line[1]) else 'linear'
-        if low >= 0 and high < 20 and all(one == int(one) for one in values):
-            scale = 'count'
+        if low >= 0 and high < 20:
+            if all(one == int(one) for one in values):
+                scale = 'count'
+            elif low > 0:
+                scale = 'ratio'
         far = out_of_range(values, value, scale, self.doubt)
         if abs(far) > 1:
             steps = self.steps(values, value)
@@ -2016,7 +2030,7 @@ class Judge:
             if same > len(past) / 8:
                 continue
             lively += 1
-            if value == past[-1]:
+            if value == past[-1] and value:
                 still.append(line)
                 surprise -= math.log((same + 0.5) / len(past))
         clock, moved, stood = self.memory.clock or (None, 0, 0)
@@ -2145,7 +2159,7 @@ def next_due(memory):
         hours.setdefault(round(day_seconds(at) / 3600), []).append(gap)
     spread = [sorted(gaps)[-2:] for gaps in hours.values() if len(gaps) > 2]
     wild = sum(1 for low, high in spread if high > 1.2 * low + 600)
-    if len(long) > min(len(same) / 40, 1) or (len(spread) > 3
+    if len(long) > (0 if 'absent' in memory.told else 1) or (len(spread) > 3
                                       and wild > len(spread) / 4):
         # It leaves some out: as many in a row as will hardly ever be.
         if len(pairs) < 15:
@@ -2167,7 +2181,7 @@ def run_learn(memory, observed, evidence):
         memory.status[str(run.status)] = n
     if 'time' in causes:
         memory.odd.append(n)
-    if causes & {'empty', 'long', 'time'}:
+    if causes & {'empty', 'flood', 'time'}:
         memory.blind.append(n)
         memory.trim()
         return
@@ -2205,7 +2219,8 @@ def run_learn(memory, observed, evidence):
         if cause.startswith('missing '):
             memory.kind(cause[8:])['b'].append(n)
     for feature, (value, _) in observed.values.items():
-        if 'value ' + feature in causes:
+        if 'value ' + feature in causes or (
+                feature == 'lines' and causes & {'long', 'short'}):
             continue
         column = memory.values.setdefault(feature, [[], []])
         column[0].append(n)
@@ -2213,8 +2228,9 @@ def run_learn(memory, observed, evidence):
     for slot, texts in observed.texts.items():
         known = memory.texts.setdefault(slot, {})
         if known is not None:
-            known.update((text, n) for text in texts
-                         if 'text %s %s' % (slot, text) not in causes)
+            for text in texts:
+                if 'text %s %s' % (slot, text) not in causes:
+                    known[text] = known.get(text, 0) + 1
             if len(known) > TEXTS:
                 memory.texts[slot] = None
     memory.trim()
@@ -2243,7 +2259,7 @@ def cause_learn(memory, cause, held):
         slot, _, text = rest.partition(' ')
         memory.texts.setdefault(slot, {})
         if memory.texts[slot] is not None:
-            memory.texts[slot][text] = memory.n
+            memory.texts[slot][text] = len(held)
     elif word == 'missing':
         kind = memory.kind(rest)
         kind['b'] = [n for n in kind['b'] if n not in runs]
@@ -2251,13 +2267,13 @@ def cause_learn(memory, cause, held):
         kind = memory.kind(rest)
         kind['b'] = [n for n in kind['b'] if n not in runs]
         merge(held, kind['n'], kind['c'], kind['p'])
-    elif word == 'value':
-        merge(held, *memory.values.setdefault(rest, [[], []]))
+    elif word in ('value', 'long', 'short'):
+        merge(held, *memory.values.setdefault(rest or 'lines', [[], []]))
     elif word == 'status':
         memory.status[rest] = memory.n
     elif word == 'time':
         memory.odd = [n for n in memory.odd if n not in runs]
-    else:                       # order, empty, long, short
+    else:                       # order, empty, flood, stale
         if cause not in memory.fine:
             memory.fine.append(cause)
 
