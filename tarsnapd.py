@@ -9495,7 +9495,8 @@ def provider_reason(status, body):
             text = ' '.join(str(x) for x in (
                 error.get('code') or error.get('name') or '',
                 details[0].get('issue', ''), error.get('message', '')) if x)
-    except (ValueError, AttributeError, TypeError, LookupError):
+    except (ValueError, AttributeError, TypeError, LookupError,
+            RecursionError):
         pass                            # it says something else
     return printable('%d %s' % (status, text))[:300].strip()
 
@@ -9577,10 +9578,11 @@ class Provider:
 
     def _error(self, e):
         """The ProviderError of a status that is none of success."""
+        import http.client
         try:
             with e:
                 body = e.read(65536)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             body = b''
         again = e.headers.get('Stripe-Should-Retry')
         return ProviderError(

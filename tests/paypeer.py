@@ -278,6 +278,7 @@ class Fake:
     request, counted from 1: None for what should, or
 
         500 409 400 ...     an answer of that status; nothing is done
+        (500, 'false')      the same, with Stripe-Should-Retry
         'lost'      it is done, and the connection ends without an answer
         'reset'     the connection ends; nothing is done
         'hang'      it is done, and nobody says so for a while
@@ -347,6 +348,9 @@ class Fake:
         with contextlib.suppress(ConnectionError):      # killed, perhaps
             handler.send_response(status)
             handler.send_header('Content-Length', str(len(body)))
+            handler.send_header('Location', self.url)
+            if isinstance(fate, tuple):
+                handler.send_header('Stripe-Should-Retry', fate[1])
             handler.end_headers()
             handler.wfile.write(body[:len(body) // 2] if fate == 'torn'
                                 else body)
@@ -360,8 +364,9 @@ class Fake:
             if fate == 'reset':
                 return fate, 0, b''
             try:
-                if isinstance(fate, int):
-                    raise Wrong(fate, {'error': {'message': 'planned'}})
+                if isinstance(fate, (int, tuple)):
+                    raise Wrong(fate[0] if isinstance(fate, tuple) else fate,
+                                {'error': {'message': 'planned'}})
                 answer, status = self.answer(
                     method, path, dict(urllib.parse.parse_qsl(query)), data,
                     headers), 200

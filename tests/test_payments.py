@@ -188,13 +188,22 @@ class StripeFlow(Case):
                     len(self.fake.under('checkout.session')), 1)
 
     def test_a_refusal_is_not_repeated(self):
-        for fate in (400, 401, 402, 404, 429):
+        for fate in (302, 400, 401, 402, 404, 429):
             self.clear()
             self.fake.plan = lambda *_, fate=fate: fate
             with self.assertRaises(ProviderError) as caught:
                 self.begin()
             self.assertEqual((self.fake.count, caught.exception.status),
                              (1, fate))
+
+    def test_what_stripe_says_of_repeating_it(self):
+        for fate, count in ((500, 3), ((500, 'false'), 1), ((400, 'true'), 3),
+                            ((429, 'true'), 3), (503, 3), (409, 3)):
+            self.clear()
+            self.fake.plan = lambda *_, fate=fate: fate
+            with self.assertRaises(ProviderError):
+                self.begin()
+            self.assertEqual(self.fake.count, count, fate)
 
     def test_transfer_that_takes_days(self):
         for good in (True, False):
