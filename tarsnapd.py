@@ -7137,9 +7137,10 @@ def tried(out, what, steps):
 def due_settle(shop, out, name, now):
     """Steps: settle a checkout, if there ever was one."""
     yield from checkout_settle(shop, out, name)
-    if out.state == 'unknown' and (
-            int(name[17:25], 16) + CHECKOUT_DAYS * DAY < now):
-        yield ('delete', checkout_due(name))
+    if out.state == 'unknown':          # who wrote it down got no further
+        due = yield from summed_get(checkout_due(name))
+        if due and due['time'] + CHECKOUT_DAYS * DAY < now:
+            yield ('delete', checkout_due(name))
 
 
 def events_read(shop, out, provider, now):

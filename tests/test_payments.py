@@ -694,6 +694,22 @@ class Reconcile(Case):
                    ('payment', 1000), ('refund', -400))
         self.assertEqual(here('pay', self.path, 'reconcile'), (0, '', ''))
 
+    def test_what_is_no_checkout(self):
+        """It is named, and the others are read."""
+        key = 'checkout/due/stray'
+        self.server.accounts.put(key, b'{}')
+        _, session = self.begin()
+        self.fake.stripe_pay(session)
+        self.assertIn(key, self.reconcile().differs[0])
+        self.server.accounts.delete(key)
+        self.server.accounts.put(key, tarsnapd.versioned_encode(
+            key, {'time': int(time.time())}))
+        self.assertEqual(self.reconcile().differs, [])
+        self.server.ahead = 6 * DAY
+        self.reconcile()
+        self.assertEqual(self.due(), [])
+        self.check(('payment', 1000))
+
     def test_what_differs_is_said(self):
         _, session = self.begin()
         self.fake.stripe_pay(session, amount_total=1)
