@@ -8,7 +8,6 @@ import http.client
 import os
 import pwd
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -17,7 +16,7 @@ import unittest
 
 import s3peers
 import webpeer
-from test_contrib_server import CONTRIB, need, read
+from test_contrib_server import CONTRIB, read
 from webpeer import Browser, Site
 
 
@@ -58,9 +57,7 @@ class Front(unittest.TestCase):
             text = re.sub('(?m)^set[ug]id = .*\n', '', text)
         with open(cls.site.file('stunnel.conf'), 'w') as file:
             file.write('foreground = yes\n' + text)
-        program = shutil.which('stunnel4', path=webpeer.SEARCH)
-        if not program:
-            raise unittest.SkipTest('no stunnel4 (Debian: stunnel4)')
+        program = webpeer.need('stunnel4', 'stunnel4')
         child = subprocess.Popen([program, file.name],
                                  stdin=subprocess.DEVNULL,
                                  stdout=subprocess.DEVNULL,
@@ -105,7 +102,7 @@ class Front(unittest.TestCase):
             self.assertNotIn(b'200', said[:20])
 
     def test_logs_are_rotated(self):
-        program = need(self, 'logrotate', 'logrotate')
+        program = webpeer.need('logrotate', 'logrotate')
         site, text = self.site, read('tarsnap-web.logrotate')
         text = text.replace('/var/log/tarsnap-web', site.file('log')).replace(
             '/run/tarsnap-web', site.file('run'))
@@ -157,7 +154,7 @@ class Front(unittest.TestCase):
 class Unit(unittest.TestCase):
 
     def analyze(self, *words):
-        program = need(self, 'systemd-analyze', 'systemd')
+        program = webpeer.need('systemd-analyze', 'systemd')
         done = subprocess.run([program, *words], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)
         self.assertEqual(done.returncode, 0, done.stdout[-2000:])

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest
 import urllib.parse
 from unittest import mock
 
@@ -65,6 +66,14 @@ def listening(port, child, log=str):
             time.sleep(0.05)
 
 
+def need(program, package):
+    """The path of a program; SkipTest if it is not there."""
+    found = shutil.which(program, path=SEARCH)
+    if not found:
+        raise unittest.SkipTest('no %s (Debian: %s)' % (program, package))
+    return found
+
+
 class Site:
     """Apache with the account pages: `port`, `root`, `srv`, `accounts`,
     `web`, log().
@@ -76,7 +85,7 @@ class Site:
 
     def __init__(self, cleanup, conf=PRICES, web='', plain=True,
                  server='backup.example.org:9279'):
-        self.apache = shutil.which('apache2', path=SEARCH)
+        self.apache = need('apache2', 'apache2-bin')
         self.user = NOBODY if os.getuid() == 0 else os.getuid()
         base = tempfile.TemporaryDirectory(prefix='web-', dir='/tmp')
         cleanup(base.cleanup)
@@ -213,9 +222,9 @@ def validator():
         fcntl.flock(lock, fcntl.LOCK_EX)
         program = os.path.join(path, 'node_modules/.bin/html-validate')
         if not os.path.exists(program):
-            subprocess.run(['npm', 'install', '--no-audit', '--no-fund',
-                            '--prefix', path, VALIDATOR], check=True,
-                           stdout=subprocess.DEVNULL)
+            subprocess.run([need('npm', 'npm'), 'install', '--no-audit',
+                            '--no-fund', '--prefix', path, VALIDATOR],
+                           check=True, stdout=subprocess.DEVNULL)
         return program
     finally:
         os.close(lock)
@@ -410,3 +419,5 @@ if __name__ == '__main__':
         show()
     except KeyboardInterrupt:
         pass
+    except unittest.SkipTest as e:
+        sys.exit(str(e))
