@@ -659,20 +659,27 @@ class FileStore:
 
     def list(self, prefix):
         """All keys that begin with `prefix`, in order."""
-        base = prefix.rpartition('/')[0]
-        found = []
-        try:
-            for where, subdirs, names in os.walk(
-                    os.path.join(self.root, base), onerror=self._walk_error):
-                subdirs[:] = [x for x in subdirs if not x.startswith('.')]
-                # Once for all: it takes longer than to read the name.
-                place = os.path.relpath(where, self.root) + '/'
-                found += [('' if place == './' else place) + name
-                          for name in names]
-        except OSError as e:
-            raise StoreError('list', prefix, e.strerror) from None
-        return sorted(x for x in found if x.startswith(prefix)
-                      and not x.startswith('.'))
+        found, places = [], [prefix.rpartition('/')[0]]
+        while places:
+            place = places.pop()
+            above = place + '/' if place else ''
+            try:
+                with os.scandir(os.path.join(self.root, place)) as entries:
+                    for entry in entries:
+                        key = above + entry.name
+                        if not key.startswith(prefix) or (
+                                not place and key.startswith('.')):
+                            continue
+                        if not entry.is_dir():
+                            found.append(key)
+                        elif not (entry.name.startswith('.')
+                                  or entry.is_symlink()):
+                            places.append(key)
+            except FileNotFoundError:
+                pass
+            except OSError as e:
+                raise StoreError('list', prefix, e.strerror) from None
+        return sorted(found)
 
     def size(self, key):
         """An object's size in bytes, or None if it is not there."""
@@ -716,11 +723,6 @@ class FileStore:
     def _shared(self):
         """True if the group of the root may write, and so may read all."""
         return os.stat(self.root).st_mode & 0o020
-
-    @staticmethod
-    def _walk_error(error):
-        if not isinstance(error, FileNotFoundError):
-            raise error
 
     def _directories(self, path):
         """Make `path`; it and all above it are durable on return.
@@ -3629,6 +3631,13 @@ def versioned_encode(key, value):
     """
     data = json.dumps(value, sort_keys=True).encode()
     value = dict(value, sum=sha256(key.encode() + b'\n' + data).hex())
+    if all(type(one) in (str, int) for one in value.values()):
+        # The same; what makes indents takes twice as long.
+        quote = json.encoder.encode_basestring_ascii
+        return ('{\n %s\n}\n' % ',\n '.join(
+            '%s: %s' % (quote(name), quote(value[name]) if isinstance(
+                value[name], str) else value[name])
+            for name in sorted(value))).encode()
     return json.dumps(value, sort_keys=True, indent=1).encode() + b'\n'
 
 
@@ -3969,11 +3978,17 @@ def owned_machines(ident):
 
 def owner_machines():
     """Steps: {machine number: account id} now."""
-    keys = yield ('list', 'owner/')
-    owners = {}
-    for number in sorted({int(key.split('/')[1], 16) for key in keys}):
+    newest, owners = {}, {}
+    for key in (yield ('list', 'owner/')):
+        newest.setdefault(key.split('/')[1], key)
+    for machine, data in zip(newest, (yield from get_many(
+            list(newest.values())))):
         try:
-            owners[number] = yield from owner_get(number)
+            if isinstance(data, NoObject):
+                raise data
+            versioned_number(newest[machine])
+            owners[int(machine, 16)] = versioned_decode(
+                newest[machine], data)['account']
         except Damaged as e:            # the others have theirs
             yield ('log', str(e))
     return owners
