@@ -415,11 +415,13 @@ class Answers(Case):
                              ('1', {'CONTENT_TYPE': 'application/json'}),
                              ('1', {'REQUEST_METHOD': 'PUT'}),
                              ('99999999999999999999', {})):
+            body = io.BytesIO(b'x' * 70000)
             with self.assertRaises(cronwatch.Forbidden):
                 cronwatch.alarm_answer(
                     self.state, self.conf, dict(
                         environ, CONTENT_LENGTH=length, **more),
-                    io.BytesIO(b'x' * 70000), self.now)
+                    body, self.now)
+            self.assertEqual(body.tell(), 0)
 
 
 class Signatures(unittest.TestCase):
@@ -528,6 +530,52 @@ class Faults(Case):
         self.assertEqual(self.told(), ROUND[:3])
         self.assertEqual({row[0] for row in self.state.db.execute(
             'SELECT state FROM notice')}, {'sent'})
+
+    def test_what_waits_goes_along_or_is_not_sent_any_more(self):
+        CRUEL.plan('429')
+        first = self.alarm('one', severity='warning')
+        self.send()
+        self.alarm('two', severity='warning')
+        self.send(1)
+        self.assertEqual(self.told(), [('sms', 'ann')])
+        self.assertIn('one (and 1 more alarm)', CRUEL.made[0]['body'])
+        CRUEL.forget()
+        CRUEL.plan('429')
+        first = self.alarm('three', severity='warning')
+        self.send()
+        cronwatch.alarm_ack(self.state, [first], 'ann', 'here', self.now)
+        self.send(1)
+        self.assertEqual(self.told(), [])
+
+    def test_what_is_unclear_for_long_holds_nothing_up(self):
+        CRUEL.plan('took')
+        self.alarm('one', severity='warning')
+        self.send()
+        with unittest.mock.patch.object(
+                cronwatch, 'twilio_find', side_effect=cronwatch.Later('no')):
+            self.alarm('two')
+            for _ in range(11):
+                self.send(1)
+        self.assertEqual(self.told(), [
+            ('sms', 'ann'), ('sms', 'bob'), ('call', 'ann')])
+        for _ in range(7):
+            self.send(1)
+        self.assertEqual(len(self.told()), 3)
+
+    def test_an_earlier_call_is_not_taken_for_one_that_was_lost(self):
+        self.configure(people=PEOPLE.partition('\n')[0] + '\n')
+        self.alarm('one')
+        self.send()
+        self.send(2)
+        self.alarm('two')
+        self.send()
+        self.send(8)
+        CRUEL.plan('drop')
+        self.send(2)
+        self.assertEqual(self.told().count(('call', 'ann')), 1)
+        for _ in range(4):
+            self.send(0.5)
+        self.assertEqual(self.told().count(('call', 'ann')), 2)
 
     def test_what_is_listed_late_is_not_sent_again(self):
         CRUEL.plan('took 50')
