@@ -1871,8 +1871,8 @@ class Judge:
             if not known or len(known) > 3 or key not in memory.kinds:
                 continue
             runs = sum(known.values())
-            if runs < 15 or runs < 0.8 * len(memory.kinds[key]['n']) or (len(known) - 0.5) / (runs + 1) * self.doubt \
-                    > 0.05:
+            if runs < max(15, 0.8 * len(memory.kinds[key]['n'])) \
+                    or (len(known) - 0.5) / (runs + 1) * self.doubt > 0.05:
                 continue
             for text, line in texts.items():
                 if text in known or re.search(r'\d', text):
@@ -2192,19 +2192,22 @@ def run_learn(memory, observed, evidence):
         elif 'stale' not in causes:
             stood += 1
         memory.clock = [observed.clock, moved, stood]
-    if any(cause.startswith('order ') for cause in causes):
-        ordered = False
-    else:
-        ordered = True
     for one in evidence:
         if one.cause.startswith(('new ', 'word ')):
-            worded = one.weight > 70
-            (memory.newbad if worded else memory.new).append(n)
+            (memory.newbad if one.weight > 70 else memory.new).append(n)
+    lines_learn(memory, observed, causes, n)
+    numbers_learn(memory, observed, causes, n)
+    memory.trim()
+
+
+def lines_learn(memory, observed, causes, n):
+    """Learn the kinds of lines of run n."""
+    ordered = not any(cause.startswith('order ') for cause in causes)
     for key, (count, place, line) in observed.kinds.items():
         if 'new ' + key in causes:
             continue
         kind = memory.kind(key)
-        kind['t'], kind['s'] = run.at, line[1][:160]
+        kind['t'], kind['s'] = observed.run.at, line[1][:160]
         for word in observed.words.get(key, ()):
             if word not in kind['w'] \
                     and 'word %s %s' % (key, word) not in causes:
@@ -2218,6 +2221,10 @@ def run_learn(memory, observed, evidence):
     for cause in causes:
         if cause.startswith('missing '):
             memory.kind(cause[8:])['b'].append(n)
+
+
+def numbers_learn(memory, observed, causes, n):
+    """Learn what stood in the lines of run n, and how many there were."""
     for feature, (value, _) in observed.values.items():
         if 'value ' + feature in causes or (
                 feature == 'lines' and causes & {'long', 'short'}):
@@ -2227,13 +2234,13 @@ def run_learn(memory, observed, evidence):
         column[1].append(value)
     for slot, texts in observed.texts.items():
         known = memory.texts.setdefault(slot, {})
-        if known is not None:
-            for text in texts:
-                if 'text %s %s' % (slot, text) not in causes:
-                    known[text] = known.get(text, 0) + 1
-            if len(known) > TEXTS:
-                memory.texts[slot] = None
-    memory.trim()
+        if known is None:
+            continue
+        for text in texts:
+            if 'text %s %s' % (slot, text) not in causes:
+                known[text] = known.get(text, 0) + 1
+        if len(known) > TEXTS:
+            memory.texts[slot] = None
 
 
 def cause_learn(memory, cause, held):

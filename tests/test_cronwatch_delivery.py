@@ -167,8 +167,9 @@ class Failures(Case):
             with mock.patch.object(cronwatch, 'State', side_effect=OSError):
                 self.deliver(raw)
                 self.deliver(raw)
-        mails = [message.as_bytes() for message in
-                 mailbox.mbox(self.path('mbox'), create=False)]
+        box = mailbox.mbox(self.path('mbox'), create=False)
+        mails = [message.as_bytes() for message in box]
+        box.close()
         self.assertEqual(len(mails), 2)
         self.assertIn(b'\n>From here\n>>From there\nno end', mails[0])
         names = os.listdir(self.path('maildir', 'new'))
@@ -331,7 +332,7 @@ class Commands(Case):
         box = mailbox.mbox(self.path('box'))
         for number in range(20):
             box.add(mail(number))
-        box.flush()
+        box.close()
         folder = mailbox.Maildir(self.path('folder'))
         for number in range(20, 30):
             folder.add(mail(number))
