@@ -167,11 +167,11 @@ lint:
 	$$ruff check --no-cache --quiet --isolated --target-version py39 \
 	    --line-length 79 --select E501,E7,E9,F,W $(SOURCES)
 	@if command -v mandoc >/dev/null; then \
-		mandoc -T lint -W warning man/*; \
+		mandoc -T lint -W warning man/*.[1-9]; \
 	else \
 		echo 'no mandoc: the manual pages are not checked'; \
 	fi
-	@! LC_ALL=C.UTF-8 grep -nE '^.{80}' man/* contrib/*.sh Makefile .ci/run
+	@! LC_ALL=C.UTF-8 grep -nE '^.{80}' man/*.[1-9] contrib/*.sh Makefile .ci/run
 
 clean:
 	rm -rf .venv .venv-* shots build dist *.egg-info
