@@ -85,20 +85,32 @@ def different(tree):
                 yield path
 
 
-def pieces(paths):
-    """The content of files one after the other, in pieces of PIECE."""
+def share(paths, number, count):
+    """(path, start, size) of what process `number` of `count` takes: one in
+    `count` of the small files, and of the pieces of each large one.
+    """
+    for at, path in enumerate(paths):
+        size = os.stat(path).st_size
+        if size > PIECE:
+            for start in range(number * PIECE, size, count * PIECE):
+                yield path, start, min(PIECE, size - start)
+        elif at % count == number:
+            yield path, 0, size
+
+
+def pieces(parts):
+    """What share() gives, read one after the other, in pieces of PIECE at
+    most.
+    """
     buffer = bytearray(PIECE)
     view, filled = memoryview(buffer), 0
-    for path in paths:
+    for path, start, size in parts:
+        if filled + size > PIECE:
+            yield view[:filled]
+            filled = 0
         with open(path, 'rb', buffering=0) as file:
-            while True:
-                got = file.readinto(view[filled:])
-                if not got:
-                    break
-                filled += got
-                if filled == PIECE:
-                    yield view
-                    filled = 0
+            file.seek(start)
+            filled += file.readinto(view[filled:filled + size])
     yield view[:filled]
 
 
@@ -107,11 +119,11 @@ def deflate(piece):
     return packer.compress(piece) + packer.flush()
 
 
-def pack(paths):
-    """Name, deflate and seal what is in files."""
+def pack(parts):
+    """Name, deflate and seal what share() gives."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     cipher, secret = AESGCM(os.urandom(32)), os.urandom(32)
-    for piece in pieces(paths):
+    for piece in pieces(parts):
         name = hmac.digest(secret, piece, 'sha256')
         if len(deflate(piece[:TRIED])) < len(piece[:TRIED]):
             piece = deflate(piece)
@@ -128,7 +140,7 @@ def pack_all(listed):
     for number in range(count):
         pid = os.fork()
         if not pid:
-            pack(paths[number::count])
+            pack(share(paths, number, count))
             os._exit(0)
         pids.append(pid)
     if any(os.waitpid(pid, 0)[1] for pid in pids):
