@@ -1541,6 +1541,7 @@ def out_of_range(values, value, scale, doubt):
     values are known.  For a normal distribution that is one false alarm in
     some ten thousand values, with 8 values known as with 100.
     """
+    above = -1 if scale == 'ratio' else 0   # none of whole things says more
     if scale == 'ratio':
         unit = 100 / (median(values) or 1)
         values, value = [one * unit for one in values], value * unit
@@ -1560,7 +1561,7 @@ def out_of_range(values, value, scale, doubt):
             one == int(one) for one in values) else 1e-9)
     margin = doubt * max((high - low) * 0.5 * (1 + 8 / len(known)), least)
     place = scaled(value, scale)
-    if scale == 'log' and 0 < value < min(values):
+    if scale == 'log' and above < value < min(values):
         usual = sorted(values)
         cut = (len(usual) + 19) // 20
         if usual[0] - value < 0.2 * (usual[-1 - cut] - usual[cut]):

@@ -122,6 +122,12 @@ class Found(Judged):
     def test_a_number_too_large(self):
         self.one(self.job.run({'size': 'Total size: 90000.0 MB'}), 'value')
 
+    def test_a_fraction_may_be_none(self):
+        for i in range(20):
+            self.job.run({'more': 'load 0.%02d' % (3 + 2 * (7 * i % 20))})
+        self.assertEqual(self.job.run({'more': 'load 0.00'}), [])
+        self.one(self.job.run({'more': 'load 9.00'}), 'value')
+
     def test_a_line_too_often(self):
         for _ in range(15):
             self.job.run({'more': 'vanished: file 1\nvanished: file 2'})
