@@ -14168,8 +14168,10 @@ def bill_check_say(server, words):
         server.run(ledger_catch_up())
         day = min([day for day, _ in server.perform(('view', 'places'))
                    .values()], default=None)
-        if day is None:
-            raise ServerError('no day was billed yet')
+        start = server.run(start_get())
+        if day is None or start is None or day < start:
+            print('no day was billed yet')
+            return 0
     wrong = server.run(bill_check(day))
     for line in wrong:
         say(line)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import unittest
 
+import rawclient
 import world
 
 CONTRIB = os.path.join(world.ROOT, 'contrib')
@@ -110,6 +111,30 @@ class Completions(unittest.TestCase):
         if shutil.which('zsh'):
             subprocess.check_call(['zsh', '-n', os.path.join(CONTRIB,
                                                              '_tarsnap')])
+
+
+class Nights(unittest.TestCase):
+    """tarsnapd.crontab, run as cron would."""
+
+    def test_crontab(self):
+        srv = rawclient.server_directory(self)
+        with open(os.path.join(srv, 'tarsnapd.conf'), 'a') as file:
+            file.write('storage-price = 250\nmail-from = a@example.org\n'
+                       'mail-sendmail = /bin/false\n')
+        program = os.path.join(os.path.dirname(srv), 'tarsnapd')
+        world.write(program, ('#!/bin/sh\nexec %s "$@"\n' % shlex.join(
+            [sys.executable, world.Programs.path('tarsnapd')])).encode())
+        os.chmod(program, 0o755)
+        jobs = re.findall(r'(?m)^(?:[\d*/]+ ){5} *(.*)$',
+                          read('tarsnapd.crontab'))
+        self.assertEqual(len(jobs), 3)
+        for job in jobs:
+            done = subprocess.run(
+                ['/bin/sh', '-c', job], stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, env={
+                    'PATH': os.path.dirname(program) + ':/usr/bin:/bin',
+                    'SRV': srv})
+            self.assertEqual((done.returncode, done.stdout), (0, ''), job)
 
 
 class Schedules(unittest.TestCase):
