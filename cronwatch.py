@@ -663,6 +663,7 @@ class Miner:
     template(key) -> the kind as people read it, variable parts as <*>.
     merged: {key that is no more: key it became one with}, all there ever
     were; same(key) follows it.
+    times: what stood in the last line added for times of day and dates.
     dumps() -> str, and Miner(state) of that str is as it was.
     """
 

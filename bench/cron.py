@@ -189,8 +189,8 @@ def miner_bench(args, figures):
             row += ['%.4f' % accuracy, '%.4f' % f1]
             figures.append({'part': 'miner', 'system': name, 'who': who,
                             'lines': len(lines), 'ga': accuracy, 'f1': f1})
-        figures[-1 if not drain else -3]['us_per_line'] = (
-            spent / max(1, len(lines)) * 1e6)
+            if who == 'cronwatch':
+                figures[-1]['us_per_line'] = spent / max(1, len(lines)) * 1e6
         rows.append(row)
     if drain:
         drain.close()

@@ -142,6 +142,35 @@ class Names(unittest.TestCase):
         self.assertEqual({miner.same(key) for key in keys}, {keys[0]})
         self.assertEqual(set(miner.merged.values()), {keys[0]})
 
+    def test_what_was_remembered_of_the_others_follows(self):
+        words = ('curl', 'nginx', 'sudo', 'bash', 'zsh', 'git')
+        miner, memory = cronwatch.Miner(), cronwatch.Memory()
+        for run, word in enumerate(words[:4]):
+            key, _ = miner.add('Setting up package %s now' % word)
+            for n in (run, 7):
+                memory.kind(key)['n'].append(n)
+                memory.kind(key)['c'].append(run + 1)
+                memory.kind(key)['p'].append(0)
+            memory.values[key + '.n3'] = [[run], [float(run)]]
+            memory.texts[key + '.p4'] = {word: run}
+        for word in words[4:]:
+            key, _ = miner.add('Setting up package %s now' % word)
+        memory.follow(miner)
+        self.assertEqual(list(memory.kinds), [key])
+        self.assertEqual(memory.kinds[key]['n'], [0, 1, 2, 3, 7])
+        self.assertEqual(memory.kinds[key]['c'], [1, 2, 3, 4, 10])
+        self.assertEqual(memory.values, {
+            key + '.n3': [[0, 1, 2, 3], [0., 1., 2., 3.]]})
+        self.assertEqual(memory.texts, {key + '.p4': {
+            word: run for run, word in enumerate(words[:4])}})
+
+    def test_times_are_told_apart_from_values(self):
+        miner = cronwatch.Miner()
+        _, values = miner.add('at Mon Jan  5 10:11:12 2026 and 2026-01-05')
+        self.assertEqual(values, {})
+        self.assertEqual(miner.times,
+                         ['Mon Jan  5 10:11:12 2026', '2026-01-05'])
+
     def test_keys_are_never_given_twice(self):
         miner, told = cronwatch.Miner(), {}
         for line in self.lines():
