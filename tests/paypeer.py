@@ -281,7 +281,7 @@ class Fake:
         (500, 'false')      the same, with Stripe-Should-Retry
         'lost'      it is done, and the connection ends without an answer
         'reset'     the connection ends; nothing is done
-        'hang'      it is done, and nobody says so for a while
+        'hang'      it is done, and nobody says so
         'torn'      it is done, and half of the answer comes
     """
 
@@ -341,8 +341,8 @@ class Fake:
         handler.close_connection = True
         fate, status, body = self.respond(
             handler.command, handler.path, data, handler.headers)
-        if fate == 'hang':
-            time.sleep(1)
+        if fate == 'hang':              # until the client has enough of it
+            handler.connection.recv(1)
         if fate in ('reset', 'lost', 'hang'):
             return
         with contextlib.suppress(ConnectionError):      # killed, perhaps

@@ -69,12 +69,14 @@ class Case(unittest.TestCase):
         cls.fake.keys(os.path.join(cls.path, 'pay.keys'), **values)
 
     def setUp(self):
-        for name, value in (('first delay', 0.001), ('silence', 0.3)):
-            patch = mock.patch.dict(tarsnapd.PAY_LIMIT, {name: value})
-            patch.start()
-            self.addCleanup(patch.stop)
+        self.limit('first delay', 0.001)
         self.server = self.open()
         self.clear()
+
+    def limit(self, name, value):
+        patch = mock.patch.dict(tarsnapd.PAY_LIMIT, {name: value})
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def open(self):
         server = Killing(self.path)
@@ -178,6 +180,7 @@ class StripeFlow(Case):
         """The same request again is the same session, not a second one."""
         for fate in ('lost', 'torn', 'hang', 'reset', 500, 409):
             with self.subTest(fate):
+                self.limit('silence', 2 if fate == 'hang' else 60)
                 self.clear()
                 self.fake.plan = lambda n, *_, fate=fate: (
                     fate if n == 1 else None)
@@ -369,6 +372,7 @@ class PayPalFlow(Case):
     def test_capture_of_which_the_answer_is_lost(self):
         for fate in ('lost', 'torn', 'hang', 'reset', 500):
             with self.subTest(fate):
+                self.limit('silence', 2 if fate == 'hang' else 60)
                 self.clear()
                 name, order = self.begin('paypal')
                 self.fake.paypal_approve(order)
