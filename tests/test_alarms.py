@@ -22,6 +22,8 @@ import urllib.request
 import faults
 import mailpeer
 import twiliopeer
+import webpeer
+from s3peers import free_ports
 from twiliopeer import ACCOUNT, NUMBER, TOKEN
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -117,6 +119,27 @@ class Case(unittest.TestCase):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = cronwatch.main(['--dir', self.dir, *words])
         return status, out.getvalue(), err.getvalue()
+
+    def page(self, url, form=None, signed=None, token=TOKEN):
+        """(status, body) of a request; signed for the URL `signed`."""
+        pairs = form and list(form.items())
+        request = urllib.request.Request(
+            url, None if form is None else urllib.parse.urlencode(
+                pairs).encode())
+        if signed:
+            request.add_header('X-Twilio-Signature', twiliopeer.signature(
+                signed, pairs, token))
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as e:
+            with e:
+                return e.code, e.read().decode()
+
+    def link(self):
+        return re.search(r'http://\S+\?l=\d+\.\w+', POST.mails()[0][
+            'text'].replace('=\r\n', '').replace('=\n', '').replace(
+                '=3D', '=')).group()
 
 
 ROUND = [('sms', 'ann'), ('call', 'ann'), ('call', 'ann'),
@@ -294,27 +317,6 @@ class Answers(Case):
         self.number = self.alarm()
         self.send()
 
-    def page(self, url, form=None, signed=None, token=TOKEN):
-        """(status, body) of a request; signed for the URL `signed`."""
-        pairs = form and list(form.items())
-        request = urllib.request.Request(
-            url, None if form is None else urllib.parse.urlencode(
-                pairs).encode())
-        if signed:
-            request.add_header('X-Twilio-Signature', twiliopeer.signature(
-                signed, pairs, token))
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as e:
-            with e:
-                return e.code, e.read().decode()
-
-    def link(self):
-        return re.search(r'http://\S+\?l=\d+\.\w+', POST.mails()[0][
-            'text'].replace('=\r\n', '').replace('=\n', '').replace(
-                '=3D', '=')).group()
-
     def test_an_sms_and_a_reply(self):
         message, = TWILIO.messages()
         self.assertEqual((message['to'], message['from']), (ANN, NUMBER))
@@ -422,6 +424,79 @@ class Answers(Case):
                         environ, CONTENT_LENGTH=length, **more),
                     body, self.now)
             self.assertEqual(body.tell(), 0)
+
+
+class UnderApache(Case):
+
+    def setUp(self):
+        if not shutil.which('apache2', path=webpeer.SEARCH):
+            self.skipTest('no apache2 (Debian: apache2-bin)')
+        self.port, = free_ports(1)
+        patch = unittest.mock.patch.object(
+            CGI, 'url', 'http://127.0.0.1:%d/alarm.cgi' % self.port)
+        patch.start()
+        self.addCleanup(patch.stop)
+        super().setUp()
+
+    def serve(self):
+        """Apache with the lines of the manual, as whose alarms these are."""
+        root = tempfile.mkdtemp(prefix='apache-', dir='/tmp')
+        self.addCleanup(shutil.rmtree, root)
+        os.mkdir(os.path.join(root, 'cgi-bin'))
+        for name in ('cronwatch.py', 'cgi-bin/alarm.cgi'):
+            shutil.copy(os.path.join(ROOT, name), os.path.join(root, name))
+        with open(os.path.join(ROOT, 'man', 'cronwatch.1')) as file:
+            lines, = re.findall(r'with Apache:\n\.Bd [^\n]*\n(.*?)\.Ed',
+                                file.read(), re.S)
+        for there, here in (('/usr/local/lib/cronwatch', root),
+                            ('/home/ann/.cronwatch', self.dir),
+                            ('SuexecUserGroup ann ann\n', '')):
+            self.assertIn(there, lines)
+            lines = lines.replace(there, here)
+        with open(os.path.join(root, 'conf'), 'w') as file:
+            file.write('Define WEB_SITE /dev/null\nInclude %s\n%s'
+                       '<Directory %s/cgi-bin>\nRequire all granted\n'
+                       '</Directory>\n' % (os.path.join(
+                           ROOT, 'contrib', 'tarsnap-web-httpd.conf'),
+                           lines, root))
+        os.mkdir(os.path.join(root, 'bin'))
+        os.symlink(webpeer.python(), os.path.join(root, 'bin', 'python3'))
+        argv = [shutil.which('apache2', path=webpeer.SEARCH), '-DFOREGROUND',
+                '-DWEB_PLAIN', '-f', file.name]
+        for name, value in (('LISTEN', '127.0.0.1:%d' % self.port),
+                            ('RUN', root), ('LOG', root), ('DIR', root)):
+            argv += ['-C', 'Define WEB_%s %s' % (name, value)]
+        if os.getuid() == 0:
+            argv[:0] = ['setpriv', '--reuid', str(webpeer.NOBODY), '--regid',
+                        str(webpeer.NOBODY), '--clear-groups']
+            for place, _, names in [*os.walk(root), *os.walk(self.dir)]:
+                for path in (place, *(os.path.join(place, name)
+                                      for name in names)):
+                    os.chown(path, webpeer.NOBODY, webpeer.NOBODY,
+                             follow_symlinks=False)
+        child = subprocess.Popen(argv, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL, env={
+                                     'PATH': os.path.join(root, 'bin')
+                                     + ':/usr/bin:/bin'})
+        self.addCleanup(child.wait)
+        self.addCleanup(child.terminate)
+        webpeer.listening(self.port, child)
+
+    def test_as_the_manual_says(self):
+        first = self.alarm()
+        self.send()
+        link = self.link()
+        self.serve()
+        self.assertIn('the front door is dead', self.page(link)[1])
+        self.assertEqual(self.page(link, {})[0], 200)
+        self.assertEqual(self.stood(first), ('acked', 'ann', 'link'))
+        second = self.alarm('the back door, too')
+        self.send()
+        form = {'AccountSid': ACCOUNT, 'MessageSid': 'SM1', 'From': ANN,
+                'To': NUMBER, 'Body': 'OK'}
+        self.assertEqual(self.page(CGI.url, form, CGI.url + 'x')[0], 403)
+        self.assertEqual(self.page(CGI.url, form, CGI.url)[0], 200)
+        self.assertEqual(self.stood(second), ('acked', 'ann', 'SMS'))
 
 
 class Signatures(unittest.TestCase):
