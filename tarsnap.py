@@ -6470,8 +6470,8 @@ def mount_types():
 JOB = 512 * KIB             # plain bytes handed over at once, about
 JOB_BLOCKS = 256            # blocks in a job at most
 SLOT = MIB                  # room for a job, plain or sealed
-SLOTS = 8                   # for each worker: what is easy to deflate and
-                            # what is not take turns (3: 8 % slower)
+SLOTS = 4                   # for each worker: what is easy to deflate and
+                            # what is not take turns; 8 cost 4 MB more
 WORKERS_MOST = 4            # reading and cutting keep no more of them busy
 WORKERS_NICE = 5            # who feeds them goes first: 4 % less, all in all
 SAMPLE = 32                 # one chunk in so many is opened again and compared
