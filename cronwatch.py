@@ -4277,8 +4277,8 @@ def command_check(args):
 
 
 def mails_of(path):
-    """Yield (epoch, file, start, bytes) of the mails with a date in a mail,
-    an mbox or a maildir.
+    """Yield (epoch, file, start, bytes) of the mails in a mail, an mbox or a
+    maildir; None for the epoch of one that has no date.
     """
     if os.path.isdir(path):
         folders = [os.path.join(path, name) for name in ('cur', 'new')]
@@ -4302,24 +4302,27 @@ def mails_of(path):
         for start, end in zip(starts, starts[1:]):
             file.seek(start)
             at = mail_date(mail_parse(file.read(min(end - start, 1 << 16))))
-            if at is not None:
-                yield at, path, start, end - start
+            yield at, path, start, end - start
 
 
 def command_learn(args):
     watch = watch_open(args)
-    dated, learned = [], 0
+    mails, learned = [], 0
     for path in args.path:
         try:
-            dated += mails_of(path)
+            mails += mails_of(path)
         except OSError as e:
             raise Error('%s: %s' % (path, e.strerror)) from None
+    dated = [mail for mail in mails if mail[0] is not None]
+    undated = len(mails) - len(dated)
     for at, path, start, size in sorted(dated):
         with open(path, 'rb') as file:
             file.seek(start)
             learned += watch.learn(file.read(min(size, HEAD_BYTES)), at)
-    show(args, {'learned': learned, 'mails': len(dated)},
-         ['%d mails learned, of %d' % (learned, len(dated))])
+    show(args, {'learned': learned, 'mails': len(mails), 'undated': undated},
+         ['%d mails learned, of %d%s' % (learned, len(mails), (
+             '; without a date, and so left out: %d' % undated)
+             if undated else '')])
     return 0
 
 

@@ -340,6 +340,11 @@ class Commands(Case):
         self.assertEqual(done.stdout, b'30 mails learned, of 30\n')
         done = self.run_it('learn', self.path('box'))
         self.assertEqual(done.stdout, b'0 mails learned, of 20\n')
+        with open(self.path('undated'), 'wb') as file:
+            file.write(b'From a@b\nSubject: x\n\ntext\n')
+        done = self.run_it('learn', self.path('undated'))
+        self.assertEqual(done.stdout, b'0 mails learned, of 1; without a '
+                         b'date, and so left out: 1\n')
         for words, said in (
                 (['list'], b'root@h: backup'),
                 (['explain', 'backup'], b'comes after 24 hours'),
