@@ -76,6 +76,10 @@ class Front(unittest.TestCase):
                                                    '__Host-visit'])
         self.assertTrue(page.headers['Strict-Transport-Security'])
         self.assertIn('127.0.0.9', browser.go('settings.cgi').text)
+        end = time.monotonic() + s3peers.SECONDS
+        while 'settings' not in self.site.log('access') \
+                and time.monotonic() < end:     # written once it is answered
+            time.sleep(0.05)
         self.assertRegex(self.site.log('access'),
                          r'(?m)^127\.0\.0\.9 .*"GET /settings\.cgi ')
 
