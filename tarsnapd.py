@@ -45,6 +45,7 @@ Map of this file, bottom up; no section uses a name from a later one:
     store                 five verbs over flat files
     S3                    the same five over the objects of a bucket: signing,
                           credentials, requests, store
+    steps                 how generators of wishes are carried out
     segments, spool       many blocks to an object; the open one is a file
     log                   entry k, which decides
     index                 SQLite, caught up from the log
@@ -1605,6 +1606,71 @@ def file_digest(file):
 
 
 ##############################################################################
+# Steps
+#
+# How generators of wishes are carried out: one alone, with a pause after each
+# wish, or several side by side.  Does none of the wishes.  The event loop, in
+# which a wish may take its time while others are served, goes its own way.
+##############################################################################
+
+
+def turns(steps, perform):
+    """Carry `steps` out: a generator that pauses after each wish, with it.
+
+    perform(wish) is asked for all but answers and waits; its StoreError,
+    Refused or ProviderError is thrown in.  Returns what the steps return.
+    """
+    value = error = None
+    while True:
+        try:
+            wish = steps.throw(error) if error else steps.send(value)
+        except StopIteration as e:
+            return e.value
+        value = error = None
+        if wish[0] == 'wait':
+            time.sleep(wish[1])
+        elif wish[0] != 'answer':
+            try:
+                value = perform(wish)
+            except (StoreError, Refused, ProviderError) as e:
+                error = e
+        yield wish
+
+
+def carry_out(steps, perform):
+    """What `steps` return, carried out by perform(wish) as in turns."""
+    going = turns(steps, perform)
+    while True:
+        try:
+            next(going)
+        except StopIteration as e:
+            return e.value
+
+
+def together(several):
+    """Steps: run several steps side by side, one wish of each at a time.
+
+    What each returned, or the exception it ended with.
+    """
+    results = [None] * len(several)
+    running = [(i, steps, None) for i, steps in enumerate(several)]
+    while running:
+        asking, wishes = [], []
+        for i, steps, value in running:
+            try:
+                wishes.append(steps.throw(value) if isinstance(
+                    value, StoreError) else steps.send(value))
+                asking.append((i, steps))
+            except StopIteration as e:
+                results[i] = e.value
+            except (StoreError, Refused) as e:
+                results[i] = e
+        values = (yield ('all', wishes)) if wishes else []
+        running = [pair + (value,) for pair, value in zip(asking, values)]
+    return results
+
+
+##############################################################################
 # Segments
 #
 # A segment object packs what one transaction sent: a magic, entries (header,
@@ -1654,29 +1720,6 @@ def segment_key(machine, tid, number, table_hash):
 def segment_number(key):
     """The number in a segment's key; in older stores nothing follows it."""
     return int(key.rpartition('/')[2].partition('-')[0])
-
-
-def together(several):
-    """Steps: run several steps side by side, one wish of each at a time.
-
-    What each returned, or the exception it ended with.
-    """
-    results = [None] * len(several)
-    running = [(i, steps, None) for i, steps in enumerate(several)]
-    while running:
-        asking, wishes = [], []
-        for i, steps, value in running:
-            try:
-                wishes.append(steps.throw(value) if isinstance(
-                    value, StoreError) else steps.send(value))
-                asking.append((i, steps))
-            except StopIteration as e:
-                results[i] = e.value
-            except (StoreError, Refused) as e:
-                results[i] = e
-        values = (yield ('all', wishes)) if wishes else []
-        running = [pair + (value,) for pair, value in zip(asking, values)]
-    return results
 
 
 def segment_load(key, size=None, count=None):
@@ -10654,22 +10697,7 @@ class Server:
 
     def run(self, steps):
         """Carry out `steps` at once, for a command; what they return."""
-        value, error = None, None
-        while True:
-            try:
-                wish = steps.throw(error) if error else steps.send(value)
-            except StopIteration as e:
-                return e.value
-            value = error = None
-            if wish[0] == 'answer':
-                continue
-            if wish[0] == 'wait':
-                time.sleep(wish[1])
-                continue
-            try:
-                value = self.perform(wish)
-            except (StoreError, Refused, ProviderError) as e:
-                error = e
+        return carry_out(steps, self.perform)
 
     def url(self, name=''):
         """The address of one of the account pages."""
@@ -11507,22 +11535,9 @@ def error_pairs(body):
 
 def drive(server, steps, rid):
     """Run `steps` at once, yielding its answers as (type, id, body)."""
-    value, error = None, None
-    while True:
-        try:
-            wish = steps.throw(error) if error else steps.send(value)
-        except StopIteration:
-            return
-        value = error = None
+    for wish in turns(steps, server.perform):
         if wish[0] == 'answer':
             yield wish[1], wish[3] if len(wish) > 3 else rid, wish[2]
-        elif wish[0] == 'wait':
-            time.sleep(wish[1])
-        else:
-            try:
-                value = server.perform(wish)
-            except (StoreError, Refused) as e:
-                error = e
 
 
 class Local:

@@ -168,34 +168,17 @@ class Books:
 
     def steps(self, host, steps, faults=0):
         """Carry `steps` out, pausing after each; True if they ended well."""
-        value = error = None
-        while True:
-            try:
-                wish = steps.throw(error) if error else steps.send(value)
-            except StopIteration:
-                return True
-            except StoreError:
-                return False
-            value = error = None
-            try:
-                value = self.perform(host, wish, faults)
-            except StoreError as e:
-                error = e
-            yield
+        try:
+            yield from tarsnapd.turns(
+                steps, lambda wish: self.perform(host, wish, faults))
+        except StoreError:
+            return False
+        return True
 
     def run(self, steps, host=None, faults=0):
         """Carry `steps` out; what they return."""
-        value = error = None
-        while True:
-            try:
-                wish = steps.throw(error) if error else steps.send(value)
-            except StopIteration as e:
-                return e.value
-            value = error = None
-            try:
-                value = self.perform(host or self.hosts[0], wish, faults)
-            except StoreError as e:
-                error = e
+        return tarsnapd.carry_out(steps, lambda wish: self.perform(
+            host or self.hosts[0], wish, faults))
 
     # What happens.
 

@@ -281,21 +281,17 @@ class OneObject:
         self.data = data
 
     def run(self, steps):
-        value, error = None, None
-        while True:
-            try:
-                wish = steps.throw(error) if error else steps.send(value)
-            except StopIteration as e:
-                return e.value
-            value = error = None
-            if wish[0] == 'size':
-                value = len(self.data)
-                continue
-            _, key, offset, length = wish
-            end = None if length is None else offset + length
-            value = self.data[offset:end]
-            if length is not None and len(value) != length:
-                error = tarsnapd.Damaged('read', key, 'short read')
+        return tarsnapd.carry_out(steps, self.perform)
+
+    def perform(self, wish):
+        if wish[0] == 'size':
+            return len(self.data)
+        _, key, offset, length = wish
+        end = None if length is None else offset + length
+        value = self.data[offset:end]
+        if length is not None and len(value) != length:
+            raise tarsnapd.Damaged('read', key, 'short read')
+        return value
 
 
 def segment_bytes():

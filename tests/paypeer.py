@@ -784,11 +784,14 @@ def drive(steps, store, answers):
     """Carry out steps over a dict of objects and Answers."""
     import tarsnapd
 
-    def perform(verb, key, *rest):
+    def perform(wish):
+        if wish == ('now',):
+            return 1700000000
+        verb, key, *rest = wish
         if verb == 'provider':
             return answers.next()
         if verb == 'all':
-            return [perform(*wish) for wish in key]
+            return [perform(one) for one in key]
         if verb == 'list':
             return sorted(x for x in store if x.startswith(key))
         if verb == 'put':
@@ -799,17 +802,7 @@ def drive(steps, store, answers):
             raise tarsnapd.NoObject(verb, key)
         return store[key]
 
-    value = error = None
-    while True:
-        try:
-            wish = steps.throw(error) if error else steps.send(value)
-        except StopIteration:
-            return
-        value = error = None
-        try:
-            value = 1700000000 if wish == ('now',) else perform(*wish)
-        except (tarsnapd.StoreError, tarsnapd.ProviderError) as e:
-            error = e
+    tarsnapd.carry_out(steps, perform)
 
 
 def cents(text):

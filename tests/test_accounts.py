@@ -7,7 +7,6 @@ import stat
 import tempfile
 import time
 import traceback
-import types
 import unittest
 
 import rawclient
@@ -233,8 +232,7 @@ class Apart(unittest.TestCase):
                 *wish[1:])
 
         def steps(wishes):
-            return tarsnapd.Server.run(
-                types.SimpleNamespace(perform=perform), wishes)
+            return tarsnapd.carry_out(wishes, perform)
 
         def link():
             """The link that is due; all mail is taken as sent."""
