@@ -29,13 +29,15 @@ ZOE, PASSWORD, NEW = 'zoe@example.org', 'old password', 'new password'
 PAY = 'pay-keys = pay.keys\n'
 
 
+def setUpModule():
+    if not shutil.which('chromedriver'):
+        raise unittest.SkipTest('no chromedriver (Debian: chromium-driver)')
+
+
 class Customer(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        if not shutil.which('chromedriver'):
-            raise unittest.SkipTest('no chromedriver (Debian: '
-                                    'chromium-driver)')
         clean = cls.addClassCleanup
         cls.post = mailpeer.Peer(clean)
         port, = free_ports(1)
@@ -197,9 +199,6 @@ class Looks(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        if not shutil.which('chromedriver'):
-            raise unittest.SkipTest('no chromedriver (Debian: '
-                                    'chromium-driver)')
         cls.site = webpeer.Site(cls.addClassCleanup)
         ident = cls.site.account()
         webpeer.sample(cls.site, ident, 30)

@@ -170,6 +170,70 @@ class Peer(Emulate):
                 urllib.request.urlopen(request).close()
 
 
+class CruelAnswers(http.server.BaseHTTPRequestHandler):
+    """What a Cruel, `server.cruel`, says to a request."""
+
+    def log_message(self, *words):
+        pass
+
+    def do_GET(self):
+        cruel = self.server.cruel
+        cruel.asked.append(('GET', self.path))
+        path = urllib.parse.urlsplit(self.path)
+        kind = path.path.rpartition('/')[2].partition('.')[0]
+        to = urllib.parse.parse_qs(path.query).get('To', [None])[0]
+        self.say(200, {kind.lower(): [
+            one for one in reversed(cruel.made)
+            if one['kind'] == kind and to in (None, one['to'])
+            and cruel.clock() >= one['listed']]})
+
+    def do_POST(self):
+        cruel = self.server.cruel
+        cruel.asked.append(('POST', self.path))
+        form = dict(urllib.parse.parse_qsl(self.rfile.read(int(
+            self.headers['Content-Length'])).decode()))
+        with cruel.lock:
+            what = cruel.planned.pop(0) if cruel.planned else 'ok'
+        word, _, number = what.partition(' ')
+        if word.isdigit():
+            self.say(int(word), {
+                'code': int(number or 20001), 'status': int(word),
+                'message': 'as planned'})
+        elif word != 'drop' and 'To' in form:
+            with cruel.lock:
+                one = cruel.take(self.path, form, float(number or 0))
+            if word == 'ok':
+                self.say(201, one)
+
+    def say(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        if status == 302:
+            self.send_header('Location',
+                             self.server.cruel.url + '/elsewhere')
+        self.send_header('Content-Length', str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class CruelServer(http.server.ThreadingHTTPServer):
+    """The server of a Cruel; counts its requests, begun and done."""
+
+    def __init__(self, cruel):
+        self.cruel = cruel
+        self.begun = self.done = 0
+        super().__init__(('127.0.0.1', 0), CruelAnswers)
+
+    def process_request(self, *words):
+        self.begun += 1
+        super().process_request(*words)
+
+    def process_request_thread(self, *words):
+        super().process_request_thread(*words)
+        with self.cruel.lock:
+            self.done += 1
+
+
 class Cruel:
     """The other one: url, made (what it took, with `kind`), plan()."""
 
@@ -178,64 +242,8 @@ class Cruel:
         self.planned = []
         self.asked = []         # (method, path) of each request
         self.clock = time.time
-        lock, cruel = threading.Lock(), self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-
-            def log_message(self, *words):
-                pass
-
-            def do_GET(self):
-                cruel.asked.append(('GET', self.path))
-                path = urllib.parse.urlsplit(self.path)
-                kind = path.path.rpartition('/')[2].partition('.')[0]
-                to = urllib.parse.parse_qs(path.query).get('To', [None])[0]
-                self.say(200, {kind.lower(): [
-                    one for one in reversed(cruel.made)
-                    if one['kind'] == kind and to in (None, one['to'])
-                    and cruel.clock() >= one['listed']]})
-
-            def do_POST(self):
-                cruel.asked.append(('POST', self.path))
-                form = dict(urllib.parse.parse_qsl(self.rfile.read(int(
-                    self.headers['Content-Length'])).decode()))
-                with lock:
-                    what = cruel.planned.pop(0) if cruel.planned else 'ok'
-                word, _, number = what.partition(' ')
-                if word.isdigit():
-                    self.say(int(word), {
-                        'code': int(number or 20001), 'status': int(word),
-                        'message': 'as planned'})
-                elif word != 'drop' and 'To' in form:
-                    with lock:
-                        one = cruel.take(self.path, form, float(number or 0))
-                    if word == 'ok':
-                        self.say(201, one)
-
-            def say(self, status, body):
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                if status == 302:
-                    self.send_header('Location', cruel.url + '/elsewhere')
-                self.send_header('Content-Length', str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        class Server(http.server.ThreadingHTTPServer):
-
-            busy = 0
-
-            def process_request(self, *words):
-                self.busy += 1
-                super().process_request(*words)
-
-            def process_request_thread(self, *words):
-                super().process_request_thread(*words)
-                with lock:
-                    cruel.done += 1
-
-        self.done = 0
-        self.server = Server(('127.0.0.1', 0), Handler)
+        self.lock = threading.Lock()
+        self.server = CruelServer(self)
         self.url = 'http://127.0.0.1:%d' % self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever,
                                        kwargs={'poll_interval': 0.02})
@@ -245,7 +253,7 @@ class Cruel:
     def wait(self):
         """Return when all that was sent to it by now has been heard."""
         urllib.request.urlopen(self.url + '/Wait.json').close()
-        while self.done < self.server.busy:
+        while self.server.done < self.server.begun:
             time.sleep(0.005)
 
     def take(self, path, form, seconds):
