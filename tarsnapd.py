@@ -6353,29 +6353,41 @@ def accounts_get(prefix, wanted=None):
     return found
 
 
+def statement_lines(used, entries):
+    """[Line] by day, with what was entered on one before what was used.
+
+    `used` are (day, machine, (stored, up, down), their prices), `entries`
+    (time, key, kind, amount, text); each in the order it is to have.
+    """
+    lines = [Line(when // DAY, '', kind, None, None, amount,
+                  key.split('/')[2], text)
+             for when, key, kind, amount, text in entries]
+    lines += [Line(day, machine, kind, quantity, price, -quantity * price,
+                   '', '')
+              for day, machine, quantities, prices in used
+              for kind, quantity, price in zip(CHARGES, quantities, prices)
+              if quantity]
+    return sorted(lines, key=lambda line: (line.day,
+                                           line.quantity is not None))
+
+
 def account_statement(account, first):
     """Steps: (head, opening balance, [Line], closing balance, lines of what
-    is wrong) of an account's month; what was entered on a day is before what
-    was used.
+    is wrong) of an account's month.
     """
-    lines = []
+    used = []
 
     def add(usage):
-        for machine, row in sorted(usage.rows.items()):
-            for kind, quantity, price, amount in zip(
-                    CHARGES, (row.stored, row.up, row.down), usage.prices,
-                    usage.amounts(machine)):
-                if quantity:
-                    lines.append(Line(usage.day, machine, kind, quantity,
-                                      price, -amount, '', ''))
+        used.extend((usage.day, machine, (row.stored, row.up, row.down),
+                     usage.prices)
+                    for machine, row in sorted(usage.rows.items()))
 
     days = yield from month_days_used(first, add, account)
     entered = yield from month_entered((yield from start_get()), first,
                                        account)
-    lines += [Line(money.time // DAY, '', money.kind, None, None,
-                   money.amount, key.split('/')[2], money.text)
-              for key, money in entered.entries]
-    lines.sort(key=lambda line: (line.day, line.quantity is not None))
+    lines = statement_lines(used, [
+        (money.time, key, money.kind, money.amount, money.text)
+        for key, money in entered.entries])
     opening = entered.opening.get(account, 0)
     closing = opening + sum(line.amount for line in lines)
     return (month_head(first, days, entered), opening, lines, closing,

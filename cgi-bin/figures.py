@@ -14,9 +14,6 @@ from web import Html, h, para, tarsnapd
 day_text, money_text = tarsnapd.day_text, tarsnapd.money_text
 money_short = tarsnapd.money_short
 
-# Kinds of usage, as programs know them, in the order of a day.
-TYPES = ('Daily storage', 'Client->Server bandwidth',
-         'Server->Client bandwidth')
 SILENT_DAYS = 3                 # at least, until a machine is missed
 USUAL_DAYS = 92                 # from which it is seen how often it comes
 
@@ -116,41 +113,41 @@ def activity(account, first, last, verbose=False):
     """Rows of days `first` to `last`, by machine or for all together."""
     names = {machine.number: machine.label
              for machine in account.machines()} if verbose else {}
-    days, money = {}, {}
-    for day, machine, used, prices in account.view('days_of', first, last):
-        days.setdefault(day, []).append((machine, used, prices))
-    entries = account.view('money')
-    for when, _, kind, amount, _ in entries:
-        money.setdefault(when // tarsnapd.DAY, []).append((kind, amount))
+    days, entries = {}, account.view('money')
+    for line in tarsnapd.statement_lines(
+            account.view('days_of', first, last), entries):
+        days.setdefault(line.day, []).append(line)
     balance = account.balance_before(first, entries)
-    for day in sorted({*days, *money, account.today}):
+    for day in sorted({*days, account.today}):
         if not first <= day <= last:
             continue
-        usage = usage_rows(days.get(day, ()), names if verbose else None)
-        entered = money.get(day, ())
-        balance += sum(amount for _, amount in entered) - sum(
-            amount for _, _, _, amount in usage)
+        lines = days.get(day, ())
+        balance += sum(line.amount for line in lines)
         yield Row('Balance', day, '', '', '', None, balance)
-        for kind, amount in entered:
-            yield Row('Payment', day, '', kind, '', amount, None)
-        for machine, kind, quantity, amount in usage:
+        for line in lines:
+            if line.quantity is None:
+                yield Row('Payment', day, '', line.kind, '', line.amount,
+                          None)
+        for machine, kind, quantity, amount in usage_sums(
+                lines, names if verbose else None):
             yield Row('Usage', day, machine, kind, quantity, amount, None)
 
 
-def usage_rows(used, names):
+def usage_sums(lines, names):
     """[(machine, type, quantity, amount)] of a day, for each machine by its
     name in `names`, or with None for all together.
     """
     sums = {}
-    for machine, quantities, prices in used:
-        name = '' if names is None else names.get(machine, machine)
-        for kind, quantity, price in zip(TYPES, quantities, prices):
-            if quantity:
-                old = sums.get((name, kind), (0, 0))
-                sums[name, kind] = (old[0] + quantity,
-                                    old[1] + quantity * price)
+    for line in lines:
+        if line.quantity is not None:
+            name = '' if names is None else names.get(line.machine,
+                                                      line.machine)
+            old = sums.get((name, line.kind), (0, 0))
+            sums[name, line.kind] = (old[0] + line.quantity,
+                                     old[1] - line.amount)
     return [(name, kind, *both) for (name, kind), both in sorted(
-        sums.items(), key=lambda one: (one[0][0], TYPES.index(one[0][1])))]
+        sums.items(), key=lambda one: (
+            one[0][0], tarsnapd.CHARGES.index(one[0][1])))]
 
 
 def csv_answer(heads, rows, name):
@@ -185,11 +182,9 @@ def activity_csv(account, first, last, verbose):
 
 def machine_rows(account, number, first, last):
     """[(day, type, quantity, amount)] of one machine."""
-    return [(day, kind, quantity, amount)
-            for day, machine, used, prices in account.view(
-                'days_of', first, last, number)
-            for _, kind, quantity, amount in usage_rows(
-                [(machine, used, prices)], None)]
+    return [(line.day, line.kind, line.quantity, -line.amount)
+            for line in tarsnapd.statement_lines(
+                account.view('days_of', first, last, number), ())]
 
 
 def machine_csv(account, number, first, last):

@@ -164,6 +164,37 @@ class Figures(Case):
                 balance += amount(change) * (-1 if kind == 'Usage' else 1)
         self.assertEqual(balance, self.balance())
 
+    def test_it_is_what_the_operator_says_of_each_month(self):
+        """Whose statement is made of the ledger, without a view."""
+        names = dict(zip(self.numbers, ('www1.example.org', 'mail',
+                                        'laptop')))
+        rows = self.csv(action='verboseactivity', since=tarsnapd.day_text(
+            self.today - DAYS))[1:]
+        first = tarsnapd.month_days(self.today - DAYS)[0]
+        found, balances = [], {}
+        while first <= self.today:
+            _, opening, lines, closing, wrong = self.site.run(
+                tarsnapd.account_statement(self.ident, first))
+            self.assertEqual((opening, wrong),
+                             (balances.get(first - 1, 0), []))
+            for line in lines:
+                money = line.quantity is None
+                found.append((
+                    'Payment' if money else 'Usage',
+                    tarsnapd.day_text(line.day), names.get(line.machine, ''),
+                    line.kind, '' if money else '%d' % line.quantity,
+                    tarsnapd.money_text(line.amount * (1 if money else -1)),
+                    ''))
+            first = tarsnapd.month_days(first)[1]
+            balances[first - 1] = closing
+        self.assertGreater(len(found), 3 * DAYS)
+        self.assertEqual(sorted(found), sorted(
+            tuple(row) for row in rows if row[0] != 'Balance'))
+        said = {row[1]: row[6] for row in rows if row[0] == 'Balance'}
+        for day, balance in balances.items():
+            self.assertEqual(said[tarsnapd.day_text(min(day, self.today))],
+                             tarsnapd.money_text(balance), day)
+
     def test_two_of_one_name(self):
         """They are told apart by their numbers."""
         accounts, places = self.site.server.accounts, []
