@@ -7325,7 +7325,8 @@ def versions_all(prefix):
 
 def export_machines(ident):
     """Steps: machines that are or were an account's; of the latter only when
-    they became its.
+    they became its.  `erased` is when and why all that one stored was, None
+    if it was not.
     """
     keys = yield ('list', 'owner/')
     found = []
@@ -7338,6 +7339,8 @@ def export_machines(ident):
                'since': since}
         if one['ours']:
             one['versions'] = yield from versions_all('machine/%s/' % number)
+            erased = (yield from catch_up(int(number, 16))).erased
+            one['erased'] = erased and erased._asdict()
         found.append(one)
     return found
 

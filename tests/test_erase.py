@@ -5,6 +5,7 @@ Killed at any request, the same command completes it.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -244,6 +245,26 @@ class Machine(Erasing):
 
 class Closed(Erasing):
 
+    def exported(self):
+        """{machine: [second, reason] if it was erased} of the account."""
+        found = self.server().run(tarsnapd.account_export(self.ident))
+        self.assertEqual([one for one in found['machines']
+                          if not one['ours']], [])
+        return {int(one['number'], 16): one['erased']
+                and list(one['erased'].values())
+                for one in json.loads(json.dumps(found['machines']))}
+
+    def test_the_export_says_which_machine_was(self):
+        mine, also = self.stored(), self.stored()
+        self.erase(mine)
+        self.assertEqual(self.exported(), {mine.machine: None,
+                                           also.machine: None})
+        self.erase(mine, '--yes')
+        self.at(3)
+        self.assertEqual(self.exported(), {
+            mine.machine: [self.now - 3 * tarsnapd.DAY, WHY],
+            also.machine: None})
+
     def test_all_machines_of_an_account(self):
         mine, also, other = self.stored(), self.stored(), self.stored(False)
         self.wrong('is not closed and has not been below zero', 'user',
@@ -260,6 +281,9 @@ class Closed(Erasing):
         self.client(other, R, W)
         text, = self.mails()
         self.assertEqual(text.count('the account was closed on'), 2)
+        self.assertEqual(self.exported(), dict.fromkeys(
+            (mine.machine, also.machine),
+            [self.now, 'the account was closed on 2026-11-26']))
         self.good('user', 'erase', self.ident, '--yes')
         self.assertEqual(self.mails(), [])
 
