@@ -110,7 +110,15 @@ HEAD_BYTES = 1 << 20
 # Lines that are looked at: the first and the last ones of a long mail.
 LINES_FIRST, LINES_LAST = 4000, 1000
 LINE_CHARS = 1000
+HEADER_CHARS = 4000     # of each header, also of a part's
 PARTS = 100             # of a multipart mail
+# Encodings of mails whose decoders take a time that grows with the square.
+SLOW_CHARSETS = ('punycode', 'idna')
+# What would command the terminal of whoever looks, or turn text around: C0
+# but the tab, DEL, C1, ends of lines, and changes of direction.
+UNSEEN = {code: ' ' for codes in (
+    range(9), range(10, 32), range(127, 160), range(0x2028, 0x202f),
+    range(0x2066, 0x206a)) for code in codes}
 
 
 class Run:
@@ -198,20 +206,23 @@ def text_lines(text, beyond=0):
         if '\r' in line:
             line = line[line.rindex('\r') + 1:]
         if line.strip():
-            lines.append((number, line[:LINE_CHARS].replace('\0', ' ')))
+            lines.append((number, line[:LINE_CHARS].translate(UNSEEN)))
     return lines, count
 
 
 def html_text(text):
     """What a reader sees of HTML, roughly: a line for each block."""
     import html
-    text = re.sub(r'(?is)<(script|style|head)\b.*?(</\1\s*>|\Z)|<!--.*?-->',
-                  ' ', text)
+    # Nothing here looks from each of many places at all that follows: what
+    # has no end goes to the end of the text, or to where another one begins.
+    text = re.sub(r'(?is)<(script|style|head)\b.*?(</\1\s*>|\Z)'
+                  r'|<!--.*?(-->|\Z)', ' ', text)
     text = re.sub(r'\s+', ' ', text)
     text = re.sub(r'(?i)</t[dh]\s*>', ' ', text)
     text = re.sub(r'(?i)<(br|hr|/?p|/?div|/?tr|/?li|/?h\d|/?table|/?pre)\b'
-                  r'[^>]*>', '\n', text)
-    text = html.unescape(re.sub(r'<[^>]*>', '', text))
+                  r'[^<>]*>', '\n', text)
+    text = re.sub(r'<[^<>]*>', '', text)
+    text = html.unescape(re.sub(r'&#[xX]?[0-9A-Fa-f]{9,};?', '?', text))
     return '\n'.join(line for line in map(str.strip, text.split('\n'))
                      if line)
 
@@ -233,12 +244,14 @@ def header_text(value):
         except ValueError:      # binascii.Error, HeaderParseError
             pass
     text = text.encode('utf-8', 'replace').decode('utf-8')
-    return ' '.join(text.replace('\0', ' ').split())
+    return ' '.join(text.translate(UNSEEN).split())
 
 
 def decoded(data, charset):
     """Bytes as text: by their charset if it is one, and never an error."""
     charset = (charset or 'us-ascii').lower()
+    if charset in SLOW_CHARSETS:
+        charset = 'us-ascii'
     if charset in ('us-ascii', 'ascii', 'utf-8', 'utf8', 'unknown-8bit'):
         try:
             return data.decode('utf-8')
@@ -356,8 +369,28 @@ def job_name(message, lines):
 
 def mail_parse(raw):
     """The email.message.Message of bytes, whatever they are."""
-    from email.parser import BytesParser
-    return BytesParser().parsebytes(raw)
+    from email import parser
+    from email.policy import Compat32
+
+    class Short(Compat32):
+        """Cuts headers: what looks for their parameters and words takes a
+        time that grows with the square of their length.
+        """
+
+        def header_source_parse(self, sourcelines):
+            name, value = super().header_source_parse(sourcelines)
+            return name, value[:HEADER_CHARS]
+
+    # A parser looks at each line for the end of each part it is in.
+    if len(re.findall(br'(?im)^content-type:\s*multipart/', raw)) <= PARTS:
+        try:
+            return parser.BytesParser(policy=Short()).parsebytes(raw)
+        except RecursionError:  # parts in parts in parts
+            pass
+    message = parser.BytesHeaderParser(policy=Short()).parsebytes(raw)
+    for name in ('Content-Type', 'Content-Transfer-Encoding'):
+        del message[name]       # then it is plain text
+    return message
 
 
 def mail_read(raw, at):
@@ -444,7 +477,7 @@ MASKS = (
           r'|\b[A-Za-z]:\\[^\s,;"\']*|\\\\\S+'),
     ('i', r'@?\b0[xX][0-9A-Fa-f]+\b|@[0-9a-f]{5,16}\b'),
     # bus:slot:function and the like; Name{4711}
-    ('e', r'(?<![\w.:])[\w-]*\d[\w-]*(?::\w*\d\w*){2,}(?![\w:])'
+    ('e', r'(?<![\w.:])(?=[\w-]*\d)[\w-]+(?::(?=\w*\d)\w+){2,}(?![\w:])'
           r'|\b[A-Za-z]\w*\{[\w.:]*\d[\w.:]*\}'),
     ('q', r'(?<==)"[^"]*"|(?<==)\'[^\']*\''),
     # Java's names of classes, with a line of the source, from five parts on.

@@ -6,6 +6,7 @@ import os
 import quopri
 import random
 import sys
+import time
 import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -153,6 +154,75 @@ class Texts(unittest.TestCase):
             run = cronwatch.mail_read(bytes(raw), NOW)
             ('\n'.join(texts(run)) + run.key + run.name).encode()
         self.assertEqual(cronwatch.mail_read(b'', NOW).lines[1:], [])
+
+
+class Hostile(unittest.TestCase):
+    """What was made to take for ever, or to do something to who looks."""
+
+    MOST = 20       # seconds of work; these took minutes to hours
+
+    def timed(self, raw):
+        begin = time.process_time()
+        run = cronwatch.mail_read(raw, NOW)
+        miner = cronwatch.Miner()
+        for _, line in run.lines:
+            miner.add(line)
+        self.assertLess(time.process_time() - begin, self.MOST, raw[:90])
+        return run
+
+    def test_html_that_never_ends(self):
+        for piece in ('<!--', '<', '<p ', '</td ', '<script', '&#9', '&#x'):
+            self.timed(mail('x', piece * ((1 << 20) // len(piece)),
+                            headers='Content-Type: text/html\n'))
+        # Not even a number is made of it.
+        run = self.timed(mail('x', 'a&#' + '9' * 6000 + ';b &#38; c',
+                              headers='Content-Type: text/html\n'))
+        self.assertEqual(texts(run), ['a?b & c'])
+        run = self.timed(mail('x', 'seen<!-- and all that follows',
+                              headers='Content-Type: text/html\n'))
+        self.assertEqual(texts(run), ['seen'])
+
+    def test_heads_without_end(self):
+        for head in ('Subject: %s' % ('a-' * 400000),
+                     'From: %s' % ('a' * 900000),
+                     'Subject: %s' % ('=?a?q?' * 100000),
+                     'Content-Type: multipart/mixed; a="%s' % (';' * 900000),
+                     'Content-Type: multipart/mixed; a="%s' % (
+                         '\n ;' * 300000)):
+            self.timed(head.encode() + b'\n\ntext\n')
+
+    def test_parts_in_parts(self):
+        def nested(depth, text):
+            return ''.join(
+                'Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n'
+                % (i, i) for i in range(depth)) + '\n' + text
+
+        for depth in (90, 500, 9000):
+            run = self.timed(nested(depth, '--x\n' * 20000).encode())
+            self.assertIn('--x', texts(run))
+        run = self.timed(b'Subject: x\n' + b'Content-Type: message/rfc822\n\n'
+                         * 9000 + b'text\n')
+        self.assertIn('text', texts(run))
+
+    def test_encodings_that_take_long(self):
+        for charset in ('punycode', 'IDNA', '"punycode"'):
+            run = self.timed(mail(
+                'x', 'xn--' + 'a9b8' * 250000,
+                headers='Content-Type: text/plain; charset=%s\n' % charset))
+            self.assertTrue(texts(run)[0].startswith('xn--a9b8'))
+
+    def test_a_log_with_lines_made_to_be_masked_for_ever(self):
+        line = '1' * 500 + ':' + '1' * 499 + '\n'
+        self.timed(mail('x', line * 300))
+
+    def test_nothing_commands_a_terminal(self):
+        run = read('=?utf-8?q?a=1B]0;x=07_=C2=9B2J=E2=80=AEb?=',
+                   'a\x9b2Jb\x07c\x08d\x7f\te\u202ef\u2066g\u0085h\n',
+                   sender='"\x1b[2J" <a\x1b@b>',
+                   headers='Content-Type: text/plain; charset=utf-8\n')
+        self.assertEqual(texts(run), ['a 2Jb c d \te f g h'])
+        for text in (run.name, run.key, run.lines[0][1]):
+            self.assertTrue(text.isprintable(), ascii(text))
 
 
 if __name__ == '__main__':
