@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import unittest
+import zlib
 from unittest import mock
 
 import lab
@@ -69,7 +70,7 @@ class Crew(unittest.TestCase):
     def test_every_block_comes_back(self):
         crew = self.crew()
         try:
-            sizes = [1, 2, 100, 80 * KIB, 256 * KIB, 256 * KIB - 1] * 5 + \
+            sizes = [1, 2] + [100, 80 * KIB, 256 * KIB, 256 * KIB - 1] * 5 + \
                 [self.dice.randrange(1, 256 * KIB) for _ in range(60)]
             self.dice.shuffle(sizes)
             added = [self.add(crew, size) for size in sizes]
@@ -130,6 +131,24 @@ class Crew(unittest.TestCase):
             self.assertLess(sealed(mixed), len(mixed) // 4)
             sealed(noise)
             self.assertIn(len(noise), deflated)
+
+    def test_noise_is_known_by_its_values(self):
+        real, deflated = zlib.compressobj, []
+
+        def counted(*args):
+            deflated.append(args)
+            return real(*args)
+
+        with mock.patch.object(tarsnap.zlib, 'compressobj', counted):
+            for _ in range(50):
+                self.assertFalse(tarsnap.shrinks(self.dice.randbytes(KIB * 9)))
+        self.assertLess(len(deflated), 25)      # 7 on average
+        noise = self.dice.randbytes(20 * KIB)
+        numbers = [b''.join(bytes([byte & 7]) + noise[at:at + width - 1]
+                            for at, byte in enumerate(noise))
+                   for width in (2, 3, 4)]
+        for data in (*numbers, noise.hex().encode(), bytes(64 * KIB)):
+            self.assertTrue(tarsnap.shrinks(data))
 
     def test_no_process_is_left(self):
         crew = self.crew()
