@@ -108,7 +108,12 @@ LIMIT = {
     'batch in memory': 512 * KIB,   # above it no more is taken
     'unparsed': 512 * KIB,          # above it, and a frame is whole, no more
     #                                 is read of a connection
-    'read at once': MIB,            # then it is another connection's turn
+    'read at once': MIB,            # then it is another connection's turn,
+    'seconds at once': 0.05,        # or after so long
+    'records': 16 * KIB,            # of TLS, taken together
+    'records for nothing': 17 * KIB,    # with no byte for us in them: a record
+    #                                 is not longer; then it is a flood
+    'received unauthenticated': MIB,    # of one connection, as it came
     'rows at once': 100000,         # of segments, that the index applies
     'rows with room': 20000,        # for so many it takes more memory
     'read': 4 * MIB,                # one range read for GET,
@@ -11806,6 +11811,103 @@ class Strangers:
             fcntl.lockf(self.file, fcntl.LOCK_UN)
 
 
+class Secure:
+    """TLS on a non-blocking socket, as much of ssl.SSLSocket as we use.
+
+    An SSLSocket's read goes on for as long as records come that hold nothing
+    for us, such as a new key each: whoever sends these fast has the loop for
+    himself.  This one gives TLS a few records at a time, and ends it, with an
+    OSError, when nothing comes of many.
+    """
+
+    __slots__ = ('sock', 'tls', 'incoming', 'outgoing', 'unsent', 'owed',
+                 'nothing', 'taken', 'shaken', 'want_read', 'want_write')
+
+    def __init__(self, sock, context):
+        import ssl
+        self.want_read = ssl.SSLWantReadError
+        self.want_write = ssl.SSLWantWriteError
+        self.sock = sock
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, True)
+        self.unsent = memoryview(b'')   # records, to be sent first
+        self.owed = 0           # what of send()'s data is in them
+        self.nothing = 0        # bytes taken since there was one for us
+        self.taken = 0          # bytes that came
+        self.shaken = False     # the handshake is over
+
+    def fileno(self):
+        return self.sock.fileno()
+
+    def do_handshake(self):
+        while not (self.shaken and self._flush()):
+            if not self._flush():
+                raise self.want_write
+            try:
+                self.tls.do_handshake()
+                self.shaken, self.nothing = True, 0
+            except self.want_read:
+                if not self.outgoing.pending and not self._fill():
+                    raise ConnectionAbortedError from None
+
+    def recv_into(self, room):
+        """Bytes put into `room`, 0 at the end; BlockingIOError."""
+        if self.tls is None:
+            return self.sock.recv_into(room)
+        while True:
+            try:
+                count = self.tls.read(len(room), room)
+            except self.want_read:
+                if not self._fill():
+                    return 0
+                continue
+            self.nothing = 0
+            return count
+
+    def send(self, data):
+        """How much was sent.  After a BlockingIOError it must be called with
+        the same bytes.
+        """
+        if not self.owed:
+            self.owed = self.tls.write(data[:2 * LIMIT['records']])
+        if not self._flush():
+            raise BlockingIOError
+        owed, self.owed = self.owed, 0
+        return owed
+
+    def shutdown(self, how):
+        """Say no more; what comes is not looked into."""
+        self.tls = None
+        self.sock.shutdown(how)
+
+    def close(self):
+        try:
+            self._flush()               # an alert that says what is wrong
+        except OSError:
+            pass
+        self.sock.close()
+
+    def _fill(self):
+        """Take what has come, some of it; False at its end."""
+        if self.nothing > LIMIT['records for nothing']:
+            raise ConnectionAbortedError('records of nothing')
+        data = self.sock.recv(LIMIT['records'])
+        self.nothing += len(data)
+        self.taken += len(data)
+        self.incoming.write(data)
+        return bool(data)
+
+    def _flush(self):
+        """Send records; False if not all can go now."""
+        while self.unsent or self.outgoing.pending:
+            self.unsent = self.unsent or memoryview(self.outgoing.read())
+            try:
+                self.unsent = self.unsent[self.sock.send(self.unsent):]
+            except BlockingIOError:
+                return False
+        return True
+
+
 class Connection:
     """What the loop knows of one client."""
 
@@ -12012,9 +12114,7 @@ class Loop:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 if self.context:
-                    sock = self.context.wrap_socket(
-                        sock, server_side=True,
-                        do_handshake_on_connect=False)
+                    sock = Secure(sock, self.context)
             except OSError:             # it has hung up already
                 sock.close()
                 self.strangers.give(row)
@@ -12080,28 +12180,39 @@ class Loop:
             self.watch(conn, self.read_event)
         else:
             conn.shaking = False
+            conn.more = True            # what came with its end
             self.start(conn, conn.session.open(), 0)
             self.advance(conn)
 
     def read(self, conn):
         """Receive until it runs dry or others should have their turn."""
         size, conn.more = 0, False
+        end = time.monotonic() + LIMIT['seconds at once']
         while not conn.gone:
             try:
                 count = conn.sock.recv_into(self.room)
             except self.want_more:
                 return
-            if count == 0:
+            if count == 0 or self.too_much(conn):
                 self.hang_up(conn)
                 return
-            if conn.hanging:
+            size += count
+            enough = size >= LIMIT['read at once'] or time.monotonic() > end
+            if conn.hanging:            # it is thrown away
+                if enough:
+                    return
                 continue
             conn.frames.buf += self.room[:count]
-            size += count
             conn.track.came += count
-            if size >= LIMIT['read at once'] or not self.may_read(conn):
+            if enough or not self.may_read(conn):
                 conn.more = True
                 return
+
+    @staticmethod
+    def too_much(conn):
+        """True for a stranger who sends more than all it could ask."""
+        return conn.secure and not conn.session.machine and (
+            conn.sock.taken > LIMIT['received unauthenticated'])
 
     def write(self, conn):
         """Send what is queued, as far as the socket takes it."""

@@ -3,9 +3,13 @@
 do does not keep a legitimate client from its backup.
 """
 
+import _ssl
+import ctypes
 import hashlib
 import os
+import socket
 import struct
+import time
 import unittest
 
 from rawclient import (
@@ -158,6 +162,56 @@ class Floods(unittest.TestCase):
             for _ in range(400):
                 client.link.send(data)
         self.assertLess(self.memory(), before + 24 * MIB)
+
+
+class Keys(unittest.TestCase):
+    """TLS has records that hold nothing for us, such as a new key: an endless
+    stream of these must not keep the loop from everybody else.
+    """
+
+    def setUp(self):
+        self.path = server_directory(self)
+        self.serve = Serve(self.path)
+        self.addCleanup(self.serve.kill)
+        # Python cannot ask for a new key, its library can.
+        library = self.library = ctypes.CDLL(_ssl.__file__)
+        try:
+            for name in ('TLS_client_method', 'SSL_CTX_new', 'SSL_new'):
+                getattr(library, name).restype = ctypes.c_void_p
+            context = ctypes.c_void_p(library.SSL_CTX_new(ctypes.c_void_p(
+                library.TLS_client_method())))
+            library.SSL_key_update.argtypes = ctypes.c_void_p, ctypes.c_int
+        except AttributeError as e:
+            self.skipTest('no library of TLS: %s' % e)
+        self.sock = socket.create_connection(('127.0.0.1', self.serve.port))
+        self.addCleanup(self.sock.close)
+        self.tls = ctypes.c_void_p(library.SSL_new(context))
+        library.SSL_set_fd(self.tls, self.sock.fileno())
+        self.assertEqual(library.SSL_connect(self.tls), 1)
+
+    def flood(self, between):
+        """New keys until it is ended, a byte of a frame after so many; how
+        many were sent.
+        """
+        library, end = self.library, time.monotonic() + 20
+        for count in range(1, 10 ** 6):
+            if library.SSL_key_update(self.tls, 0) != 1 or (
+                    library.SSL_do_handshake(self.tls) != 1) or (
+                    count % between == 0 and library.SSL_write(
+                        self.tls, bytes(1), 1) != 1):
+                return count
+            if time.monotonic() > end:
+                break
+        return self.fail('%d new keys were taken' % count)
+
+    def test_without_end(self):
+        self.assertLess(self.flood(10 ** 6), 50000)
+        self.serve.client().close()
+
+    def test_with_a_byte_now_and_then(self):
+        """What a stranger may send is bounded, too."""
+        self.assertLess(self.flood(300), 10 ** 5)
+        self.serve.client().close()
 
 
 class Names(unittest.TestCase):
