@@ -136,6 +136,7 @@ LIMIT = {
     'frames at once': 256,          # then it is another connection's turn
     'seconds to freeze': 5,         # until a session hears of it
     'seconds paid': 60,             # until a session asks for money again
+    'seconds measured': 60,         # until it looks what others have put
     'names withdrawn': 1 << 20,     # that were never put
 }
 
@@ -7594,6 +7595,7 @@ class Session:
         self.arrived = 0                # puts and the like since BEGIN
         self.quotas = []                # Quotas that hold for tx
         self.arrived_bytes = 0          # of blocks, since these were measured
+        self.measured = 0               # when they were
         self.rotten = set()             # names whose stored copy is damaged
         self.paid = 0                   # until when it may write and read
         self.figures = 0, b''           # until when these are the answer
@@ -7681,6 +7683,7 @@ class Session:
                 yield ('spool', tx.spool, 'append', batch)
                 if self._segment_full(tx.spool):
                     yield from self._segment_close(tx)
+                    yield from self._measure_again()
             except (StoreError, Refused):
                 if self.tx:
                     yield from self._leave()
@@ -8186,9 +8189,21 @@ class Session:
 
     def _measure(self):
         """Steps: learn how much more may be put."""
-        self.quotas, self.arrived_bytes = [], 0
+        found, self.measured = [], (yield ('now',))
         if self.tx.kind == KIND_WRITE:
-            self.quotas = yield from quotas(self.machine)
+            found = yield from quotas(self.machine)
+        self.quotas, self.arrived_bytes = found, self.batch_bytes
+
+    def _measure_again(self):
+        """Steps: learn what others have put meanwhile, now and then: many
+        that began together could fill a quota each.
+        """
+        if self.quotas and (yield ('now',)) >= (
+                self.measured + LIMIT['seconds measured']):
+            try:
+                yield from self._measure()
+            except StoreError as e:     # the commit will ask again
+                yield ('log', str(e))
 
     def _place(self, tid):
         """The key of a transaction in the table of open ones."""
@@ -8477,6 +8492,8 @@ class Session:
         if tx and most is not None and verdict.bytes > max(most, state.bytes):
             raise quota_refusal(Quota('machine', most, state.bytes),
                                 verdict.bytes - state.bytes)
+        if tx and verdict.bytes > state.bytes:
+            yield from self._check_account(tx, verdict.bytes - state.bytes)
         now = yield ('now',)
         entry = Entry(self.machine.number, state.k + 1, state.log_hash,
                       max(now, state.time), body)
@@ -8493,6 +8510,18 @@ class Session:
                 (s.key, s.size, s.table_hash, s.count, dead)
                 for s, dead in zip(tx.segments, verdict.dead)]
         return entry
+
+    def _check_account(self, tx, more):
+        """Steps: Refused if all machines of the account hold too much with
+        the `more` bytes of a commit; what it put is among what they hold.
+        """
+        if tx.kind == KIND_WRITE and not any(
+                quota.whose == 'account' for quota in self.quotas):
+            return
+        for quota in (yield from quotas(self.machine)):
+            used = quota.used - (more if tx.kind == KIND_WRITE else 0)
+            if quota.whose == 'account' and used + more > quota.most:
+                raise quota_refusal(quota._replace(used=used), more)
 
     def _transaction_of(self, commit):
         """The open transaction a commit is of; None if it needs none."""

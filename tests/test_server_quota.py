@@ -4,8 +4,10 @@
 import os
 import random
 import unittest
+from unittest import mock
 
 import lab
+import rawclient
 import tarsnap
 from lab import LabTest, snapshot
 from rawclient import (
@@ -142,6 +144,56 @@ class Account(unittest.TestCase):
         names.append(put(sessions[1], block('a', 'r')))
         hosts[1].commit(sessions[1], tid, puts=names, linked=[
             (sha(b'x'), names[-1], bytes(16), COMPLETE)])
+
+    def begun_together(self, path, count):
+        """(session, host, tid) of so many machines of joe that have begun a
+        write.
+        """
+        found = []
+        for _ in range(count):
+            session = Client(Embedded(path))
+            self.addCleanup(session.close)
+            host, tid = Host(session, user='joe', password=b'pw'), (
+                os.urandom(16))
+            session.auth(host.machine, host.keys, R, W)
+            host.begin(session, tid)
+            found.append((session, host, tid))
+        return found
+
+    def test_machines_that_began_together(self):
+        """Each had room by itself when it began; all of them have not."""
+        path = server_directory(self)
+        self.assertEqual(here('user', path, 'quota', 'joe', '100k')[0], 0)
+        began, stored = self.begun_together(path, 4), 0
+        for session, host, tid in began:
+            names = [put(session, block('c', tid.hex(), 80000)),
+                     put(session, block('a', tid.hex()))]
+            session.wait_received(2)
+            try:
+                host.commit(session, tid, puts=names, linked=[
+                    (sha(tid), names[1], bytes(16), COMPLETE)])
+                stored += 80000
+            except Error as e:
+                self.assertRegex(str(e), 'QUOTA: quota of the account is '
+                                 r'100000 bytes, \d+ are used, and this '
+                                 r'takes 80\d+ more')
+        self.assertEqual(stored, 80000)
+
+    def test_what_others_put_is_looked_at_again(self):
+        """Else all of it could arrive, if never be committed."""
+        path = server_directory(self)
+        here('user', path, 'quota', 'joe', '400k')
+        with mock.patch.dict(rawclient.tarsnapd.LIMIT, {
+                'segment': 50000, 'seconds measured': 0}):
+            one, two = self.begun_together(path, 2)
+            for i in range(5):
+                put(one[0], block('c', 'one%d' % i, 60000))
+                one[0].wait_received(i + 1)
+            with self.assertRaisesRegex(Error, 'QUOTA: quota of the account'):
+                for i in range(5):
+                    put(two[0], block('c', 'two%d' % i, 60000))
+                    two[0].wait_received(i + 1)
+            self.assertLess(i, 4)
 
     def test_two_at_once_are_judged_at_the_commit(self):
         path = server_directory(self)
