@@ -37,7 +37,7 @@ sys.path.insert(0, ROOT)
 sys.path.insert(0, os.path.join(ROOT, 'tests'))
 
 import cronwatch    # noqa: E402
-import s3peers      # noqa: E402
+import installed    # noqa: E402
 
 DRAIN = 'drain3==0.9.11'
 DAY = cronmails.DAY
@@ -153,7 +153,7 @@ class Drain:
     """drain3 in a process and an environment of its own."""
 
     def __init__(self):
-        bin = s3peers.venv(os.path.join(ROOT, '.venv-drain3'), [DRAIN])
+        bin = installed.pip('drain3', DRAIN)
         self.process = subprocess.Popen(
             [os.path.join(bin, 'python'), '-c', DRAIN_RUN],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,9 +1,8 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """A real mail server, aiosmtpd, on a loopback port, that can be cruel.
 
-It comes from PyPI into a virtual environment, .venv-mail beside the sources,
-which is made when first asked for.  `Peer` runs it for a test: mail it took
-is in mails(), and plan() says what it does with the next ones:
+It comes from PyPI into .venv-mail (installed.py).  `Peer` runs it for a test:
+mail it took is in mails(), and plan() says what it does with the next ones:
 
     ok                  takes it
     rcpt CODE, data CODE, mail CODE
@@ -20,9 +19,10 @@ import os
 import subprocess
 import tempfile
 
+import installed
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-VENV = os.path.join(os.path.dirname(HERE), '.venv-mail')
-PACKAGES = ['aiosmtpd>=1.4.6,<2']
+PACKAGE = 'aiosmtpd>=1.4.6,<2'
 USER, PASSWORD = 'post', 'se cret'
 
 
@@ -42,7 +42,7 @@ class Peer:
         self.ca = os.path.join(self.root, 'cert.pem')
         if tls != 'no':
             s3peers.certificate(self.ca)
-        python = os.path.join(s3peers.venv(VENV, PACKAGES), 'python3')
+        python = os.path.join(installed.pip('mail', PACKAGE), 'python3')
         self.child = subprocess.Popen(
             [python, os.path.join(HERE, 'mailserver.py'), self.root, tls,
              str(port), USER, PASSWORD],

@@ -9,9 +9,8 @@
                  disputes, lists of events, captures that fail and answers
                  that get lost
 
-The first two are installed beside the sources when first asked for, into
-.venv-pay and .venv-pay/npm.  Fake knows who was charged how much: charged()
-is what a ledger must come to.
+The first two are installed beside the sources (installed.py).  Fake knows who
+was charged how much: charged() is what a ledger must come to.
 """
 
 import base64
@@ -36,13 +35,10 @@ import urllib.parse
 import urllib.request
 import zlib
 
+import installed
 import s3peers
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-VENV = os.path.join(os.path.dirname(HERE), '.venv-pay')
-PACKAGES = ['localstripe==1.15.10']
-# Not the newest of that name: that is another program.
-NPM_PACKAGE = 'emulate@0.11.2'
+PACKAGE = 'localstripe==1.15.10'
 SECRET = 'whsec_test'
 KEYS = '''\
 [stripe]
@@ -112,32 +108,6 @@ class Double:
         return json.loads(text) if text[:1] in (b'{', b'[') else text
 
 
-def npm():
-    """The directory that has emulate in node_modules."""
-    where = os.path.join(VENV, 'npm')
-    done = os.path.join(where, 'installed')
-    with locked(VENV):
-        if not os.path.exists(done):
-            os.makedirs(where, exist_ok=True)
-            subprocess.run(
-                ['npm', 'install', '--no-audit', '--no-fund', '--prefix',
-                 where, NPM_PACKAGE], check=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            open(done, 'w').close()
-    return where
-
-
-@contextlib.contextmanager
-def locked(directory):
-    import fcntl
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)      # two modules may come at once
-        yield
-    finally:
-        os.close(fd)
-
-
 class Emulate(Double):
     """Stripe as emulate has it; its webhooks go to `hook`."""
 
@@ -146,16 +116,12 @@ class Emulate(Double):
         super().__init__(cleanup)
 
     def command(self):
-        s3peers.venv(VENV, PACKAGES)        # makes the directory
-        where = npm()
         with open(os.path.join(self.root, 'seed.yaml'), 'w') as file:
             file.write('stripe:\n  webhooks:\n    - url: %s\n'
                        "      events: ['*']\n      secret: %s\n"
                        % (self.hook, SECRET))
-        return ['node', os.path.join(where, 'node_modules', 'emulate', 'dist',
-                                     'index.js'),
-                'start', '--service', 'stripe', '--port', str(self.port),
-                '--seed', 'seed.yaml']
+        return ['node', installed.emulate(), 'start', '--service', 'stripe',
+                '--port', str(self.port), '--seed', 'seed.yaml']
 
     def keys(self, *places):
         """Write pay.keys for us into each (directory, user)."""
@@ -186,7 +152,7 @@ class LocalStripe(Double):
     """Stripe as localstripe has it."""
 
     def command(self):
-        return [os.path.join(s3peers.venv(VENV, PACKAGES), 'localstripe'),
+        return [os.path.join(installed.pip('pay', PACKAGE), 'localstripe'),
                 '--from-scratch', '--port', str(self.port)]
 
     def hook(self, url):

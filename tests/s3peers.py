@@ -6,15 +6,13 @@
     Swift   OpenStack's object store behind s3api: signatures, body hashes
             and checksums are checked, objects are files
 
-Both come from PyPI into a virtual environment, .venv-s3 beside the sources,
-which is made when first asked for.  `Wire` stands in front of one of them and
-does something cruel to chosen requests.  Run as a program it serves one of
-them until its standard input ends; its first line of output is the endpoint,
-access key and secret key.
+Both come from PyPI into .venv-s3 (installed.py).  `Wire` stands in front of
+one of them and does something cruel to chosen requests.  Run as a program it
+serves one of them until its standard input ends; its first line of output is
+the endpoint, access key and secret key.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -28,33 +26,13 @@ import time
 import urllib.parse
 import urllib.request
 
+import installed
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-VENV = os.path.join(ROOT, '.venv-s3')
 PACKAGES = ['moto[s3,iam]>=5,<6', 'flask', 'flask-cors', 'swift>=2.36',
             'setuptools<81']
 REGION = 'us-east-1'
 SECONDS = 60                # after which a server will not come any more
-
-
-def venv(path=VENV, packages=PACKAGES):
-    """The directory of the programs, installed if need be."""
-    done = os.path.join(path, 'installed')
-    os.makedirs(path, exist_ok=True)
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)    # two modules may come at once
-        if not os.path.exists(done):
-            subprocess.run([sys.executable, '-m', 'venv', '--clear', path],
-                           check=True)
-            subprocess.run(
-                [os.path.join(path, 'bin', 'pip'), 'install', '-q',
-                 '--disable-pip-version-check', *packages],
-                check=True, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL)
-            open(done, 'w').close()
-    finally:
-        os.close(lock)
-    return os.path.join(path, 'bin')
 
 
 def certificate(path):
@@ -91,7 +69,7 @@ class Peer:
     """A running S3 server: endpoint, access, secret.  A context manager."""
 
     def __init__(self):
-        self.bin = venv()
+        self.bin = installed.pip('s3', *PACKAGES)
         self.root = tempfile.mkdtemp(prefix='s3-')
         self.processes = []
         self.access = self.secret = ''

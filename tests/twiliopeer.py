@@ -1,9 +1,8 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Two Twilios on loopback ports: a real stand-in, and one that is cruel.
 
-`Emulate` runs emulate, a server that behaves as services' APIs do, which
-comes from npm into a folder, .venv-emulate beside the sources, that is made
-when first asked for.  `Peer` is its Twilio: messages(), calls(), reply().
+`Emulate` runs emulate, a server that behaves as services' APIs do, and `Peer`
+its Twilio: messages(), calls(), reply().
 
 `Cruel` is a server of a few lines.  It takes messages and calls as Twilio
 does, and plan() says what it does with the next requests that make one:
@@ -18,7 +17,6 @@ does, and plan() says what it does with the next requests that make one:
 """
 
 import base64
-import fcntl
 import hashlib
 import hmac
 import http.server
@@ -33,10 +31,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+import installed
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-FOLDER = os.path.join(ROOT, '.venv-emulate')
-PACKAGE = 'emulate@0.11.2'      # other versions of the name are other things
 
 ACCOUNT, TOKEN = 'AC' + '12' * 16, 'to ken'
 NUMBER = '+15005550006'
@@ -52,24 +50,6 @@ net.Server.prototype.listen = function () {
 '''
 
 
-def folder(path=FOLDER, package=PACKAGE):
-    """The directory where emulate is, installed if need be."""
-    done = os.path.join(path, 'installed')
-    os.makedirs(path, exist_ok=True)
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)    # two modules may come at once
-        if not os.path.exists(done):
-            subprocess.run(
-                ['npm', 'install', '--prefix', path, '--no-audit',
-                 '--no-fund', '--no-save', '--loglevel=error', package],
-                check=True, stdout=subprocess.DEVNULL)
-            open(done, 'w').close()
-    finally:
-        os.close(lock)
-    return path
-
-
 class Emulate:
     """A running emulate of one service: port, close().
 
@@ -78,15 +58,14 @@ class Emulate:
     """
 
     def __init__(self, cleanup, service, seed):
-        top = folder()
+        program = installed.emulate()
         with tempfile.NamedTemporaryFile('w', suffix='.yaml') as file:
             json.dump({service: seed}, file)    # which is YAML, too
             file.flush()
             self.child = subprocess.Popen(
                 ['node', '--import', 'data:text/javascript,'
-                 + urllib.parse.quote(LISTEN), os.path.join(
-                     top, 'node_modules', 'emulate', 'dist', 'index.js'),
-                 'start', '-s', service, '-p', '4000', '--seed', file.name],
+                 + urllib.parse.quote(LISTEN), program, 'start',
+                 '-s', service, '-p', '4000', '--seed', file.name],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True)
             cleanup(self.close)

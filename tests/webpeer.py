@@ -13,7 +13,6 @@ interrupted, with a server that machines can register at; mail is printed.
 """
 
 import collections
-import fcntl
 import html.parser
 import http.client
 import os
@@ -31,6 +30,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+import installed                                        # noqa: E402
 import tarsnapd                                         # noqa: E402
 from lab import no_fsync                                # noqa: E402
 from s3peers import SECONDS, free_ports                 # noqa: E402
@@ -213,25 +213,9 @@ class Site:
         self.server.close()
 
 
-def validator():
-    """The path of html-validate, installed if need be: npm, .venv-html."""
-    path = os.path.join(ROOT, '.venv-html')
-    os.makedirs(path, exist_ok=True)
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        program = os.path.join(path, 'node_modules/.bin/html-validate')
-        if not os.path.exists(program):
-            subprocess.run([need('npm', 'npm'), 'install', '--no-audit',
-                            '--no-fund', '--prefix', path, VALIDATOR],
-                           check=True, stdout=subprocess.DEVNULL)
-        return program
-    finally:
-        os.close(lock)
-
-
 def validate(texts):
     """What the validator has to say of pages; '' if nothing."""
+    program = os.path.join(installed.npm(VALIDATOR), '.bin', 'html-validate')
     with tempfile.TemporaryDirectory() as base:
         for i, text in enumerate(texts):
             with open(os.path.join(base, '%d.html' % i), 'w') as file:
@@ -239,7 +223,7 @@ def validate(texts):
         with open(os.path.join(base, '.htmlvalidate.json'), 'w') as file:
             file.write('{"extends": ["html-validate:recommended"], '
                        '"root": true}')
-        done = subprocess.run([validator(), base], stdout=subprocess.PIPE,
+        done = subprocess.run([program, base], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)
     return done.stdout or done.returncode or ''
 
