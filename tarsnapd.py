@@ -7107,21 +7107,28 @@ def paypal_taken(shop, out, ident, refund=None, kind=None):
 
 
 def paypal_disputes(shop, out, checkout, paid, ident):
-    """Steps: a chargeback whose dispute was won is money again."""
+    """Steps: a chargeback whose dispute was won is money again.
+
+    PayPal does not say which of several it is about.  A payer may open one
+    and take it back, which counts as won, and then go to his bank: so all
+    must be won.
+    """
     # 403: the application may not read disputes.
     found = yield from paypal_get(
         '/v1/customer/disputes?disputed_transaction_id=' + ident, (403, 404))
+    won = []
     for one in pick(found, 'items', list, []):
         dispute = yield from paypal_get(
             '/v1/customer/disputes/' + ident_check(pick(one, 'dispute_id')))
-        if dispute is None or pick(dispute, 'dispute_outcome.outcome_code',
-                                   str, '') not in DISPUTE_WON:
-            continue
-        for name, money in (yield from pay_entries(checkout.account)).items():
-            if money.kind == 'chargeback' and money.of == paid:
-                yield from pay_enter(
-                    shop, out, checkout.account, 'reversal', name + '.won',
-                    -money.amount // CENT, paid)
+        won.append(dispute is not None and pick(
+            dispute, 'dispute_outcome.outcome_code', str, '') in DISPUTE_WON)
+    if not won or not all(won):
+        return
+    for name, money in (yield from pay_entries(checkout.account)).items():
+        if money.kind == 'chargeback' and money.of == paid:
+            yield from pay_enter(
+                shop, out, checkout.account, 'reversal', name + '.won',
+                -money.amount // CENT, paid)
 
 
 def paypal_verify(headers, body, webhook, now):

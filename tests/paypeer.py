@@ -666,16 +666,21 @@ class Fake:
                     'refund', capture=capture['id']))
 
     def paypal_dispute(self, ident, outcome):
-        """A dispute of an order's capture ends."""
+        """A dispute of an order's capture ends, or if `outcome` is None
+        begins.
+        """
         with self.lock:
             capture = self.things[ident]['purchase_units'][0]['payments'][
                 'captures'][0]
             dispute = self.make(
-                'dispute', 'PP-D-', capture=capture['id'], status='RESOLVED',
-                dispute_outcome={'outcome_code': outcome},
+                'dispute', 'PP-D-', capture=capture['id'],
+                status='RESOLVED' if outcome else 'UNDER_REVIEW',
                 disputed_transactions=[{
                     'seller_transaction_id': capture['id']}])
             dispute['dispute_id'] = dispute['id']
+            if not outcome:
+                return self.paypal_event('CUSTOMER.DISPUTE.CREATED', dispute)
+            dispute['dispute_outcome'] = {'outcome_code': outcome}
             return self.paypal_event('CUSTOMER.DISPUTE.RESOLVED', dispute)
 
     # Webhooks.

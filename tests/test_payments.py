@@ -443,6 +443,30 @@ class PayPalFlow(Case):
             'chargeback', -1000) in self.entries() else self.check(
                 ('payment', 1000), ('refund', -1000))
 
+    def test_dispute_taken_back_before_the_bank_is_asked(self):
+        """The one that the buyer cancelled says nothing of the other."""
+        name, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.settle(name)
+        self.hook(self.fake.paypal_dispute(order, 'CANCELED_BY_BUYER'))
+        second = self.fake.paypal_dispute(order, None)
+        self.hook(second)
+        taken = self.fake.paypal_refund(order, '10.00', 'REVERSED',
+                                        listed=False)
+        self.hook(taken)
+        books = [('chargeback', -1000), ('payment', 1000)]
+        self.assertEqual(self.entries(), books)
+        dispute = self.fake.things[second['resource']['id']]
+        dispute['dispute_outcome'] = {'outcome_code': 'RESOLVED_BUYER_FAVOUR'}
+        for event in (second, taken):
+            self.hook(event)
+        self.assertEqual(self.entries(), books)
+        # Had the bank decided otherwise, it were money again.
+        dispute['dispute_outcome'] = {
+            'outcome_code': 'RESOLVED_SELLER_FAVOUR'}
+        self.hook(second)
+        self.assertEqual(self.entries(), books + [('reversal', 1000)])
+
     def test_more_than_was_paid_is_not_taken(self):
         name, order = self.begin('paypal')
         self.fake.paypal_approve(order)
@@ -623,7 +647,8 @@ class Keys(Case):
         status, out, err = here('pay', self.path, 'reconcile')
         self.assertEqual((status, out, err.count('\n')), (1, '', 1), err)
         self.assertIn(says, err)
-        self.assertNotIn('sk_', err)
+        # The name of a directory may have that in it.
+        self.assertNotIn('sk_', err.replace(self.path, ''))
 
     def test_files_that_are_refused(self):
         self.addCleanup(self.keys)
