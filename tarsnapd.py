@@ -137,6 +137,7 @@ LIMIT = {
     'seconds to freeze': 5,         # until a session hears of it
     'seconds paid': 60,             # until a session asks for money again
     'seconds measured': 60,         # until it looks what others have put
+    'seconds in debt': 86400,       # for what has begun, to be finished
     'names withdrawn': 1 << 20,     # that were never put
 }
 
@@ -7389,7 +7390,7 @@ class Transaction:
     """What a transaction holds since it began or was last checkpointed."""
 
     __slots__ = ('tid', 'kind', 'lineage', 'spool', 'segments', 'revived',
-                 'n', 'blocks', 'listed')
+                 'n', 'blocks', 'listed', 'began')
 
     def __init__(self, tid, kind, lineage, spool):
         self.tid = tid
@@ -7401,6 +7402,7 @@ class Transaction:
         self.n = 0                  # its base
         self.blocks = 0             # live ones, when last counted
         self.listed = 0             # names in all DELETEs or WITHDRAWs
+        self.began = 0              # when, by BEGIN on this connection
 
 
 # One table, looked at in one place: the method, who may ask (letters of roles,
@@ -8181,6 +8183,7 @@ class Session:
             raise Refused(E_EXISTS, 'an archive of this name exists')
         yield from self._open(tid, kind, lineage)
         self.tx.n, self.tx.blocks = n, state.blocks
+        self.tx.began = yield ('now',)
         yield from self._measure()
         spool = self.tx.spool
         count, digest = yield ('spool', spool, 'puts_digest')
@@ -8502,6 +8505,9 @@ class Session:
         if tx and verdict.bytes > state.bytes:
             yield from self._check_account(tx, verdict.bytes - state.bytes)
         now = yield ('now',)
+        if tx and tx.kind == KIND_WRITE and (
+                now >= tx.began + LIMIT['seconds in debt']):
+            yield from self._check_funds()      # or it might never end
         entry = Entry(self.machine.number, state.k + 1, state.log_hash,
                       max(now, state.time), body)
         entry.blocks, entry.bytes = verdict.blocks, verdict.bytes

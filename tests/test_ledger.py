@@ -10,7 +10,7 @@ import tarsnapd
 from lab import LabTest
 from rawclient import (
     ABORT_KIND, D, DELETE_KIND, N, NUKE_KIND, Client, Embedded, Error, Host,
-    R, Serve, W, here, server_directory)
+    R, Serve, W, block, here, put, server_directory)
 from tarsnapd import ATTO, DAY, ServerError, day_parse, money_text
 
 START = '2026-11-26'
@@ -370,6 +370,35 @@ class Access(Clocked):
         self.credit('1')
         host.begin(two, os.urandom(16))
         self.assertIn('ok since', self.show()['standing'])
+
+    def test_what_has_begun_is_finished_within_a_day(self):
+        """Else one that checkpoints for ever were never refused."""
+        self.good('bill')
+        self.credit('0.00007')
+        host = self.host()
+        one = self.client(host, R, W, D)
+        host.backup(one, 'a', 3, 100000)
+        tid = os.urandom(16)
+        self.at(1, 22)
+        host.begin(one, tid)
+
+        def checkpoint(frame, names=()):
+            names = [*names, put(one, block('c', '%d' % self.now, 1000)),
+                     put(one, block('c', frame, 1000))]
+            host.commit(one, tid, puts=names, frame=frame)
+
+        self.at(2)
+        self.assertIn('joe is negative: balance -0.0', self.good('bill'))
+        checkpoint('CHECKPOINT')
+        self.at(2, 23)
+        late = put(one, block('c', 'late', 1000))
+        with self.assertRaisesRegex(Error, 'FUNDS'):
+            host.commit(one, tid, puts=[late], frame='CHECKPOINT')
+        with self.assertRaisesRegex(Error, 'FUNDS'):
+            host.commit(one, tid, puts=[late])
+        # What came is there when it is paid for.
+        self.credit('1')
+        checkpoint('COMMIT', [late])
 
     def test_a_new_account_pays_first(self):
         host = self.host()
