@@ -13,6 +13,7 @@ from unittest import mock
 
 import lab
 import tarsnap
+import world
 
 OLD = 1566844246                # 2019-08-26 18:30:46 UTC
 NAMES = [b'caf\xc3\xa9', b'bad\xff', b'new\nline', b'tab\tback\\slash']
@@ -77,8 +78,8 @@ class Program:
 
     def argv(self, *args):
         """The command line of the real program."""
-        return [sys.executable, tarsnap.__file__, '--no-default-config',
-                '--keyfile', self.host.keyfile, *args]
+        return [sys.executable, world.Programs.path('tarsnap'),
+                '--no-default-config', '--keyfile', self.host.keyfile, *args]
 
     def run(self, *args, zone='UTC'):
         """(status, stdout, stderr), the streams as bytes; in this process,

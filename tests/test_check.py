@@ -291,7 +291,7 @@ class Fails(Case):
         for words, says in (
                 ([], 'or --server and --key'),
                 (['/nonexistent'], 'not a server directory'),
-                ([self.path, '--key', '/nonexistent'], 'No such file'),
+                ([self.path, '--key', '/nonexistent/key'], 'No such file'),
                 ([self.path, '--key', bad], 'not the key of a canary'),
                 ([self.path, '--server', 'host'], 'host is not HOST:PORT'),
                 ([self.path, '--server', 'h:99999'], 'is not HOST:PORT'),

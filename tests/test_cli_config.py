@@ -19,6 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import tarsnap                                              # noqa: E402
+import world                                                # noqa: E402
 
 # Contract 2.3.
 WITH_ARGUMENT = {
@@ -130,7 +131,7 @@ class ConfigTest(unittest.TestCase):
 
     def run_it(self, *words, environment=None):
         return subprocess.run(
-            [sys.executable, os.path.join(ROOT, 'tarsnap.py'), *words],
+            [sys.executable, world.Programs.path('tarsnap'), *words],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env=dict(
                 {'PATH': os.environ['PATH'], 'LANG': 'C'},
@@ -368,7 +369,7 @@ class Shown(ConfigTest):
         done = self.run_it(*words)
         self.assertEqual((done.returncode, done.stdout), (0, b''))
         lines = done.stderr.decode().splitlines()
-        self.assertRegex(lines[1], '^  .*tarsnap.py %s$' % ' '.join(words))
+        self.assertRegex(lines[1], r'^  .*tarsnap\.pyc? %s$' % ' '.join(words))
         self.assertEqual([line for line in lines if line[:1] != ' '], [
             'Command line:', 'Configuration file %s:' % one,
             'Configuration file %s:' % two])

@@ -8,7 +8,7 @@ import sys
 import unittest
 
 import lab
-import tarsnap
+import world
 
 SAMPLE = ('a', 'dir1/b', 'dir1/c', 'dir2/d')
 EVERYTHING = ['.', './a', './dir1', './dir1/b', './dir1/c', './dir2',
@@ -224,7 +224,7 @@ class ProgramTest(lab.LabTest):
 
     def program(self, *args, env=(), stdin=b'', before=()):
         return subprocess.run(
-            [*before, sys.executable, tarsnap.__file__,
+            [*before, sys.executable, world.Programs.path('tarsnap'),
              '--no-default-config', '-c', '--dry-run', '-v', '-C',
              self.lab.tree, *args], input=stdin, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env=dict(os.environ, **dict(env)))

@@ -18,6 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import tarsnap                                              # noqa: E402
+import world                                                # noqa: E402
 
 MODES = {'c': '-c', 'd': '-d', 't': '-t', 'x': '-x', 'r': '-r',
          'a': '--list-archives', 's': '--print-stats', 'R': '--recover',
@@ -36,7 +37,7 @@ def parse(line):
 def run(*words, stdin=subprocess.DEVNULL, **environment):
     """Run the program where it finds no configuration file."""
     return subprocess.run(
-        [sys.executable, os.path.join(ROOT, 'tarsnap.py'), *words],
+        [sys.executable, world.Programs.path('tarsnap'), *words],
         stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=dict({'PATH': os.environ['PATH'], 'LANG': 'C.UTF-8'},
                  **environment))
@@ -546,7 +547,7 @@ class Observable(unittest.TestCase):
                 with self.subTest(value, locale=locale):
                     done = subprocess.run(
                         ['sh', '-c', 'exec "$@" <&-', 'sh', sys.executable,
-                         os.path.join(ROOT, 'tarsnap.py'), value],
+                         world.Programs.path('tarsnap'), value],
                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                         env={'PATH': os.environ['PATH'], 'LC_ALL': locale,
                              'PYTHONCOERCECLOCALE': '0'})

@@ -17,6 +17,7 @@ from unittest import mock
 
 import lab
 import tarsnap
+import world
 
 SECOND = 10 ** 9
 NOW = 1795405800 * SECOND           # Mon Nov 23 03:50:00 2026 UTC
@@ -653,8 +654,8 @@ class AskTest(Select):
         termios.tcsetattr(theirs, termios.TCSANOW, attributes)
         os.write(ours, answers)
         process = subprocess.Popen(
-            [sys.executable, tarsnap.__file__, '--no-default-config',
-             '--keyfile', self.host.keyfile, *args],
+            [sys.executable, world.Programs.path('tarsnap'),
+             '--no-default-config', '--keyfile', self.host.keyfile, *args],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=theirs)
         os.close(theirs)

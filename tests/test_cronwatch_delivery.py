@@ -19,10 +19,12 @@ import unittest
 from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PROGRAM = os.path.join(ROOT, 'cronwatch.py')
 sys.path.insert(0, ROOT)
 
 import cronwatch                                            # noqa: E402
+import world                                                # noqa: E402
+
+PROGRAM = world.Programs.path('cronwatch')
 
 DAY = 86400
 MAIL = ('From: root@h\nSubject: Cron <root@h> backup\nDate: %s\n\n'

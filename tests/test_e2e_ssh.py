@@ -28,7 +28,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin yes
 StrictModes no
 UsePAM no
-SetEnv PATH=%(root)s/bin:%(path)s PYTHONPYCACHEPREFIX=%(root)s/pycache
+SetEnv PATH=%(root)s/bin:%(path)s HOME=%(root)s/home
 '''
 
 SSH_CONFIG = '''\

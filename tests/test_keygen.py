@@ -34,15 +34,16 @@ import lab
 import samples
 import tarsnap
 import tarsnapd
+import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from test_review_regressions import once, wire
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-KEYGEN = [sys.executable, os.path.join(ROOT, 'keygen.py'), 'keygen']
-KEYMGMT = [sys.executable, os.path.join(ROOT, 'keygen.py'), 'keymgmt']
-SERVER = [sys.executable, os.path.join(ROOT, 'tarsnapd.py')]
+KEYGEN = [sys.executable, world.Programs.path('keygen'), 'keygen']
+KEYMGMT = [sys.executable, world.Programs.path('keygen'), 'keymgmt']
+SERVER = [sys.executable, world.Programs.path('tarsnapd')]
 # The same program, but for its patience.
 HASTY = [sys.executable, '-c', """import sys
 sys.path.insert(0, %r)
@@ -53,14 +54,6 @@ SECONDS = 30            # after which a command hangs
 
 R, W, D, N = samples.ROLES
 USER, PASSWORD = 'paranoid@example.org', b'correct horse battery'
-
-
-def setUpModule():
-    """Compile the programs once, not for each of 200 processes."""
-    cache = tempfile.TemporaryDirectory()
-    unittest.addModuleCleanup(cache.cleanup)
-    os.environ['PYTHONPYCACHEPREFIX'] = cache.name
-    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 
 def drive(argv, dialogue, stdin=None, **environment):

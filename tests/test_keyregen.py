@@ -13,7 +13,6 @@ from test_keygen import PASSWORD, USER, drive
 R, W, D, N = samples.ROLES
 KEYREGEN = test_keygen.KEYGEN[:-1] + ['keyregen']
 QUICK = ['--passphrase-time', '0.05', '--passphrase-mem', '1M']
-setUpModule = test_keygen.setUpModule
 
 
 class Online(test_keygen.Online):

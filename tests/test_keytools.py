@@ -27,7 +27,6 @@ NEEDED = {'keygen': ('--keyfile', '--machine', '--server', '--user'),
           'keymgmt': ('--outkeyfile',),
           'recrypt': ('--oldkey', '--oldcachedir', '--newkey',
                       '--newcachedir')}
-setUpModule = test_keygen.setUpModule
 
 
 class Rules(test_keygen.ToolTest):
