@@ -4,6 +4,7 @@
 Also the command line: `run`, `learn` and what is printed.
 """
 
+import gc
 import io
 import json
 import mailbox
@@ -88,6 +89,8 @@ class Failures(Case):
             status, _ = cronwatch.deliver(
                 self.dir, io.BytesIO(mail(1) if raw is None else raw),
                 **kwargs)
+        # A process ends here, and with it what it had open: a lock too.
+        gc.collect()
         return status, said.called
 
     def test_each_statement_of_the_database(self):
