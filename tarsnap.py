@@ -196,16 +196,51 @@ class Missing(UserError):
 
 def warn(text):
     """One line on stderr in the program's name; never fails."""
-    try:
-        sys.stderr.write('%s: %s\n' % (warn.program, text))
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        pass
-    except UnicodeEncodeError:
-        sys.stderr.write('%s: %s\n' % (warn.program, ascii(text)[1:-1]))
+    note('%s: %s\n' % (warn.program, one_line(text)))
 
 
 warn.program = 'tarsnap'            # main() sets what it was started as
+
+
+CONTROL_CHARACTER = re.compile('[\0-\x1f\x7f-\x9f]')
+
+
+def one_line(text):
+    """`text` with its control characters escaped: names of files that others
+    choose neither end a line nor drive a terminal.
+    """
+    return CONTROL_CHARACTER.sub(lambda found: ''.join(
+        '\\%03o' % byte for byte in found.group().encode()), text)
+
+
+def note(text):
+    """`text` on stderr.  Never fails: no backup stops, and no restore, for a
+    full disk under its log or for a terminal that is gone.
+    """
+    try:
+        try:
+            sys.stderr.write(text)
+        except UnicodeEncodeError:
+            sys.stderr.write(text.encode('ascii', 'backslashreplace')
+                             .decode())
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def stdout_write(text):
+    """`text` on standard output, at once; UserError if that is refused."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise stdout_error(e) from None
+
+
+def stdout_error(error):
+    return UserError('Cannot write to standard output: %s' % error.strerror)
 
 
 def plural(count, noun):
@@ -3450,8 +3485,7 @@ class Output:
         try:
             write_all(self.fd, data)
         except OSError as e:
-            raise UserError('Cannot write to standard output: %s'
-                            % e.strerror) from None
+            raise stdout_error(e) from None
 
 
 # JSON: one object a line, all of it ASCII, so that no locale and no terminal
@@ -3548,9 +3582,9 @@ class JsonErrors:
         for line in lines:
             if line.startswith(warn.program + ': '):
                 line = line[len(warn.program + ': '):]
-            self.put({'type': 'message', 'message': os.fsencode(line)})
+            self.put_json({'type': 'message', 'message': os.fsencode(line)})
 
-    def put(self, fields):
+    def put_json(self, fields):
         """Write an object of more than words."""
         self.stream.write(json_line(fields).decode() + '\n')
 
@@ -3586,9 +3620,12 @@ def mode_text(entry, first):
 
 def say_json(fields):
     """An object to stderr, where --json made that take some."""
-    put = getattr(sys.stderr, 'put', None)
+    put = getattr(sys.stderr, 'put_json', None)
     if put:
-        put(fields)
+        try:
+            put(fields)
+        except (OSError, ValueError):
+            pass
 
 
 class LongLines:
@@ -3699,11 +3736,19 @@ class Bar:
 
     def clear(self):
         if self.drawn:
-            self.stream.write('\r\x1b[K')
             self.drawn = False
 
     @property
     def buffer(self):
+            self.put('\r\x1b[K')
+
+    def put(self, text):
+        """On a terminal that may be gone by now."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
         self.clear()
         self.stream.flush()
         return self.stream.buffer
@@ -3729,10 +3774,11 @@ class Bar:
             left = int((whole - done) / rate)
             words.append('%d:%02d:%02d left' % (left // 3600, left // 60 % 60,
                                                 left % 60))
-        columns = os.get_terminal_size(self.stream.fileno()).columns or 80
-        line = ', '.join(words)[:columns - 1]
-        self.stream.write('\r%s\x1b[K' % line)
-        self.stream.flush()
+        try:
+            columns = os.get_terminal_size(self.stream.fileno()).columns
+        except OSError:
+            columns = 0
+        self.put('\r%s\x1b[K' % ', '.join(words)[:(columns or 80) - 1])
         self.drawn = True
 
 
@@ -3815,8 +3861,7 @@ class Progress:
         if self.path is not None and not self.opt.json:
             of = ' (%s / %s bytes)' % (self.number(self.at), self.number(
                 self.size)) if self.size else ''
-            sys.stderr.write('%s %s%s\n' % (self.doing, show(self.path), of))
-            sys.stderr.flush()
+            note('%s %s%s\n' % (self.doing, one_line(show(self.path)), of))
 
     def processed(self, size):
         self.reported = size
@@ -3827,7 +3872,7 @@ class Progress:
                 fields.update(path=self.path, done=self.at, size=self.size)
             say_json(fields)
             return
-        sys.stderr.write('Processed %d entries, %s%s\n' % (
+        note('Processed %d entries, %s%s\n' % (
             self.entries, self.number(size),
             '' if self.opt.humanize_numbers else ' bytes'))
 
@@ -4272,8 +4317,7 @@ def cachedir_make(path):
         except OSError as e:
             raise UserError('Cannot create cache directory %s: %s'
                             % (where, e.strerror)) from None
-        sys.stderr.write('Directory %s created for "--cachedir %s"\n'
-                         % (where, path))
+        note('Directory %s created for "--cachedir %s"\n' % (where, path))
     mode = os.stat(path).st_mode
     if stat.S_IMODE(mode) & 0o077:
         try:
@@ -7723,7 +7767,7 @@ class Writer:
                 and self.linked.setdefault(entry.link, member)
             line = self.lines.line(entry, member,
                                    first if first != member else None)
-        sys.stderr.write('a %s\n' % show(line))
+        note('a %s\n' % show(line))
 
     def outline(self, folder, name, st):
         """What -vv says of an entry, before it is read."""
@@ -9941,8 +9985,7 @@ def content_write(fd, slot, extent):
             write_all(fd, ZEROS[:left])
             left -= min(left, len(ZEROS))
     except OSError as e:
-        raise UserError('Cannot write to standard output: %s'
-                        % e.strerror) from None
+        raise stdout_error(e) from None
 
 
 ##############################################################################
@@ -10269,8 +10312,7 @@ class TarWriter:
         try:
             write_all(self.fd, data)
         except OSError as e:
-            raise UserError('Cannot write to standard output: %s'
-                            % e.strerror) from None
+            raise stdout_error(e) from None
 
     def pad(self, size):
         self.write(bytes(-self.written % size))
@@ -12205,7 +12247,7 @@ class Create:
     def checkpoint(self, writer, series):
         """Commit what there is as NAME.part."""
         if self.opt.verbose:
-            sys.stderr.write('%s: Creating checkpoint...' % warn.program)
+            note('%s: Creating checkpoint...' % warn.program)
         writer.finish_pages(False)
         writer.keep_open()
         self.txn.commit(lambda base: writer.record(
@@ -12213,7 +12255,7 @@ class Create:
             writer.profile)
         writer.checkpointed()
         if self.opt.verbose:
-            sys.stderr.write(' done.\n')
+            note(' done.\n')
         self.last_bytes = self.txn.sent_bytes
         self.last_time = time.monotonic()
 
@@ -12429,7 +12471,9 @@ class Stats:
                                 for row in rows))
 
     def write(self, data):
-        if self.stream is not None:
+        if self.stream is sys.stdout:
+            stdout_write(os.fsdecode(data))
+        elif self.stream is not None:
             self.stream.write(os.fsdecode(data))
             self.stream.flush()
 
@@ -12512,7 +12556,7 @@ def cost_print(opt, stored):
         return
     month, once = [stored * prices[name] for name in PRICE_NAMES[:2]]
     if opt.json:
-        stats_stream(opt).write(json_line({
+        stdout_write(json_line({
             'type': 'cost', 'month': money_exact(month),
             'upload': money_exact(once)}).decode() + '\n')
     elif not opt.quiet:
@@ -12559,12 +12603,12 @@ def mode_usage(opt):
         figures_parse(body, 'account-machines', 'balance',
                       *('account-' + name for name in USED))
     if opt.json:
-        sys.stdout.write(json_line(usage_fields(figures)).decode() + '\n')
+        stdout_write(json_line(usage_fields(figures)).decode() + '\n')
     else:
         for row in usage_rows(figures,
                               humanize if opt.humanize_numbers else str):
             line = ('%-32s' + '  %15s' * (len(row) - 1)) % row
-            sys.stdout.write(line.rstrip() + '\n')
+            stdout_write(line.rstrip() + '\n')
     return 0
 
 
@@ -12632,8 +12676,7 @@ def usage_fields(figures):
 def head_print(opt, cache):
     """--print-head: what --expect-head takes on a bare machine."""
     if opt.print_head:
-        sys.stdout.write(head_text((cache.n, cache.head)) + '\n')
-        sys.stdout.flush()
+        stdout_write(head_text((cache.n, cache.head)) + '\n')
 
 
 def release(cache, records):
@@ -12723,7 +12766,7 @@ class Deletion:
         delete_archive().
         """
         if self.opt.verbose:
-            sys.stderr.write('Deleting archive "%s"\n' % show(name))
+            note('Deleting archive "%s"\n' % one_line(show(name)))
         whole, freed = delete_archive(self.remote, self.cache, name, record,
                                       needs)
         self.opt.changed = True
@@ -13181,8 +13224,8 @@ def mode_undelete(opt):
             record = undelete_archive(run.remote, run.cache, gone)
             opt.changed = True
             if opt.verbose:
-                sys.stderr.write('Undeleted archive "%s"\n'
-                                 % show(record.title))
+                note('Undeleted archive "%s"\n'
+                     % one_line(show(record.title)))
         head_print(opt, run.cache)
     finally:
         run.close()
@@ -13342,9 +13385,8 @@ def mode_recover(opt):
 def mode_nuke(opt):
     """--nuke: everything of this machine, after a sentence typed by hand."""
     opt.key.need(ROLE_NUKE, '--nuke')
-    sys.stderr.write('This deletes all archives of this machine.\nPlease '
-                     'type \'No Tomorrow\' to continue\n')
-    sys.stderr.flush()
+    note('This deletes all archives of this machine.\n'
+         'Please type \'No Tomorrow\' to continue\n')
     if sys.stdin is None or \
             sys.stdin.buffer.readline(100) != b'No Tomorrow\n':
         raise UserError('You didn\'t type \'No Tomorrow\'; nothing was '
@@ -13394,7 +13436,7 @@ def mode_print_head(opt):
             seen = cache_seen(opt.cachedir, opt.key)
             if seen:
                 history_follow(remote, seen, remote.head)
-        sys.stdout.write(head_text(remote.head) + '\n')
+        stdout_write(head_text(remote.head) + '\n')
     finally:
         remote.close()
     return 0
@@ -13441,9 +13483,14 @@ def age_say(opt, status, text, fields):
     """The line of --last-backup-age, or JSON; `status`."""
     if opt.json:
         fields.update(type='age', status=AGE_WORDS[status].lower())
-        sys.stdout.write(json_line(fields).decode() + '\n')
+        text = json_line(fields).decode()
     else:
-        sys.stdout.write('tarsnap %s - %s\n' % (AGE_WORDS[status], text))
+        text = 'tarsnap %s - %s' % (AGE_WORDS[status], one_line(text))
+    try:
+        stdout_write(text + '\n')
+    except (OSError, UserError) as e:
+        warn(str(e))
+        return AGE_UNKNOWN              # a status without its line
     return status
 
 
@@ -13538,8 +13585,7 @@ def mode_fsck(opt):
 
 
 def phase(text):
-    sys.stdout.write(text + '\n')
-    sys.stdout.flush()
+    stdout_write(text + '\n')
 
 
 class Fsck:
@@ -14721,9 +14767,9 @@ class Parser:
 
 def dump(title, lines):
     """For --dump-config: `lines` below their title."""
-    sys.stderr.write(title + '\n')
+    note(title + '\n')
     for line in lines:
-        sys.stderr.write('  %s\n' % line)
+        note('  %s\n' % line)
 
 
 def lines_split(text):
@@ -14768,7 +14814,7 @@ def help_print():
         lines.append('  %-28s %s' % (', '.join(words) + (
             ' ' + option.arg if option.arg else ''), option.text))
     lines.append('\ntarsnap %s' % VERSION)
-    sys.stdout.write('\n'.join(lines) + '\n')
+    stdout_write('\n'.join(lines) + '\n')
 
 
 ##############################################################################
@@ -14937,7 +14983,7 @@ def run_prepare(parser, opt, argv):
     if opt.json and sys.stderr is not None:
         sys.stderr = JsonErrors(sys.stderr)
     if opt.version:
-        sys.stdout.write('tarsnap %s\n' % VERSION)
+        stdout_write('tarsnap %s\n' % VERSION)
         return False
     if opt.help:
         help_print()
@@ -15032,13 +15078,14 @@ def signals_set(opt):
 
 
 def output_end():
-    """Drop what standard output could not take, or the interpreter would
-    complain of it once more.
+    """Drop what standard output and standard error could not take, or the
+    interpreter would complain of it once more, and end with 120.
     """
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for fd, stream in (1, sys.stdout), (2, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def main(argv=None):
@@ -15047,8 +15094,9 @@ def main(argv=None):
         argv = sys.argv
         warn.program = program_name(argv[0])
     streams_fill()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='surrogateescape')
+    for stream in (sys.stdout, sys.stderr):     # names as they came in,
+        stream.reconfigure(encoding=sys.getfilesystemencoding(),
+                           errors=sys.getfilesystemencodeerrors())
     try:
         limits_set()
         status = run(argv)
@@ -15056,7 +15104,7 @@ def main(argv=None):
             sys.stdout.flush()
     except Usage as e:
         warn(str(e))
-        sys.stderr.write(USAGE)
+        note(USAGE)
         status = e.status
     except Error as e:
         warn(str(e))

@@ -185,8 +185,8 @@ class Checks(StartupCase):
         # NUL is no separator here, whatever --null says.
         self.fails(w.tarsnap('-t', '--null', '--archive-names', '-',
                              give=b'kept\0'),
-                   'Archive does not exist: kept\0', 'Error reading archive',
-                   'Error exit')
+                   r'Archive does not exist: kept\\000$',
+                   'Error reading archive', 'Error exit')
         # Names add up with those of -f.
         done = w.ok('--print-stats', '-f', 'kept', '--archive-names', '-',
                     give=b'kept\n')
@@ -538,6 +538,24 @@ class Endings(StartupCase):
                 self.assertIn(text, done.err)
         done = w.tarsnap('--quiet', '-c', '--dry-run', '-C', tree, 'none')
         self.assertIn('none: Cannot stat', done.err)
+    def test_names_keep_to_their_line(self):
+        # They end no line of a log, and drive no terminal that shows it.
+        w = self.world
+        name = 'new\nline \x1b[31m\x9b \u20ac'
+        shown = 'new\\012line \\033[31m\\302\\233 \u20ac'
+        done = w.tarsnap('-c', '-f', 'lines', name, 'tree', cwd=w.root)
+        self.assertEqual((done.code, done.lines), (2, [
+            'tarsnap: %s: Cannot stat: No such file or directory' % shown,
+            DELAYED, CHANGED]))
+        done = w.tarsnap('-t', '-f', name)
+        self.assertEqual(done.lines[0],
+                         'tarsnap: Archive does not exist: ' + shown)
+        w.ok('-c', '-f', name, 'tree', cwd=w.root)
+        self.assertIn(' - %s, ' % shown, w.ok('--last-backup-age').out)
+        self.assertEqual(w.ok('-d', '-v', '-f', name).lines,
+                         ['Deleting archive "%s"' % shown])
+        w.ok('-d', '-f', 'lines')
+
 
     def test_c_locale_from_cron(self):
         # Names of any bytes, no HOME, standard input shut, no terminal.

@@ -21,6 +21,7 @@ import unittest
 import world
 
 DELAYED = 'tarsnap: Error exit delayed from previous errors.'
+FULL = 'tarsnap: Cannot write to standard output: No space left on device'
 MODE_LINES = {
     '-c': 'tarsnap: Error creating archive',
     '-d': 'tarsnap: Error deleting archive',
@@ -624,7 +625,8 @@ class BadInput(unittest.TestCase):
 
     def test_full_standard_output(self):
         for args in (['-t', '-f', 'kept'], ['--list-archives'],
-                     ['-r', '-f', 'kept'], ['--print-stats'],
+                     ['-r', '-f', 'kept'], ['--print-stats'], ['--usage'],
+                     ['--fsck'], ['--print-head'],
                      ['-x', '-O', '-f', 'kept']):
             with self.subTest(args):
                 argv = self.world.argv(args, cache=self.cache)
@@ -633,7 +635,7 @@ class BadInput(unittest.TestCase):
                 self.assertEqual(done.code, 1, done)
                 self.assertNotIn('Traceback', done.err)
                 self.assertNotIn('Exception', done.err)
-                self.assertIn('No space left on device', done.lines[0])
+                self.assertEqual(done.lines[0], FULL)
                 self.assertEqual(done.lines[-1], DELAYED)
 
     def test_broken_pipe(self):
@@ -656,7 +658,10 @@ class BadInput(unittest.TestCase):
         for number, env in enumerate((
                 {}, {'LANG': 'C'}, {'LC_ALL': 'C', 'HOME': '/no such'},
                 {'LC_ALL': 'C', 'PYTHONUTF8': '0',
-                 'PYTHONCOERCECLOCALE': '0'}, {'LC_ALL': 'C.UTF-8'})):
+                 'PYTHONCOERCECLOCALE': '0'},
+                {'LC_ALL': 'C.UTF-8', 'PYTHONIOENCODING': 'ascii'},
+                {'LC_ALL': 'C', 'PYTHONIOENCODING': 'utf-16'},
+                {'LC_ALL': 'C.UTF-8'})):
             env = dict(env, PATH=os.environ.get('PATH', ''), TZ='UTC')
             name = 'ünicode%d' % number
             done = self.tarsnap('-c', '-v', '-f', name, '-C', w.root, 'bytes',
@@ -667,6 +672,41 @@ class BadInput(unittest.TestCase):
             self.assertEqual((done.code, done.err), (0, ''), done)
             listing.append(done.raw.splitlines()[1])
             done = self.tarsnap('--list-archives', env=env)
+        for args, code in ((['--version'], 1), (['--help'], 1),
+                           (['--last-backup-age'], 3),
+                           (['--last-backup-age', '--json'], 3),
+                           (['--last-backup-age', '--max-age', 'x'], 3)):
+            with self.subTest(args):
+                argv = self.world.argv(args, cache=self.cache)
+                done = self.world.run(
+                    ['sh', '-c', '"$@" >/dev/full', 'sh'] + argv)
+                self.assertEqual(done.code, code, done)
+                self.assertIn(FULL.split(': ', 1)[1], done.lines[0])
+
+    def test_full_standard_error(self):
+        # Nobody's backup stops because the disk of its log is full.
+        w = self.world
+        where = w.path('mute')
+        os.mkdir(where)
+        for args in (['-c', '-v', '-f', 'mute', '-C', w.root, 'tree'],
+                     ['-c', '-vv', '--progress-bytes', '1k', '-f', 'mute2',
+                      '-C', w.root, 'tree'],
+                     ['-x', '-v', '--progress-bytes', '1k', '-f', 'mute',
+                      '-C', where],
+                     ['-x', '--json', '--progress-bytes', '1k', '-f', 'mute',
+                      '-C', where],
+                     ['-d', '-v', '-f', 'mute', '-f', 'mute2'],
+                     ['--list-archives', '--dump-config']):
+            with self.subTest(args):
+                argv = w.argv(args, cache=self.cache)
+                done = w.run(['sh', '-c', '"$@" 2>/dev/full', 'sh'] + argv)
+                self.assertEqual(done.code, 0, done)
+        world.tree_equal(self, w.path('tree'), os.path.join(where, 'tree'))
+        # But statistics were asked for.
+        argv = w.argv(['-c', '--dry-run', '--print-stats', '-C', w.root,
+                       'tree'], cache=self.cache)
+        done = w.run(['sh', '-c', '"$@" 2>/dev/full', 'sh'] + argv)
+        self.assertEqual(done.code, 1, done)
             self.assertIn(name, done.out.splitlines())
             where = w.extract(name, env=env, cache=None)
             world.tree_equal(self, w.path('bytes'),
