@@ -3041,6 +3041,9 @@ def list_names(data, null):
     """The names in a list, one by one: ended by NUL if `null`, else by \\n,
     \\r or both.  Empty ones are no names.
     """
+    if b'\0' in data and not null:
+        raise UserError('A list of names has NULs in it; if they end names, '
+                        '--null must stand before it')
     ends = rb'[^\0]+' if null else rb'[^\r\n]+'
     return (found.group() for found in re.finditer(ends, data))
 
@@ -8216,7 +8219,8 @@ class Writer:
         record.level, record.kids = level, kids
         record.entries, record.bytes = self.entries, self.bytes
         record.pages = len(self.pages)
-        record.created = self.opt.creationtime or int(self.now // BILLION)
+        record.created = self.opt.creationtime or max(
+            0, int(self.now // BILLION))        # a clock may be anywhere
         record.argv = argv_cut(self.opt.argv)
         record.host = os.fsencode(os.uname().nodename)
         parts = record_pack(record, self.key)
@@ -12144,7 +12148,12 @@ class Create:
             writer.report('%s: Cannot open: %s' % (what, e.strerror))
             return
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISDIR(mode):
+                writer.report('%s: Cannot open: %s' % (
+                    what, os.strerror(errno.EISDIR)))
+                return
+            if not stat.S_ISREG(mode):
                 if name in self.consumed:
                     raise UserError('%s cannot be read again, as it would '
                                     'have to be; try again' % what)
@@ -14009,7 +14018,7 @@ def count_parse(text):
 def creation_parse(text):
     """Seconds since 1970, but 0."""
     seconds = integer_parse(text)
-    if not seconds:
+    if not 0 < seconds < 1 << 63:
         raise UserError('Not a time: %s' % text)
     return seconds
 
@@ -14516,6 +14525,7 @@ class Parser:
     else acts at once, in the order it was written.
     """
 
+            list_names(data, self.null_input)
     def __init__(self, argv):
         self.words = list(argv)
         self.opt = Settings()
@@ -14653,10 +14663,7 @@ class Parser:
         elif again and (option.conf or option.kind.once):
             self.twice(option, written)
         opt.set_by[field] = source
-        try:
-            option.set(opt, text, off)
-        except UserError as e:
-            raise UserError('%s: %s' % (written, e)) from None
+        value_set(option, opt, text, off, written)
 
     def twice(self, option, written):
         other = next(row[1] for row in self.seen
@@ -14757,12 +14764,27 @@ class Parser:
                      'argument' % where)
         elif argument:
             raise UserError('%s: %s takes no argument' % (where, name))
-        if option.modes and self.opt.letter not in option.modes \
-                or name in skip:
-            return
+        if '\0' in argument:
+            raise UserError('%s: %s: a NUL in the argument' % (where, name))
         if argument.startswith('~'):
             argument = home_directory() + argument[1:]
-        self.store(option, argument, off, '%s: %s' % (where, name), where)
+        written = '%s: %s' % (where, name)
+        if name in skip:
+            return
+        if not option.modes or self.opt.letter in option.modes:
+            self.store(option, argument, off, written, where)
+        elif self.opt.letter == 'v' and option.name != 'snaptime':
+            # What another mode would say of it; snaptime's file may be made
+            # for each run.
+            value_set(option, Settings(), argument, off, written)
+
+
+def value_set(option, opt, text, off, written):
+    """Set an option, `written` so; UserError if its value is none."""
+    try:
+        option.set(opt, text, off)
+    except UserError as e:
+        raise UserError('%s: %s' % (written, e)) from None
 
 
 def dump(title, lines):
@@ -14936,6 +14958,8 @@ def cachedir_check(opt):
 def key_open(opt):
     """Load the key file of `opt`, asking for its passphrase if it has one;
     None if only a dry run is without one.
+    if letter == 'c' and b'\0' in opt.names[0]:
+        raise UserError('Archive name must not have a NUL in it')
     """
     dry = opt.letter == 'c' and opt.dry_run
     if opt.dry_run == METADATA \
@@ -15041,7 +15065,8 @@ def failure_text(error, opt):
 
 def system_text(error):
     """What the system refused, and of what if it says."""
-    name = '' if error.filename is None else show(error.filename) + ': '
+    name = show(error.filename) + ': ' \
+        if isinstance(error.filename, (str, bytes)) else ''
     return name + (error.strerror or str(error))
 
 

@@ -354,6 +354,27 @@ class Shown(ConfigTest):
                          (0, b'', b''))
         self.assertFalse(os.path.exists('/none'))
 
+    def test_verify_config_looks_at_what_is_for_other_modes(self):
+        for line in ('checkpoint-bytes 1', 'disk-pause x', 'maxbw 1KiB',
+                     'keep-within 3', 'compression 11', 'progress-bytes 1'):
+            with self.subTest(line):
+                path = self.file('conf', line + '\n')
+                done = self.run_it('--no-default-config', '--configfile',
+                                   path, '--verify-config')
+                self.assertEqual((done.returncode, done.stdout), (1, b''))
+                self.assertTrue(done.stderr.startswith(
+                    b'tarsnap: %s:1: %s: ' % (
+                        path.encode(), line.split()[0].encode())), done)
+        # A file that is made for each run need not be there; no mode is
+        # chosen yet in which this would be too much.
+        path = self.file('conf', 'snaptime /none/such\nlowmem\nprint-stats\n'
+                         'maxbw 1M\nno-snaptime\nverylowmem\nkeep-daily 3\n'
+                         'aggressive-networking\nmaxbw-rate 1e6\n'
+                         'exclude a\nno-config-exclude\n')
+        done = self.run_it('--no-default-config', '--configfile', path,
+                           '--verify-config')
+        self.assertEqual((done.returncode, done.stderr), (0, b''))
+
     def test_verify_config_takes_neither_names_nor_operands(self):
         for words in (['-f', 'a'], ['a']):
             done = self.run_it('--no-default-config', '--verify-config',

@@ -315,6 +315,13 @@ class TarFiles(TarTest):
                             self.host.good('-c', '-f', name, '@-')
                     self.check(name, model)
 
+    def test_a_directory_is_none(self):
+        # A file named @... that was meant as such, mostly.
+        for words in (['@' + self.lab.tree], ['-C', self.lab.root, '@tree']):
+            result = self.host.run('-c', '-f', words[-1], *words)
+            self.assertEqual(result.status, 2)
+            self.assertIn('tree: Cannot open: Is a directory\n', result.err)
+
     def test_same_content_is_not_sent_again(self):
         self.host.create('tree')
         with lab.tapped() as log:

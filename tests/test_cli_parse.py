@@ -469,7 +469,8 @@ class Values(unittest.TestCase):
                 ('maxbw-rate', '7999', '8000'),
                 ('maxbw-rate-down', '1000000001', '1000000000'),
                 ('disk-pause', '1001', '1000'),
-                ('creationtime', '0', '0x10'),
+                ('creationtime', '0', '0x10'), ('creationtime', '-5', '1'),
+                ('creationtime', '0x8000000000000000', '99999999999'),
                 ('compression', '10', '9'), ('compression', '0', 'none')):
             with self.subTest(option, value=wrong):
                 with self.assertRaisesRegex(tarsnap.UserError, option):

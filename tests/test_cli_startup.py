@@ -198,6 +198,26 @@ class Checks(StartupCase):
         self.fails(done, 'Cannot read archive names from standard input')
 
     def test_roles(self):
+    def test_a_nul_in_a_name(self):
+        # As of `find -print0` without --null; told before anything is done.
+        w = self.world
+        nul = 'NULs in it.*--null'
+        for words in (['-c', '-f', 'n', '-T', '-'],
+                      ['-t', '-f', 'kept', '-T', '-'],
+                      ['-c', '-f', 'n', '-X', '-', 'tree'],
+                      ['-x', '-f', 'kept', '-X', '-']):
+            with self.subTest(words):
+                self.fails(w.tarsnap(*words, give=b'tree/file\0tree\0',
+                                     cwd=w.root), nul)
+        self.fails(w.tarsnap('-c', '--archive-names', '-', 'tree',
+                             give=b'a\0b\n', cwd=w.root),
+                   'name must not have a NUL')
+        world.write(w.path('nul.conf'), b'keyfile /a\0b\n')
+        self.fails(w.tarsnap('--configfile', w.path('nul.conf'),
+                             '--list-archives', key=None),
+                   ':1: keyfile: a NUL in the argument')
+        self.assertEqual(w.names(), ['kept'])
+
         w = self.world
         cases = [('-r', 'write', ['-c', '-f', 'x', '-C', w.root, 'tree']),
                  ('-w', 'read', ['-t', '-f', 'kept']),
