@@ -4295,7 +4295,10 @@ def database(path, script, synchronous):
     import sqlite3
     db = sqlite3.connect(path, timeout=300, isolation_level=None)
     db.execute('PRAGMA synchronous=%s' % synchronous)
-    os.chmod(path, 0o600)
+    try:
+        os.chmod(path, 0o600)
+    except OSError:
+        pass            # another user's, or read-only: SQLite says what fails
     database_limit(db, DATABASE_CACHE)
     db.executescript(script)
     return db
@@ -4310,7 +4313,12 @@ def rollback(db):
 def cachedir_make(path):
     """Make the cache directory and its parents, 0700 each, saying so."""
     missing = []
-    where = os.path.abspath(path)
+    try:
+        where = os.path.abspath(path)
+    except OSError as e:
+        raise UserError('Cannot find cache directory %s below a current '
+                        'directory that is gone: %s' % (path, e.strerror)
+                        ) from None
     while not os.path.isdir(where):
         missing.append(where)
         where = os.path.dirname(where)
@@ -4421,11 +4429,24 @@ def cache_note(path, name, data):
     os.rename(path + '.new', path)
 
 
+def cache_there(path):
+    """True if a cache directory has something in it; UserError if this user
+    may not even see that.
+    """
+    try:
+        return stat.S_ISREG(os.stat(os.path.join(path, 'directory')).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        raise UserError('Error reading cache directory %s: %s'
+                        % (path, e.strerror)) from None
+
+
 def cache_meta(path):
     """What a cache directory's meta table holds, {} if there is none."""
     import sqlite3
     where = os.path.join(path, 'directory')
-    if not os.path.isfile(where):
+    if not cache_there(path):
         return {}
     try:
         db = sqlite3.connect('file:%s?mode=ro' % ''.join(
@@ -4454,9 +4475,10 @@ class Cache:
     Transaction.
     """
 
-    def __init__(self, path, key, lock=True, wait=0):
+    def __init__(self, path, key, lock=True, wait=0, write=True):
         """Open `path` for the machine of `key`; UserError if it is another's
-        or cannot be read, or stays locked for `wait` seconds.
+        or cannot be read, nor written if `write`, or stays locked for `wait`
+        seconds.
         """
         import sqlite3
         self.path = path
@@ -4469,8 +4491,9 @@ class Cache:
             self.db = database(os.path.join(path, 'directory'),
                                SQL_DIRECTORY, 'EXTRA')
             # Where it may not write SQLite reads, and says so too late.
-            self.db.execute('BEGIN IMMEDIATE')
-            rollback(self.db)
+            if write:
+                self.db.execute('BEGIN IMMEDIATE')
+                rollback(self.db)
             self.load()
         except (sqlite3.Error, ValueError, TypeError, AttributeError) as e:
             self.close()
@@ -7923,8 +7946,16 @@ class Writer:
             if entry.kind == SYMLINK:
                 entry.target = os.readlink(name, dir_fd=folder.get())
                 target_edit(entry, self.opt)
-            entry.xattrs, xattrs = self.attributes(
-                self.path(folder, name), following=self.follows(entry))
+            try:
+                entry.xattrs, xattrs = self.attributes(
+                    self.path(folder, name), following=self.follows(entry))
+            except OSError as e:
+                if entry.kind != DIRECTORY:
+                    raise
+                # Who may not read a directory still sees what it is.
+                self.report('%s: Cannot read extended attributes: %s'
+                            % (show(member), e.strerror))
+                key = b''
         self.page_add(entry, content, xattrs, key)
 
     def command(self, text):
@@ -13308,7 +13339,7 @@ def mode_print_stats(opt):
     """
     if opt.names and not opt.key.can(ROLE_DELETE):
         opt.key.need(ROLE_READ, '--print-stats -f')
-    cache = Cache(opt.cachedir, opt.key, lock=False)
+    cache = Cache(opt.cachedir, opt.key, lock=False, write=False)
     try:
         if cache.new:
             raise UserError('Error reading cache directory %s: it is empty; '
@@ -14949,8 +14980,7 @@ def cachedir_check(opt):
             and not (letter in 'ceu' and opt.dry_run):
         raise UserError('Cache directory must be specified for %s (--cachedir'
                         ' or cachedir in tarsnap.conf)' % opt.mode)
-    if letter in NEEDS_STATE and not os.path.exists(
-            os.path.join(opt.cachedir, 'directory')):
+    if letter in NEEDS_STATE and not cache_there(opt.cachedir):
         raise UserError('Error reading cache directory %s: it is empty; '
                         '--fsck fills it' % opt.cachedir)
 

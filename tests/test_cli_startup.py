@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -197,7 +198,6 @@ class Checks(StartupCase):
             ['-t', '--archive-names', '-']))
         self.fails(done, 'Cannot read archive names from standard input')
 
-    def test_roles(self):
     def test_a_nul_in_a_name(self):
         # As of `find -print0` without --null; told before anything is done.
         w = self.world
@@ -218,6 +218,7 @@ class Checks(StartupCase):
                    ':1: keyfile: a NUL in the argument')
         self.assertEqual(w.names(), ['kept'])
 
+    def test_roles(self):
         w = self.world
         cases = [('-r', 'write', ['-c', '-f', 'x', '-C', w.root, 'tree']),
                  ('-w', 'read', ['-t', '-f', 'kept']),
@@ -284,6 +285,44 @@ class CacheDirectory(StartupCase):
         self.assertEqual((done.code, done.err), (0, ''))
         w.ok('-d', '-f', 'relative')
         self.assertEqual(os.listdir(w.path('tree')), ['file'])
+
+    def test_below_a_directory_that_is_gone(self):
+        w = self.world
+        gone = w.path('gone')
+        os.mkdir(gone)
+        done = w.run(['sh', '-c', 'rmdir "$0"; exec "$@"', gone] + w.argv(
+            ['--list-archives'], cache='rel'), cwd=gone)
+        self.fails(done, 'Cannot find cache directory rel below')
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which('setpriv'),
+                         'only root with setpriv can drop its rights')
+    def test_of_somebody_else(self):
+        # Who may read it gets statistics; who may not hears why.
+        w = self.world
+        where = w.path('of another')
+        shutil.copytree(w.path('cache'), where, symlinks=True)
+        for path, mode in (('', 0o555), ('directory', 0o444),
+                           ('lockf', 0o444), ('cache', 0o444)):
+            os.chown(os.path.join(where, path), 12345, 12345)
+            os.chmod(os.path.join(where, path), mode)
+        drop = ['setpriv', '--bounding-set', '-dac_override,-dac_read_search,'
+                '-fowner']
+        for words in (['--print-stats'], ['--print-stats', '-f', '*'],
+                      ['--list-archives']):
+            done = w.run(drop + w.argv(words, cache=where))
+            self.assertEqual((done.code, done.err), (0, ''), done)
+        done = w.run(drop + w.argv(['-c', '-f', 'x', w.path('tree')],
+                                   cache=where))
+        self.assertEqual(done.lines[0], 'tarsnap: Error reading cache '
+                         'directory %s: Permission denied' % where)
+        os.chmod(where, 0)
+        for words in (['--print-stats'], ['--list-archives'],
+                      ['-d', '-f', 'kept']):
+            done = w.run(drop + w.argv(words, cache=where))
+            self.assertEqual((done.code, done.lines[0]), (
+                1, 'tarsnap: Error reading cache directory %s: Permission '
+                'denied' % where), done)
+        os.chmod(where, 0o700)
 
     def test_looser_bits_are_removed(self):
         os.chmod(self.world.path('cache'), 0o755)
@@ -499,6 +538,24 @@ class Endings(StartupCase):
         self.assertRegex(done.lines[0], '^tarsnap: none: Cannot stat')
         w.ok('-d', '-f', 'partly')
 
+    def test_names_keep_to_their_line(self):
+        # They end no line of a log, and drive no terminal that shows it.
+        w = self.world
+        name = 'new\nline \x1b[31m\x9b \u20ac'
+        shown = 'new\\012line \\033[31m\\302\\233 \u20ac'
+        done = w.tarsnap('-c', '-f', 'lines', name, 'tree', cwd=w.root)
+        self.assertEqual((done.code, done.lines), (2, [
+            'tarsnap: %s: Cannot stat: No such file or directory' % shown,
+            DELAYED, CHANGED]))
+        done = w.tarsnap('-t', '-f', name)
+        self.assertEqual(done.lines[0],
+                         'tarsnap: Archive does not exist: ' + shown)
+        w.ok('-c', '-f', name, 'tree', cwd=w.root)
+        self.assertIn(' - %s, ' % shown, w.ok('--last-backup-age').out)
+        self.assertEqual(w.ok('-d', '-v', '-f', name).lines,
+                         ['Deleting archive "%s"' % shown])
+        w.ok('-d', '-f', 'lines')
+
     def test_silent_on_success(self):
         w = self.world
         w.ok('-c', '-f', 'silent', '-C', w.root, 'tree')
@@ -558,24 +615,6 @@ class Endings(StartupCase):
                 self.assertIn(text, done.err)
         done = w.tarsnap('--quiet', '-c', '--dry-run', '-C', tree, 'none')
         self.assertIn('none: Cannot stat', done.err)
-    def test_names_keep_to_their_line(self):
-        # They end no line of a log, and drive no terminal that shows it.
-        w = self.world
-        name = 'new\nline \x1b[31m\x9b \u20ac'
-        shown = 'new\\012line \\033[31m\\302\\233 \u20ac'
-        done = w.tarsnap('-c', '-f', 'lines', name, 'tree', cwd=w.root)
-        self.assertEqual((done.code, done.lines), (2, [
-            'tarsnap: %s: Cannot stat: No such file or directory' % shown,
-            DELAYED, CHANGED]))
-        done = w.tarsnap('-t', '-f', name)
-        self.assertEqual(done.lines[0],
-                         'tarsnap: Archive does not exist: ' + shown)
-        w.ok('-c', '-f', name, 'tree', cwd=w.root)
-        self.assertIn(' - %s, ' % shown, w.ok('--last-backup-age').out)
-        self.assertEqual(w.ok('-d', '-v', '-f', name).lines,
-                         ['Deleting archive "%s"' % shown])
-        w.ok('-d', '-f', 'lines')
-
 
     def test_c_locale_from_cron(self):
         # Names of any bytes, no HOME, standard input shut, no terminal.

@@ -583,6 +583,38 @@ class BadInput(unittest.TestCase):
         world.tree_equal(self, os.path.join(where, 'tree'), os.path.join(
             w.extract(name + '4', cache=None), 'tree'))
 
+    @unittest.skipIf(os.geteuid() == 0 and not shutil.which('setpriv'),
+                     'setpriv is missing')
+    def test_shut_directory_with_attributes(self):
+        # What is known of it is stored: its owner, mode and times.
+        w = self.world
+        where = w.path('tagged')
+        shut = os.path.join(where, 'tree', 'shut')
+        os.makedirs(shut)
+        try:
+            os.setxattr(shut, 'user.x', b'1')
+        except OSError as e:
+            self.skipTest('extended attributes: %s' % e.strerror)
+        shutil.copytree(self.cache, os.path.join(where, 'cache'),
+                        symlinks=True)
+        os.utime(shut, (1234567890, 1234567890))
+        os.chmod(shut, 0o200)
+        prefix = [] if os.geteuid() else [
+            'setpriv', '--bounding-set', '-dac_override,-dac_read_search']
+        argv = w.argv(['-c', '-f', 'tagged', '-C', where, 'tree'],
+                      cache=os.path.join(where, 'cache'))
+        done = w.run(prefix + argv)
+        self.assertEqual((done.code, done.lines), (2, [
+            'tarsnap: tree/shut: Cannot read extended attributes: Permission '
+            'denied',
+            'tarsnap: tree/shut: Cannot read directory: Permission denied',
+            DELAYED, CHANGED]))
+        copy = os.stat(os.path.join(w.extract('tagged', cache=None), 'tree',
+                                    'shut'))
+        self.assertEqual((copy.st_mode & 0o7777, copy.st_mtime),
+                         (0o200, 1234567890))
+        os.chmod(shut, 0o700)
+
     def test_vanishing_file(self):
         # It goes at the first PUT, when its directory was read; the client
         # cannot be more than 8 MiB in its window and 7 in its queue ahead.
@@ -637,41 +669,6 @@ class BadInput(unittest.TestCase):
                 self.assertNotIn('Exception', done.err)
                 self.assertEqual(done.lines[0], FULL)
                 self.assertEqual(done.lines[-1], DELAYED)
-
-    def test_broken_pipe(self):
-        w = self.world
-        for args in (['-t', '-f', 'kept'], ['-r', '-f', 'kept'],
-                     ['-x', '-O', '-f', 'kept']):
-            argv = w.argv(args, cache=self.cache)
-            done = w.run(['sh', '-c', '"$@" | head -c 10', 'sh'] + argv)
-            self.assertEqual((done.code, len(done.raw)), (0, 10))
-            self.assertNotIn('Traceback', done.err)
-            self.assertNotIn('Exception', done.err)
-            self.assertLessEqual(len(done.lines), 3, done)
-
-    def test_bare_environment(self):
-        w = self.world
-        world.write(os.path.join(os.fsencode(w.path('bytes')),
-                                 'ü€\udcff'.encode('utf-8',
-                                                   'surrogateescape')), b'x')
-        listing = []
-        for number, env in enumerate((
-                {}, {'LANG': 'C'}, {'LC_ALL': 'C', 'HOME': '/no such'},
-                {'LC_ALL': 'C', 'PYTHONUTF8': '0',
-                 'PYTHONCOERCECLOCALE': '0'},
-                {'LC_ALL': 'C.UTF-8', 'PYTHONIOENCODING': 'ascii'},
-                {'LC_ALL': 'C', 'PYTHONIOENCODING': 'utf-16'},
-                {'LC_ALL': 'C.UTF-8'})):
-            env = dict(env, PATH=os.environ.get('PATH', ''), TZ='UTC')
-            name = 'ünicode%d' % number
-            done = self.tarsnap('-c', '-v', '-f', name, '-C', w.root, 'bytes',
-                                env=env)
-            self.assertEqual(done.code, 0, done)
-            self.assertEqual(len(done.lines), 2, done)
-            done = self.tarsnap('-t', '-f', name, env=env)
-            self.assertEqual((done.code, done.err), (0, ''), done)
-            listing.append(done.raw.splitlines()[1])
-            done = self.tarsnap('--list-archives', env=env)
         for args, code in ((['--version'], 1), (['--help'], 1),
                            (['--last-backup-age'], 3),
                            (['--last-backup-age', '--json'], 3),
@@ -707,6 +704,41 @@ class BadInput(unittest.TestCase):
                        'tree'], cache=self.cache)
         done = w.run(['sh', '-c', '"$@" 2>/dev/full', 'sh'] + argv)
         self.assertEqual(done.code, 1, done)
+
+    def test_broken_pipe(self):
+        w = self.world
+        for args in (['-t', '-f', 'kept'], ['-r', '-f', 'kept'],
+                     ['-x', '-O', '-f', 'kept']):
+            argv = w.argv(args, cache=self.cache)
+            done = w.run(['sh', '-c', '"$@" | head -c 10', 'sh'] + argv)
+            self.assertEqual((done.code, len(done.raw)), (0, 10))
+            self.assertNotIn('Traceback', done.err)
+            self.assertNotIn('Exception', done.err)
+            self.assertLessEqual(len(done.lines), 3, done)
+
+    def test_bare_environment(self):
+        w = self.world
+        world.write(os.path.join(os.fsencode(w.path('bytes')),
+                                 'ü€\udcff'.encode('utf-8',
+                                                   'surrogateescape')), b'x')
+        listing = []
+        for number, env in enumerate((
+                {}, {'LANG': 'C'}, {'LC_ALL': 'C', 'HOME': '/no such'},
+                {'LC_ALL': 'C', 'PYTHONUTF8': '0',
+                 'PYTHONCOERCECLOCALE': '0'},
+                {'LC_ALL': 'C.UTF-8', 'PYTHONIOENCODING': 'ascii'},
+                {'LC_ALL': 'C', 'PYTHONIOENCODING': 'utf-16'},
+                {'LC_ALL': 'C.UTF-8'})):
+            env = dict(env, PATH=os.environ.get('PATH', ''), TZ='UTC')
+            name = 'ünicode%d' % number
+            done = self.tarsnap('-c', '-v', '-f', name, '-C', w.root, 'bytes',
+                                env=env)
+            self.assertEqual(done.code, 0, done)
+            self.assertEqual(len(done.lines), 2, done)
+            done = self.tarsnap('-t', '-f', name, env=env)
+            self.assertEqual((done.code, done.err), (0, ''), done)
+            listing.append(done.raw.splitlines()[1])
+            done = self.tarsnap('--list-archives', env=env)
             self.assertIn(name, done.out.splitlines())
             where = w.extract(name, env=env, cache=None)
             world.tree_equal(self, w.path('bytes'),
