@@ -3740,9 +3740,6 @@ class Bar:
     def clear(self):
         if self.drawn:
             self.drawn = False
-
-    @property
-    def buffer(self):
             self.put('\r\x1b[K')
 
     def put(self, text):
@@ -3752,6 +3749,9 @@ class Bar:
             self.stream.flush()
         except (OSError, ValueError):
             pass
+
+    @property
+    def buffer(self):
         self.clear()
         self.stream.flush()
         return self.stream.buffer
@@ -10960,7 +10960,8 @@ class TarInput:
         self.what = what
         self.member = member
         self.file = self.tar = self.targets = None
-        self.seen = collections.OrderedDict()   # path -> (Entry, Content)
+        # Path -> (Entry, Content, attributes as the file says them).
+        self.seen = collections.OrderedDict()
         self.count = 0                          # link ids given
 
     def run(self):
@@ -11067,12 +11068,13 @@ class TarInput:
             entry.size = content.size
         elif entry.kind == FILE:
             return
+        said = entry.xattrs
         try:
-            entry.xattrs, xattrs = writer.attributes_keep(entry.xattrs)
+            entry.xattrs, xattrs = writer.attributes_keep(said)
         except OSError as e:
             writer.report('%s: %s: %s' % (self.what, show(path), e.strerror))
             return
-        self.remember(info, entry, content)
+        self.remember(info, entry, content, said)
         writer.enter(entry, content, xattrs)
         writer.progress.end(entry.size)
 
@@ -11148,16 +11150,16 @@ class TarInput:
                 found.setdefault(ACLS[key.endswith('default')],
                                  acl_value(tar_bytes(value)))
         return sorted((name, value) for name, value in found.items()
-                      if name and value)
+                      if name and (value or name not in ACLS))
 
     # Hard links.
 
-    def remember(self, info, entry, content):
+    def remember(self, info, entry, content, xattrs):
         """Keep what a hard link may name later."""
         if entry.kind == DIRECTORY or info.islnk() or \
                 self.targets is not None and info.name not in self.targets:
             return
-        self.seen[info.name] = entry, content
+        self.seen[info.name] = entry, content, xattrs
         if self.targets is not None:
             self.link(entry)
         elif len(self.seen) > TAR_LINKS:
@@ -11174,7 +11176,7 @@ class TarInput:
         Of a pipe nobody knows in time which files are named: one whose page
         is stored by now stays a file of its own, with equal content.
         """
-        first, content = self.seen.get(info.linkname, (None, None))
+        first, content, xattrs = self.seen.get(info.linkname, (None,) * 3)
         if first is None:
             self.writer.report('%s: %s: hard link to %s, which is not here'
                                % (self.what, info.name, info.linkname))
@@ -11183,6 +11185,7 @@ class TarInput:
             self.link(first)
         entry.link, entry.kind = first.link, first.kind
         entry.target, entry.device = first.target, first.device
+        entry.xattrs = entry.xattrs or xattrs       # GNU tar says them once
         if content:             # a checkpoint may have come in between
             for block in [extent[0] for extent in content.extents] + (
                     content.tree[1] if content.tree else []):
@@ -14522,6 +14525,7 @@ class Settings:
     def list_take(self, data):
         """The names of -T, before the operands."""
         if self.letter == 'c':          # taken apart as the walk comes to it
+            list_names(data, self.null_input)
             names = [('list', data)]
         else:
             names = [('path', name)
@@ -14556,7 +14560,6 @@ class Parser:
     else acts at once, in the order it was written.
     """
 
-            list_names(data, self.null_input)
     def __init__(self, argv):
         self.words = list(argv)
         self.opt = Settings()
@@ -14955,6 +14958,8 @@ def names_check(opt):
                         ' only')
     if letter == 'c' and not 0 < len(opt.names[0]) <= 1023:
         raise UserError('Archive name must have 1 to 1023 bytes')
+    if letter == 'c' and b'\0' in opt.names[0]:
+        raise UserError('Archive name must not have a NUL in it')
 
 
 def check_modes(opt):
@@ -14988,8 +14993,6 @@ def cachedir_check(opt):
 def key_open(opt):
     """Load the key file of `opt`, asking for its passphrase if it has one;
     None if only a dry run is without one.
-    if letter == 'c' and b'\0' in opt.names[0]:
-        raise UserError('Archive name must not have a NUL in it')
     """
     dry = opt.letter == 'c' and opt.dry_run
     if opt.dry_run == METADATA \

@@ -331,6 +331,8 @@ class TarFiles(TarTest):
     def test_what_r_writes(self):
         os.setxattr(os.path.join(self.lab.tree, 'a/small'), 'user.x',
                     b'\xff=\0%\n')
+        os.setxattr(os.path.join(self.lab.tree, 'a/small'), 'user.%=',
+                    b'')
         with open(os.path.join(self.lab.tree, 'sparse'), 'wb') as file:
             file.truncate(3000000)
             file.seek(1000000)
@@ -375,6 +377,20 @@ class TarFiles(TarTest):
         with stdin(path, True):
             self.host.good('-c', '-f', 'piped', '@-')
         self.check('piped')
+        # Said once for all names of a file; and one may be empty.
+        os.setxattr(os.path.join(tree, 'a/small'), 'user.empty', b'')
+        os.link(os.path.join(tree, 'a/small'), os.path.join(tree, 'second'))
+        path = self.lab.path('linked')
+        subprocess.check_call(
+            ['tar', '--format=pax', '--xattrs', '-cf', path, '-C', tree,
+             'a/small', 'second'])
+        for name, pipe in (('linked', False), ('linked pipe', True)):
+            with stdin(path, pipe):
+                self.host.good('-c', '-f', name, '@-')
+            out = os.path.join(self.host.extract(name, 'second'), 'second')
+            self.assertEqual(
+                {key: os.getxattr(out, key) for key in os.listxattr(out)},
+                {'user.x': b'\xff=\0%\n', 'user.empty': b''})
         self.host.good('-r', '-f', 'piped')
         out = os.stat(os.path.join(self.host.extract('gnu1'), 'sparse'))
         self.assertLess(out.st_blocks, 1000)
