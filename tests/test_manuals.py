@@ -53,6 +53,14 @@ class Pages(unittest.TestCase):
                               stderr=subprocess.STDOUT, text=True)
         self.assertEqual((done.returncode, done.stdout), (0, ''))
 
+    def test_two_dashes_and_no_more(self):
+        # Fl puts one before each of its words.
+        for path in PAGES:
+            with open(path) as file:
+                for line in file:
+                    if re.match(r'\.(It )?Fl ', line):
+                        self.assertNotRegex(line, ' --', path)
+
     def test_references(self):
         # A page is about something we have, and refers to what there is.
         ours = {os.path.basename(path) for path in PAGES}
