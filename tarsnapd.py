@@ -9975,8 +9975,13 @@ class Shop:
 ##############################################################################
 
 def say(line):
-    """One line on stderr, in the program's name."""
-    print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
+    """One line on stderr, in the program's name; never fails: a server serves
+    on when the disk of its log is full.
+    """
+    try:
+        print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
 
 
 def moment(seconds):
@@ -10033,9 +10038,17 @@ CONF = '''\
 
 
 def is_server(path):
-    """True if `path` is a server directory."""
-    return (os.path.isfile(os.path.join(path, 'tarsnapd.conf'))
-            and os.path.isfile(os.path.join(path, 'identity.key')))
+    """True if `path` is a server directory; ServerError if this user may not
+    look into it.
+    """
+    import stat
+    try:
+        return all(stat.S_ISREG(os.stat(os.path.join(path, name)).st_mode)
+                   for name in ('tarsnapd.conf', 'identity.key'))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as e:
+        raise ServerError('%s: %s' % (path, e.strerror)) from None
 
 
 def size_parse(text):
@@ -13424,6 +13437,7 @@ usage: tarsnapd.py init SRV [--listen HOST:PORT]
        tarsnapd.py repair SRV [--dry-run]
        tarsnapd.py session --stdio DIR [--machine N] [--roles rwdn]
        tarsnapd.py index-dump SRV MACHINE
+       tarsnapd.py COMMAND --help
        tarsnapd.py --version | --help
 '''
 
@@ -14774,7 +14788,11 @@ def command_check(args):
     except OSError as e:
         found.fault('door', CHECK_UNKNOWN, '%s: %s' % (e.filename,
                                                        e.strerror))
-    print('\n'.join(found.lines()))
+    try:
+        print('\n'.join(found.lines()), flush=True)
+    except OSError as e:
+        say('Cannot write to standard output: %s' % e.strerror)
+        return CHECK_UNKNOWN            # a status without its line
     return found.status()
 
 
@@ -14873,22 +14891,69 @@ COMMANDS = {
 ##############################################################################
 
 
+def streams_fill():
+    """Put something where standard streams are closed, or the first file
+    opened would get what is meant for one.  Standard error then goes nowhere;
+    reading or writing the others fails.
+    """
+    for fd, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDWR)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, 'w', closefd=False)
+    sys.stderr = sys.stderr or open(2, 'w', closefd=False)
+
+
+def output_end():
+    """Drop what standard output and standard error could not take, or the
+    interpreter would complain of it once more, and end with 120.
+    """
+    for fd, stream in (1, sys.stdout), (2, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def usage(command):
+    """The lines of USAGE about a command."""
+    import re
+    lines = []
+    for line in USAGE.replace('usage:', '      ').splitlines():
+        named = re.match(r' {7}tarsnapd\.py (\S+(?: \| \S+)*)', line)
+        if named:
+            told = command in named[1].split(' | ')
+        if told:
+            lines.append(line + '\n')
+    return 'usage:' + ''.join(lines)[6:]
+
+
+def answer(argv):
+    """Do what was typed; the exit status."""
+    if argv[:1] == ['--version']:
+        print('tarsnapd %s' % VERSION)
+    elif argv[:1] in (['--help'], ['-h']):
+        print(USAGE, end='')
+    elif not argv or argv[0] not in COMMANDS:
+        raise ServerError('%s; see --help' % (
+            'unknown command %s' % argv[0] if argv else 'no command'))
+    elif '--help' in argv or argv[1:2] == ['-h']:
+        print(usage(argv[0]), end='')
+    else:
+        return COMMANDS[argv[0]](argv[1:]) or 0
+    return 0
+
+
 def main(argv=None):
     """Run a command (by default what was typed); the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ['--version']:
-        print('tarsnapd %s' % VERSION)
-        return 0
-    if argv[:1] in (['--help'], ['-h']):
-        print(USAGE, end='')
-        return 0
+    streams_fill()
     try:
-        if not argv or argv[0] not in COMMANDS:
-            raise ServerError('%s; see --help' % (
-                'unknown command %s' % argv[0] if argv else 'no command'))
-        status = COMMANDS[argv[0]](argv[1:])
+        status = answer(argv)
         sys.stdout.flush()
-        return status or 0
+        return status
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -14900,6 +14965,7 @@ def main(argv=None):
         say('%s: %s' % (e.filename or argv[0], e.strerror or e))
     except Exception as e:
         say('%s: %s: %s' % (argv[0], type(e).__name__, e))
+    output_end()
     return 1
 
 

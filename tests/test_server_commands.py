@@ -2,6 +2,7 @@
 """Every command does what tarsnapd(8) says, and fails in one line."""
 
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 from rawclient import (
     PROGRAM, R, W, ZERO, Client, Embedded, Error, Host, Serve, Stdio, Wire,
@@ -43,6 +45,56 @@ class Commands(unittest.TestCase):
         self.assertEqual((status, err), (0, ''))
         for command in tarsnapd.COMMANDS:
             self.assertIn(command, out)
+
+    def test_help_of_a_command(self):
+        for command in tarsnapd.COMMANDS:
+            status, out, err = run(command, '--help')
+            self.assertEqual((status, err), (0, ''))
+            first, *more = out.splitlines()
+            self.assertRegex(first, r'^usage: tarsnapd\.py .*\b%s\b' % command)
+            for line in more:
+                self.assertRegex(line, r'^ {7}(tarsnapd\.py %s|            )'
+                                 % command)
+            self.assertNotIn('--version', out)
+        # Wherever it stands, and nothing is done.
+        for args in (('init', self.path, '--help'), ('init', '-h'),
+                     ('user', self.path, 'add', '--help')):
+            status, out, err = run(*args)
+            self.assertEqual((status, err), (0, ''))
+            self.assertIn('tarsnapd.py %s SRV' % args[0], out)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_standard_streams_that_are_full_or_closed(self):
+        self.init()
+        for args in (('--help',), ('--version',), ('stats', '--help'),
+                     ('stats', self.path), ('fingerprint', self.path)):
+            for where in ('>/dev/full', '>&-', '>&- 2>&-', '<&- >&-'):
+                with self.subTest(args, where=where):
+                    done = subprocess.run(
+                        ['sh', '-c', '"$@" ' + where, 'sh', sys.executable,
+                         PROGRAM, *args], capture_output=True, text=True)
+                    self.assertEqual((done.returncode, done.stdout), (1, ''))
+                    if '2>' not in where:
+                        self.assertRegex(done.stderr,
+                                         r'^tarsnapd: [^\n]*\n$')
+        done = subprocess.run(
+            ['sh', '-c', '"$@" >/dev/full', 'sh', sys.executable, PROGRAM,
+             'check', self.path, '--timeout', '1'], capture_output=True,
+            text=True)
+        self.assertEqual(done.returncode, 3, done)      # 1 is a warning
+        done = subprocess.run(
+            ['sh', '-c', '"$@" 2>/dev/full', 'sh', sys.executable, PROGRAM,
+             'nothing'])
+        self.assertEqual(done.returncode, 1)
+        with open('/dev/full', 'w') as full, \
+                mock.patch.object(sys, 'stderr', full):
+            tarsnapd.say('that it listens')
+            os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+        done = subprocess.run(
+            ['sh', '-c', '"$@" <&-', 'sh', sys.executable, PROGRAM, 'user',
+             self.path, 'add', 'x'], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr), (
+            1, 'tarsnapd: user: Bad file descriptor\n'))
 
     def test_heavy_modules_are_not_loaded_for_nothing(self):
         done = subprocess.run(
@@ -182,6 +234,19 @@ class Commands(unittest.TestCase):
         for command in ('fingerprint', 'cert', 'stats', 'rebuild',
                         'clean', 'serve'):
             self.fails(command, self.path, says='not a server directory')
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which('setpriv'),
+                         'only root with setpriv can drop its rights')
+    def test_a_directory_of_somebody_else(self):
+        self.init()
+        os.chmod(self.path, 0)
+        for command in ('stats', 'init', 'serve'):
+            done = subprocess.run(
+                ['setpriv', '--bounding-set',
+                 '-dac_override,-dac_read_search', sys.executable, PROGRAM,
+                 command, self.path], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr), (
+                1, 'tarsnapd: %s: Permission denied\n' % self.path))
 
     def test_usage_errors(self):
         self.init()
