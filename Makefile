@@ -94,7 +94,7 @@ help:
 	@echo 'PYTHON=... chooses the interpreter, VENV=... where one is made.'
 
 demo:
-	@$(FIND) && exec "$$py" contrib/demo.py $(STORE:%=--%) $(DIR)
+	@$(FIND) && exec "$$py" contrib/demo.py $(STORE:%=--%) $${DIR:+"$$DIR"}
 
 web: tools
 	@$(FIND) && exec "$$py" tests/webpeer.py

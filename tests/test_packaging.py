@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import unittest
@@ -45,6 +46,14 @@ class Packaging(unittest.TestCase):
                 stderr=subprocess.STDOUT, text=True)
             self.assertEqual((done.returncode, done.stdout),
                              (0, '%s %s\n' % (says, version)))
+
+    @unittest.skipUnless(shutil.which('make'), 'make is missing')
+    def test_make_demo_takes_a_directory_of_any_name(self):
+        done = subprocess.run(
+            ['make', '-C', ROOT, 'demo', 'PYTHON=' + sys.executable,
+             "DIR=/none/such a \"b' dir"], capture_output=True, text=True)
+        self.assertIn("demo: /none/such a \"b' dir: no such directory",
+                      done.stdout + done.stderr)
 
     def test_entry_points_take_no_arguments(self):
         # pip's wrappers call them with none.
