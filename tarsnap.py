@@ -9724,9 +9724,23 @@ class Extractor:
         mode = os.fstat(place.fd).st_mode
         if mode & 0o700 != 0o700:
             try:
-                os.fchmod(place.fd, stat.S_IMODE(mode) | 0o700)
+                self.unshut(place, stat.S_IMODE(mode) | 0o700)
             except OSError:
                 pass            # what cannot be made in it will say so
+
+    def unshut(self, place, mode):
+        """Change the mode of a directory, and hold it open for more than
+        passing through, if that was all we could.
+        """
+        try:
+            os.fchmod(place.fd, mode)
+        except OSError as e:
+            if e.errno != errno.EBADF:
+                raise
+            os.chmod('/proc/self/fd/%d' % place.fd, mode)
+            fd = os.open('.', DIRECTORY_FLAGS, dir_fd=place.fd)
+            os.close(place.fd)
+            place.fd = fd
 
     def values(self, member):
         """The extended attributes, long values fetched."""

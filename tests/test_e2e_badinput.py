@@ -615,6 +615,34 @@ class BadInput(unittest.TestCase):
                          (0o200, 1234567890))
         os.chmod(shut, 0o700)
 
+    @unittest.skipIf(os.geteuid() == 0 and not shutil.which('setpriv'),
+                     'setpriv is missing')
+    def test_restored_twice_over_a_shut_directory(self):
+        # Its owner may open it, and finds it shut again.
+        w = self.world
+        where = w.path('shut twice')
+        world.write(os.path.join(where, 'box', 'below', 'x'), b'x')
+        os.chmod(os.path.join(where, 'box', 'below'), 0o100)
+        os.chmod(os.path.join(where, 'box'), 0o311)
+        self.assertEqual(self.tarsnap('-c', '-f', 'shut twice', '-C', where,
+                                      'box').code,
+                         0 if os.geteuid() == 0 else 2)
+        to = w.path('shut to')
+        os.mkdir(to)
+        prefix = [] if os.geteuid() else [
+            'setpriv', '--bounding-set', '-dac_override,-dac_read_search']
+        for more in ((), (), ('--resume-extract',), ('-U',)):
+            done = w.run(prefix + w.argv(
+                ['-x', '-p', '-f', 'shut twice', '-C', to, *more],
+                cache=None))
+            self.assertEqual((done.code, done.err), (0, ''), (more, done))
+        if os.geteuid() == 0:
+            world.tree_equal(self, os.path.join(where, 'box'),
+                             os.path.join(to, 'box'))
+        for top in (where, to):
+            os.chmod(os.path.join(top, 'box'), 0o700)
+            os.chmod(os.path.join(top, 'box', 'below'), 0o700)
+
     def test_vanishing_file(self):
         # It goes at the first PUT, when its directory was read; the client
         # cannot be more than 8 MiB in its window and 7 in its queue ahead.
