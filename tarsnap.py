@@ -13004,9 +13004,10 @@ class Expire:
         count = sum(dated.doubt.startswith('created')
                     for dated in self.archives)
         if count and not self.opt.quiet:
-            warn('Kept %s received over 26 hours from its creation (see '
+            warn('Kept %s received over 26 hours from %s creation (see '
                  '--dry-run; --by-creation goes by creation times)'
-                 % plural(count, 'archive'))
+                 % (plural(count, 'archive'),
+                    'its' if count == 1 else 'their'))
         for error in self.errors:
             warn('%s; its archive is kept' % error)
 

@@ -340,7 +340,8 @@ class Doubt(ExpireCase):
                          'but received 2026-11-20 11:59:01')
         result = self.host.run('--expire', '--keep-last=1')
         self.assertEqual(result.status, 0)
-        self.assertIn('Kept 3 archives received over 26 hours', result.err)
+        self.assertIn('Kept 3 archives received over 26 hours from their '
+                      'creation', result.err)
         self.assertEqual(self.names(), ['copy0', 'copy1', 'copy2', 'new0'])
         self.assertEqual(self.expire('--quiet', '--keep-last=1').err, '')
         result = self.expire('--by-creation', '--keep-last=2')
