@@ -225,15 +225,30 @@ class Protection:
             tarsnap.write_all(2, b'Passphrases mismatch, please try again\n')
 
 
+# After these a half-made key file is removed.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class NewKeyFile:
-    """A key file being made; `with` removes it unless it was written."""
+    """A key file that `with` makes, and removes unless it was written."""
 
     def __init__(self, path):
         self.path = path
-        self.fd = tarsnap.key_create(path)
+        self.fd = None
         self.written = False
 
     def __enter__(self):
+        try:
+            # A signal right after it was made would leave it behind.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            try:
+                self.fd = tarsnap.key_create(self.path)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except KeyboardInterrupt:
+            if self.fd is not None:
+                os.unlink(self.path)
+            raise
         return self
 
     def __exit__(self, *failure):
@@ -1058,9 +1073,8 @@ def verify_level(fetcher, kids, seen, dots):
 def run(program, body, usage, words):
     """The exit status of `body` called with a command line's words."""
     before, tarsnap.warn.program = tarsnap.warn.program, program
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) == signal.SIG_DFL:
-            # Ended like ^C, so that a half-made key file is removed.
             signal.signal(number, signal.default_int_handler)
     try:
         tarsnap.streams_fill()

@@ -297,6 +297,20 @@ class Registering(Online):
             self.assertEqual(process.returncode, 130)
             self.assertFalse(os.path.exists(self.path))
 
+    def test_interrupted_at_the_first_moment(self):
+        real = tarsnap.key_create
+
+        def struck(path):
+            fd = real(path)
+            os.kill(os.getpid(), signal.SIGINT)
+            return fd
+
+        with mock.patch.object(tarsnap, 'key_create', struck), \
+                self.assertRaises(KeyboardInterrupt), \
+                keygen.NewKeyFile(self.path):
+            self.fail('it went on')
+        self.assertFalse(os.path.exists(self.path))
+
     def test_closed_streams(self):
         for closed in ('<&-', '2>&-', '<&- >&- 2>&-'):
             done = self.run_tool(
