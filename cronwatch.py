@@ -972,6 +972,9 @@ CREATE TABLE IF NOT EXISTS fact(
 MAILS = 4               # that are kept of each job
 MAILS_RAISED = 8        # and of those that led to a finding
 MAIL_LINES = 600        # of each
+# Jobs known by sender and subject, which anybody may write, that came so
+# seldom and raised nothing: more than these are forgotten, the oldest first.
+SELDOM, SELDOM_MOST = 3, 1000
 
 
 class Change:
@@ -1064,10 +1067,16 @@ class State:
                 ' usual = ?, miner = ?, memory = ? WHERE id = ?',
                 values + (row['id'],))
             return row['id']
-        return self.db.execute(
+        number = self.db.execute(
             'INSERT INTO job(name, runs, seen, due, usual, miner, memory,'
             ' key) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
             values + (run.key,)).lastrowid
+        self.db.execute(
+            "DELETE FROM job WHERE id IN (SELECT id FROM job WHERE runs < ?"
+            " AND key LIKE 'mail %' AND id != ? AND id NOT IN (SELECT job"
+            ' FROM finding) ORDER BY seen DESC LIMIT -1 OFFSET ?)',
+            (SELDOM, number, SELDOM_MOST))
+        return number
 
     def memory(self, row):
         """(Memory, Miner) of a job's row; new ones for None."""

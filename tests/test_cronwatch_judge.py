@@ -8,8 +8,10 @@ jobs do.  Each test changes one thing in one mail.
 import os
 import random
 import sys
+import tempfile
 import time
 import unittest
+from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -301,6 +303,33 @@ class Life(Judged):
                 i, i % 7, job.rng.randrange(10 ** 6))})
         row = job.watch.state.db.execute('SELECT * FROM job').fetchone()
         self.assertLess(len(row['memory']) + len(row['miner']), 200000)
+
+    def test_mails_of_anybody_do_not_fill_the_state(self):
+        """What came once is forgotten when there is much of it; what comes
+        again is not.
+        """
+        base = tempfile.TemporaryDirectory()
+        self.addCleanup(base.cleanup)
+        watch = cronwatch.Watch(os.path.join(base.name, 'state.db'))
+        self.addCleanup(watch.state.close)
+        letter = 'From: a@%s.example\nSubject: %s\n\nhello\n'
+
+        def names():
+            return {name for name, in watch.state.db.execute(
+                'SELECT name FROM job')}
+
+        with mock.patch.object(cronwatch, 'SELDOM_MOST', 20):
+            for i in range(60):
+                watch.deliver((letter % ('x' * (i + 1), 'spam')).encode(),
+                              1e9 + 3600 * i)
+                if i < 5:
+                    watch.deliver((letter % ('host', 'report')).encode(),
+                                  1e9 + 3600 * i + 60)
+        self.assertEqual(names(), {'a@host.example: report'} | {
+            'a@%s.example: spam' % ('x' * i) for i in range(40, 61)})
+        self.assertEqual(watch.state.db.execute(
+            'SELECT count(*) FROM mail WHERE job NOT IN (SELECT id FROM job)'
+            ).fetchone()[0], 0)
 
     def test_bad_is_heard_in_a_reply(self):
         job = Job()
