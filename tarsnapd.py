@@ -139,6 +139,8 @@ LIMIT = {
     'seconds measured': 60,         # until it looks what others have put
     'seconds in debt': 86400,       # for what has begun, to be finished
     'names withdrawn': 1 << 20,     # that were never put
+    'rows told': 100000,            # in one answer; of a machine's longer ones
+    'long answers': 4,              # no more are made at once
 }
 
 PORT = 9279
@@ -7441,9 +7443,11 @@ ARCHIVE_ROW = struct.Struct('>32s32s16sBQ')
 
 def many(kind, rows):
     """Steps: answer encoded `rows` in as many frames as they need."""
-    step = CEILING['names']
-    for i in range(0, len(rows), step):
-        part = rows[i:i + step]
+    rows = iter(rows)
+    while True:
+        part = list(itertools.islice(rows, CEILING['names']))
+        if not part:
+            return
         yield ('answer', kind, U16.pack(len(part)) + b''.join(part))
 
 
@@ -7959,8 +7963,31 @@ class Session:
         """Steps: one commit, with its lists of names if asked."""
         entry = yield from self._entry(n)
         yield ('answer', COMMIT_OBJECT, U64.pack(entry.time) + entry.commit)
-        if not lists:
+        if lists:
+            yield from self._tell(
+                sum(segment[3] for segment in entry.segments),
+                self._change_lists(n, entry))
+
+    def _tell(self, rows, steps):
+        """Steps: carry out `steps`, which hold so many rows in memory while
+        they answer; where these are many, a few at once for a machine.
+        """
+        table, number = self.server.telling, self.machine.number
+        if rows <= LIMIT['rows told']:
+            yield from steps
             return
+        while table[number] >= LIMIT['long answers']:
+            yield ('wait', 0.5)
+        table[number] += 1
+        try:
+            yield from steps
+        finally:
+            table[number] -= 1
+            if not table[number]:
+                del table[number]
+
+    def _change_lists(self, n, entry):
+        """Steps: the lists of names of a commit."""
         try:
             (tables, withdrawn, deleted,
              revived) = yield from self._lists(entry)
@@ -7968,9 +7995,9 @@ class Session:
             yield ('log', str(e))
             raise Refused(E_NOBLOCK, 'the lists of commit %d are lost: %s'
                           % (n, e)) from None
-        yield from many(ADDED, [ADDED_ROW.pack(*row) for row in revived] + [
-            ADDED_ROW.pack(*put[2:])
-            for put in linked_puts(tables, withdrawn)])
+        yield from many(ADDED, (ADDED_ROW.pack(*row) for row in (
+            itertools.chain(revived, (put[2:] for put in linked_puts(
+                tables, withdrawn))))))
         yield from many(REMOVED, sorted(deleted))
 
     @staticmethod
@@ -8022,9 +8049,14 @@ class Session:
             entry = yield from self._entry(state.n)
             yield ('answer', COMMIT_OBJECT,
                    U64.pack(entry.time) + entry.commit)
-        rows = yield self._ask('archives', ids or None)
-        yield from many(ARCHIVES, [ARCHIVE_ROW.pack(*row) for row in rows])
+        yield from self._tell(0 if ids else state.archives,
+                              self._list_rows(ids))
         yield ('answer', OK, b'')
+
+    def _list_rows(self, ids):
+        """Steps: the archives of these ids, or all."""
+        rows = yield self._ask('archives', ids or None)
+        yield from many(ARCHIVES, (ARCHIVE_ROW.pack(*row) for row in rows))
 
     def _has(self, body):
         reader = Reader(body)
@@ -10608,6 +10640,7 @@ class Server:
         # Of machines registered from now on, in days.
         self.delete_delay = days_parse(self.conf.get('delete-delay', '0'))
         self.open = {}      # (machine, tid) -> Session that has it open
+        self.telling = collections.Counter()    # machine -> long answers
         if self.conf.get('read-only', 'no') not in ('yes', 'no'):
             raise ServerError('read-only is yes or no, not %s'
                               % self.conf['read-only'])
