@@ -4895,7 +4895,7 @@ def money_short(amount):
 
 
 def prices_conf(conf):
-    """The Prices of a configuration, None if nobody pays."""
+    """The Prices of a configuration, None if nothing is charged."""
     names = ('storage-price', 'upload-price', 'download-price')
     if not any(name in conf for name in names):
         return None
@@ -5934,11 +5934,13 @@ def standing_judge(before, balance, prices, now, amnesty):
     """What the standing of an account with a Balance is, a dict; `before` is
     the last one or None.
 
-    Under an amnesty nobody is more than warned.
+    Under an amnesty nobody is more than warned, and where all prices are 0
+    nobody is that.
     """
     left = days_left(balance, prices, now)
     state, since = 'negative', now
-    if balance.money > 0 and (left is None or left >= WARN_DAYS):
+    if not any(prices) or balance.money > 0 and (
+            left is None or left >= WARN_DAYS):
         state = 'ok'
     elif balance.money >= 0 or amnesty:
         state = 'warned'
@@ -7824,7 +7826,7 @@ class Session:
 
         A ledger that cannot be read keeps nobody from a backup.
         """
-        if self.server.prices is None or self.server.amnesty:
+        if self.server.amnesty or not any(self.server.prices or ()):
             return
         now = yield ('now',)
         if not now < self.paid <= now + LIMIT['seconds paid']:
@@ -7839,6 +7841,17 @@ class Session:
                     'archives can be deleted, and stored and read again as '
                     'soon as money is added' % money_text(balance.money))
             self.paid = now + LIMIT['seconds paid']
+
+    def _check_reading(self, names):
+        """Steps: _check_funds() for blocks that are not all records: with
+        these one lists archives.
+        """
+        try:
+            yield from self._check_funds()
+        except Refused:
+            places = yield self._ask('find', names)
+            if not all(place and place[3] == RECORD for place in places):
+                raise
 
     def _check_frozen(self, machine, letters):
         """Refused if one of these roles was frozen.
@@ -8076,10 +8089,9 @@ class Session:
             self._need(ROLE_READ)
         if mask == 3:
             self._need(ROLE_READ)
+            yield from self._check_reading(names)
         if mask == 5:
             self._need(ROLE_DELETE)
-        if mask == 3:
-            yield from self._check_funds()
         for i in range(0, len(names), 256):
             if mask == 0:
                 yield from self._look_some(names[i:i + 256])
@@ -10645,7 +10657,7 @@ class Server:
             raise ServerError('read-only is yes or no, not %s'
                               % self.conf['read-only'])
         self.frozen = self.conf.get('read-only') == 'yes'   # by its operator
-        self.prices = prices_conf(self.conf)    # None: nobody pays
+        self.prices = prices_conf(self.conf)    # None: nothing is charged
         if self.conf.get('amnesty', 'no') not in ('yes', 'no'):
             raise ServerError('amnesty is yes or no, not %s'
                               % self.conf['amnesty'])

@@ -479,7 +479,8 @@ class Site(tarsnapd.Server):
         self.now = self.perform(('now',))
         self.service = self.facts.get('service', 'tarsnapd')
         prices = self.facts.get('prices')
-        self.prices = tarsnapd.Prices(*prices) if prices else None
+        # None: nobody pays, as where all are 0.
+        self.prices = tarsnapd.Prices(*prices) if any(prices or ()) else None
         self.amnesty = self.facts.get('amnesty', False)
 
     def file(self, name):

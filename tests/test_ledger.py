@@ -10,7 +10,7 @@ import tarsnapd
 from lab import LabTest
 from rawclient import (
     ABORT_KIND, D, DELETE_KIND, N, NUKE_KIND, Client, Embedded, Error, Host,
-    R, Serve, W, block, here, put, server_directory)
+    R, Serve, W, block, get, here, put, server_directory)
 from tarsnapd import ATTO, DAY, ServerError, day_parse, money_text
 
 START = '2026-11-26'
@@ -441,6 +441,40 @@ class Access(Clocked):
         host = self.host()
         self.conf('amnesty = yes\n')
         host.backup(self.client(host, R, W), 'a')
+
+    def test_prices_of_nothing(self):
+        """Where all are 0 nobody is refused, warned or erased, whatever was
+        before; days are charged with nothing, for the pages.
+        """
+        self.good('bill')
+        self.good('user', 'debit', 'joe', '3', '--reason', 'x')
+        host = self.host()
+        with self.assertRaisesRegex(Error, 'FUNDS'):
+            host.begin(self.client(host, R, W), os.urandom(16))
+        self.at(9)
+        self.assertIn('joe is deletable', self.good('bill'))
+        name = os.path.join(self.path, 'tarsnapd.conf')
+        with open(name) as file:
+            before = file.read()
+        with open(name, 'w') as file:
+            file.write(before.replace('= 250', '= 0'))
+        client = self.client(host, R, W)
+        names = host.backup(client, 'a', 2)[2]
+        self.assertEqual(len(get(client, names)), 2)
+        self.at(11)
+        self.assertIn('joe is ok: balance -3.000', self.good('bill'))
+        self.wrong('is not closed', 'user', 'erase', 'joe')
+        row, amounts = self.usage(host, 9)
+        self.assertGreater(row.stored, 0)
+        self.assertEqual(amounts, (0, 0, 0))
+        self.good('user', 'credit', 'joe', '3', '--reason', 'y')
+        self.assertEqual(self.show()['standing'].split()[0], 'ok')
+        with open(name, 'w') as file:   # one of them is enough
+            file.write(before.replace('storage-price = 250',
+                                      'storage-price = 0'))
+        self.good('user', 'debit', 'joe', '1', '--reason', 'z')
+        with self.assertRaisesRegex(Error, 'FUNDS'):
+            host.begin(self.client(host, R, W), os.urandom(16))
 
     def test_a_machine_of_nobody_is_free(self):
         self.good('bill')

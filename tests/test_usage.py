@@ -241,6 +241,21 @@ class Client(LabTest):
                                         cache=False).out,
                          r'(?m)^Stored +\d+ kB +\d+ kB$')
 
+    def test_without_money(self):
+        """What there is can be seen, and how old it is; no more."""
+        self.charge()
+        self.assertEqual(here('user', self.lab.store, 'debit', 'ann', '5',
+                              '--reason', 'x')[0], 0)
+        self.assertEqual(self.host.good('--list-archives').out, 'one\n')
+        age = self.host.run('--last-backup-age', '--max-age', '1h')
+        self.assertIn('one, ', age.out)
+        self.assertEqual(age.status, 0)
+        for words in (('-t', '-f', 'one'), ('-c', '-f', 'two', 'file')):
+            self.assertIn('balance is not positive',
+                          self.host.good(*words, status=1).err)
+        self.host.good('-d', '-f', 'one')
+        self.assertEqual(self.host.good('--list-archives').out, '')
+
     def test_a_write_key(self):
         self.charge()
         host = self.lab.host('w', (W,))

@@ -95,6 +95,21 @@ class Figures(Case):
                 '<time>' + tarsnapd.moment(then)[:16])
         os.unlink(file.name)
 
+    def test_prices_of_nothing(self):
+        """Are none: nobody is told to pay."""
+        facts = self.site.run(tarsnapd.site_get())
+        self.addCleanup(self.site.run, tarsnapd.site_put(facts))
+        self.site.account('poor@example.org')
+        poor = Browser(self.site)
+        self.ok(poor.login('poor@example.org', PASSWORD),
+                'Your balance is used up')
+        for prices, pays in (([0, 0, 0], False), ([0, 0, 1], True)):
+            self.site.run(tarsnapd.site_put(dict(facts, prices=prices)))
+            page = self.ok(poor.get('manage.cgi'))
+            self.assertEqual('Your balance' in page.text, pays)
+            page = self.ok(poor.get(''))
+            self.assertEqual('Nobody pays here.' in page.text, not pays)
+
     def test_overview(self):
         page = self.logged_in().page
         money = tarsnapd.money_short(self.balance())
