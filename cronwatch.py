@@ -2860,9 +2860,8 @@ def mail_part(alarm):
 # One function each for mail, SMS and call.  It returns when the thing has
 # been taken, with the other side's name for it, or raises what may follow:
 # Later (it was not taken), Unclear (it may have been), Refused (never).
+# `seconds` is how long they wait for an answer.
 ##############################################################################
-
-SEND_SECONDS = 30           # for an answer
 
 
 class Later(Exception):
@@ -2885,28 +2884,29 @@ class Refused(Exception):
         self.code = code
 
 
-def mail_send(state, conf, notice, alarms):
+def mail_send(state, conf, notice, alarms, seconds):
     """By SMTP, or by the local mail program where no server is given."""
     import subprocess
     message = mail_text(state, conf, notice, alarms)
     if conf['mail-smtp']:
-        return smtp_send(state, conf, message)
+        return smtp_send(state, conf, message, seconds)
     sender = message['From'].addresses[0].addr_spec
     try:
         done = subprocess.run(
             [conf['mail-sendmail'], '-i', '-f', sender, notice['address']],
             input=message.as_bytes(policy=message.policy.clone(linesep='\n')),
-            capture_output=True, timeout=SEND_SECONDS, check=False)
+            capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         raise Unclear('%s hangs' % conf['mail-sendmail']) from None
     except OSError as e:
-        raise Later('%s: %s' % (conf['mail-sendmail'], e.strerror)) from None
+        raise Later('%s: %s' % (conf['mail-sendmail'],
+                                e.strerror or e)) from None
     if done.returncode:
         raise Later('%s: exit status %d' % (
             conf['mail-sendmail'], done.returncode))
 
 
-def smtp_send(state, conf, message):
+def smtp_send(state, conf, message, seconds):
     """To the configured server, over TLS unless it says no."""
     import smtplib
     import ssl
@@ -2917,10 +2917,10 @@ def smtp_send(state, conf, message):
     sent = False
     try:
         if conf['mail-tls'] == 'tls':
-            server = smtplib.SMTP_SSL(host, port, timeout=SEND_SECONDS,
+            server = smtplib.SMTP_SSL(host, port, timeout=seconds,
                                       context=secure)
         else:
-            server = smtplib.SMTP(host, port, timeout=SEND_SECONDS)
+            server = smtplib.SMTP(host, port, timeout=seconds)
         with contextlib.closing(server):
             if conf['mail-tls'] == 'starttls':
                 server.starttls(context=secure)
@@ -2945,7 +2945,7 @@ def smtp_send(state, conf, message):
         raise (Unclear if sent else Later)(alarm_line(str(e))) from None
 
 
-def twilio_ask(state, conf, path, form=None):
+def twilio_ask(state, conf, seconds, path, form=None):
     """The JSON that Twilio answers to a form, or to a question."""
     import base64
     import http.client
@@ -2972,7 +2972,7 @@ def twilio_ask(state, conf, path, form=None):
 
     try:
         with urllib.request.build_opener(Stay).open(
-                request, timeout=SEND_SECONDS) as answer:
+                request, timeout=seconds) as answer:
             return json.loads(answer.read(10 ** 7))
     except urllib.error.HTTPError as e:
         with e:
@@ -3016,7 +3016,7 @@ def twilio_fault(error):
         401, 403, 404, 407, 408) else Refused(text, code)
 
 
-def twilio_send(state, conf, notice, alarms):
+def twilio_send(state, conf, notice, alarms, seconds):
     """An SMS or a call; Twilio's name for it."""
     form = {'To': notice['address'], 'From': conf['twilio-number']}
     url = alarm_url(state, conf, 's', notice['id'])
@@ -3024,15 +3024,15 @@ def twilio_send(state, conf, notice, alarms):
         form['StatusCallback'] = url
     if notice['way'] == 'sms':
         form['Body'] = notice['text']
-        found = twilio_ask(state, conf, 'Messages.json', form)
+        found = twilio_ask(state, conf, seconds, 'Messages.json', form)
     else:
         form['Twiml'] = call_text(state, conf, notice, alarms)
         form['Timeout'] = '30'
-        found = twilio_ask(state, conf, 'Calls.json', form)
+        found = twilio_ask(state, conf, seconds, 'Calls.json', form)
     return str(found.get('sid', ''))
 
 
-def twilio_find(state, conf, notice):
+def twilio_find(state, conf, notice, seconds):
     """Twilio's name for a notice that it may have taken, or None.
 
     An SMS is known by its text, in which the code is.  A call can only be
@@ -3043,10 +3043,10 @@ def twilio_find(state, conf, notice):
     import email.utils
     import urllib.parse
     kind = 'Messages' if notice['way'] == 'sms' else 'Calls'
-    found = twilio_ask(state, conf, '%s.json?%s' % (kind, (
-        urllib.parse.urlencode({'To': notice['address'],
-                                'From': conf['twilio-number'],
-                                'PageSize': 100}))))
+    found = twilio_ask(state, conf, seconds, '%s.json?%s' % (
+        kind, urllib.parse.urlencode({'To': notice['address'],
+                                      'From': conf['twilio-number'],
+                                      'PageSize': 100})))
     for one in found[kind.lower()]:
         made = email.utils.parsedate_to_datetime(one['date_created'])
         if (one['direction'].startswith('outbound')
@@ -3083,12 +3083,18 @@ SENDERS = {'mail': mail_send, 'sms': twilio_send, 'call': twilio_send}
 SETTLE = 60                 # seconds after which Twilio lists what it took
 CLOCK_SECONDS = 300         # Twilio's clock may be that far behind ours
 TRIES = 9                   # the last about half an hour after the first
+SEND_SECONDS = 30           # to wait for an answer
+# The same while somebody waits for us, and after which nothing more is begun.
+HURRY_SECONDS, HURRY_TOTAL = 5, 10
 
 
-def alarms_send(state, conf, now, complain=lambda line: None):
+def alarms_send(state, conf, now, complain=lambda line: None, hurry=False):
     """Send what is due.  Called after each delivery and check, outside of any
     transaction; never raises for what a network or a mail program does.
     `complain` is told of what failed, in lines.
+
+    In a `hurry` a mail server or Twilio that failed once is not tried again,
+    and what is left is for the next one who calls this.
     """
     import fcntl
     if not alarms_due(state, now):
@@ -3102,18 +3108,24 @@ def alarms_send(state, conf, now, complain=lambda line: None):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return                      # somebody is at it
-        seen = set()
-        while True:
+        seen, dead, begun = set(), set(), time.monotonic()
+        while not hurry or time.monotonic() < begun + HURRY_TOTAL:
             alarms_fold(state, conf, now)
+            # Which fails again and again comes after the others.
             notice = state.db.execute(
                 "SELECT * FROM notice WHERE state IN ('ready', 'trying')"
-                " AND next <= ? AND id NOT IN (%s) ORDER BY way = 'mail', id"
-                % ','.join(map(str, seen)), (now,)).fetchone()
+                " AND next <= ? AND id NOT IN (%s) AND (way = 'mail') NOT IN"
+                " (%s) ORDER BY way = 'mail', tries, id" % (
+                    ','.join(map(str, seen)), ','.join(map(str, dead))),
+                (now,)).fetchone()
             if notice is None:
                 return
             seen.add(notice['id'])
             try:
-                notice_do(state, conf, notice, now, complain)
+                if not notice_do(
+                        state, conf, notice, now, complain,
+                        HURRY_SECONDS if hurry else SEND_SECONDS) and hurry:
+                    dead.add(int(notice['way'] == 'mail'))
             # A fault of ours must not keep the others from being told.
             except Exception as e:
                 complain('%s to %s: %s: %s' % (
@@ -3250,12 +3262,14 @@ def notice_alarms(state, number):
         ' ORDER BY alarm.id', (number,)).fetchall()
 
 
-def notice_do(state, conf, notice, now, complain):
-    """One try to bring a notice to its end."""
+def notice_do(state, conf, notice, now, complain, seconds):
+    """One try to bring a notice to its end; False if who was to take it did
+    not say yes or no.
+    """
     try:
         if notice['state'] == 'trying' and notice_settle(
-                state, conf, notice, now):
-            return
+                state, conf, notice, now, seconds):
+            return True
         if notice['tries'] >= TRIES:
             raise Refused(notice['said'] or 'it comes to nothing')
         # Who has answered meanwhile is not told.
@@ -3263,13 +3277,14 @@ def notice_do(state, conf, notice, now, complain):
         alarms = [alarm for alarm in notice_alarms(state, notice['id'])
                   if alarm['state'] == want]
         if not alarms:
-            return notice_end(state, notice, now, 'dropped')
+            notice_end(state, notice, now, 'dropped')
+            return True
         if notice['way'] == 'sms' and state.db.execute(
                 'SELECT * FROM stopped WHERE number = ?',
                 (notice['address'],)).fetchone():
             raise Refused('the number said STOP')
         notice = notice_try(state, conf, notice, alarms, now)
-        sid = SENDERS[notice['way']](state, conf, notice, alarms)
+        sid = SENDERS[notice['way']](state, conf, notice, alarms, seconds)
         notice_end(state, notice, now, 'sent', sid)
     except Refused as e:
         if e.code == 21610:
@@ -3279,14 +3294,16 @@ def notice_do(state, conf, notice, now, complain):
     except (Later, Unclear, Error) as e:
         notice_again(state, notice, now, e)
         complain('%s to %s: %s' % (notice['way'], notice['person'], e))
+        return False
+    return True
 
 
-def notice_settle(state, conf, notice, now):
+def notice_settle(state, conf, notice, now, seconds):
     """Find out what became of a try; False if nothing did."""
     if notice['way'] == 'mail':
         return False
     try:
-        sid = twilio_find(state, conf, notice)
+        sid = twilio_find(state, conf, notice, seconds)
     except (Later, Unclear, Refused, Error) as e:
         raise Unclear(str(e)) from None
     if sid:
@@ -4117,7 +4134,8 @@ def report_html(state, now):
 # Delivery
 #
 # A mail that is handed over is judged, or else passed on as it came: never
-# lost, never bounced, whatever is wrong with us.  Called by Commands only.
+# lost, never bounced, whatever is wrong with us.  Only then is anybody told,
+# and not for long.  Called by Commands only.
 ##############################################################################
 
 DELIVERY_OPTIONS = {
@@ -4129,7 +4147,7 @@ DELIVERY_OPTIONS = {
     'pass': (str, 'none'),
 }
 
-SECONDS = 240           # that a delivery may take before it is given up
+SECONDS = 240           # that a judgement may take before it is given up
 TEMPFAIL = 75           # the mail program keeps the mail and tries again
 
 
@@ -4224,37 +4242,60 @@ def marked(intake, verdict):
     yield from blocks
 
 
+@contextlib.contextmanager
+def bounded(seconds):
+    """TimeoutError in the main thread after so many whole seconds."""
+    import signal
+
+    def late(*_):
+        raise TimeoutError('it took more than %d seconds' % seconds)
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
 def deliver(folder, stream, out=None):
     """Take a mail from `stream`; (exit status, list of Findings).
 
     With `out`, a filter: the mail goes there, with a header that says what
     was found.
     """
-    import signal
-
-    def late(*_):
-        raise TimeoutError('it took more than %d seconds' % SECONDS)
-
-    intake, conf, findings, verdict = None, {}, [], None
+    intake, watch, conf, findings, verdict = None, None, {}, [], None
     try:
         intake = Intake(stream)
-        signal.signal(signal.SIGALRM, late)
-        signal.alarm(SECONDS)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        conf = conf_read(os.path.join(folder, 'cronwatch.conf'), OPTIONS)
-        watch = Watch(os.path.join(folder, 'state.db'), conf)
-        findings = watch.deliver(intake.head, None, intake.size,
-                                 intake.beyond)
+        with bounded(SECONDS):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            conf = conf_read(os.path.join(folder, 'cronwatch.conf'), OPTIONS)
+            watch = Watch(os.path.join(folder, 'state.db'), conf)
+            findings = watch.deliver(intake.head, None, intake.size,
+                                     intake.beyond)
         if findings is not None:
             verdict = 'raised %d, %s' % (
                 findings[0].id, findings[0].kind) if findings else 'quiet'
-        alarms_send(watch.state, conf, time.time())
     # Nothing whatever may lose the mail.
     except Exception as e:
         say('%s: %s' % (type(e).__name__, e))
         if intake is None:
             return TEMPFAIL, []
-    signal.alarm(0)
+    status = hand_over(folder, conf, intake, findings, verdict, out)
+    try:
+        if watch is not None:
+            # Hard, where each byte of an answer comes just in time.
+            with bounded(HURRY_TOTAL):
+                alarms_send(watch.state, conf, time.time(), hurry=True)
+    except Exception as e:
+        say('%s: %s' % (type(e).__name__, e))
+    return status, findings or []
+
+
+def hand_over(folder, conf, intake, findings, verdict, out):
+    """Bring a mail where it goes after its verdict (None: there is none); the
+    exit status.
+    """
     try:
         if out is not None:
             for block in (intake.blocks() if verdict is None
@@ -4267,8 +4308,8 @@ def deliver(folder, stream, out=None):
             pass_on(intake, conf.get('forward'), folder)
     except OSError as e:
         say('%s' % e)
-        return TEMPFAIL, findings
-    return 0, findings or []
+        return TEMPFAIL
+    return 0
 
 
 ##############################################################################
@@ -4537,7 +4578,7 @@ def command_run(args):
         findings = watch.take(Run(
             key[:500], name[:200], time.time(), lines, count, intake.size,
             status, time.monotonic() - clock))
-        alarms_send(watch.state, watch.conf, time.time())
+        alarms_send(watch.state, watch.conf, time.time(), hurry=True)
         for finding in findings:
             print('cronwatch: %s\n\n%s' % (finding.reason, finding_text(
                 watch.state, finding)))

@@ -4,6 +4,7 @@
 Also the command line: `run`, `learn` and what is printed.
 """
 
+import contextlib
 import gc
 import io
 import json
@@ -11,10 +12,12 @@ import mailbox
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from unittest import mock
@@ -186,6 +189,133 @@ class Failures(Case):
         raw = b'Subject: x\nX-Cronwatch: raise\n\nerror\n'
         self.assertEqual(self.deliver(raw), (0, False))
         self.assertEqual((self.passed(), self.known()), ([raw], 0))
+
+
+class Silent:
+    """A port where nobody ever ends what he says: `came` has what look() gave
+    for each connection.
+    """
+
+    def __init__(self, test, look, line=b''):
+        self.look, self.line, self.came = look, line, []
+        self.listener = socket.create_server(('127.0.0.1', 0))
+        self.port = self.listener.getsockname()[1]
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self.accept)]
+        self.threads[0].start()
+        test.addCleanup(self.close)
+
+    def accept(self):
+        while True:
+            sock, _ = self.listener.accept()
+            if self.over.is_set():
+                return sock.close()
+            self.came.append(self.look())
+            self.threads.append(threading.Thread(target=self.talk,
+                                                 args=(sock,)))
+            self.threads[-1].start()
+
+    def talk(self, sock):
+        with sock, contextlib.suppress(OSError):
+            while not self.over.wait(0.2):
+                sock.sendall(self.line)
+
+    def close(self):
+        self.over.set()
+        socket.create_connection(('127.0.0.1', self.port)).close()
+        for thread in self.threads:
+            thread.join()
+        self.listener.close()
+
+
+class Hurry(Case):
+    """Whoever waits for a delivery does not wait for a mail server."""
+
+    def setUp(self):
+        super().setUp()
+        for name, seconds in (('HURRY_SECONDS', 1), ('HURRY_TOTAL', 6)):
+            patch = mock.patch.object(cronwatch, name, seconds)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def peers(self, line=b''):
+        """A mail server and a Twilio that are silent, and two people."""
+        peers = [Silent(self, lambda: os.listdir(self.path('kept', 'new')),
+                        line) for _ in range(2)]
+        self.conf(
+            'person ann mail=ann@example.org sms=+15550101\n'
+            'person bob mail=bob@example.org sms=+15550102\n'
+            'mail-from a@example.org\nmail-tls no\n'
+            'mail-smtp 127.0.0.1:%d\ntwilio-api http://127.0.0.1:%d\n'
+            'twilio-account AC1\ntwilio-number +15550100\n'
+            'pass all\nforward %s/\n' % (
+                *(peer.port for peer in peers), self.path('kept')))
+        secret = os.path.join(self.dir, 'secrets')
+        with open(secret, 'w') as file:
+            file.write('twilio-token x\n')
+        os.chmod(secret, 0o600)
+        self.state = cronwatch.State(os.path.join(self.dir, 'state.db'))
+        self.addCleanup(self.state.close)
+        return peers
+
+    def send(self, now):
+        """What is due goes out, by servers that work; how many notices."""
+        sent = mock.Mock(return_value='SM1')
+        conf = cronwatch.conf_read(os.path.join(
+            self.dir, 'cronwatch.conf'), cronwatch.OPTIONS)
+        with mock.patch.dict(cronwatch.SENDERS, mail=sent, sms=sent):
+            cronwatch.alarms_send(self.state, conf, now)
+        return sent.call_count
+
+    def deliver(self, job=b'x'):
+        """Seconds that a delivery took, of a mail that is raised."""
+        begun = time.monotonic()
+        status, findings = cronwatch.deliver(self.dir, io.BytesIO(
+            b'Subject: %s\n\nit failed: error\n' % job))
+        self.assertEqual((status, len(findings)), (0, 1))
+        return time.monotonic() - begun
+
+    def tries(self):
+        return sorted(tries for tries, in self.state.db.execute(
+            "SELECT tries FROM notice WHERE state IN ('ready', 'trying')"))
+
+    def test_each_is_tried_once_after_the_mail_was_kept(self):
+        peers = self.peers()
+        now = time.time()
+        with self.state.change():           # that bob is to be told of by now
+            cronwatch.alarm_raise(self.state, 'warning', None, 'door',
+                                  now - 601)
+        self.assertEqual(self.send(now - 601), 2)
+        self.assertLess(self.deliver(), 5)
+        self.assertEqual([list(map(len, peer.came)) for peer in peers],
+                         [[1], [1]])
+        self.assertEqual(self.tries(), [0, 0, 1, 1])
+        # The next one begins with those that were left.
+        with self.state.change():
+            self.state.db.execute('UPDATE notice SET next = ?', (now,))
+        self.deliver(b'y')
+        self.assertEqual([list(map(len, peer.came)) for peer in peers],
+                         [[1, 2], [1, 2]])
+        self.assertEqual(self.tries(), [1, 1, 1, 1])
+
+    def test_what_was_left_is_sent_by_the_next(self):
+        self.peers()
+        now = time.time()
+        with self.state.change():
+            cronwatch.alarm_raise(self.state, 'warning', None, 'door',
+                                  now - 601)
+        self.send(now - 601)
+        self.deliver()
+        self.assertEqual(self.send(time.time()), 2)
+        with mock.patch.object(cronwatch, 'twilio_find', return_value=None):
+            self.assertEqual(self.send(time.time() + 120), 2)
+        self.assertEqual(self.tries(), [])
+
+    def test_an_answer_without_end(self):
+        self.peers(b'220-wait\r\n')
+        with mock.patch.object(cronwatch, 'HURRY_TOTAL', 2):
+            self.assertLess(self.deliver(), 5)
+        self.assertEqual(len(os.listdir(self.path('kept', 'new'))), 1)
 
 
 class Kills(Case):
