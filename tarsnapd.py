@@ -7112,28 +7112,78 @@ def paypal_taken(shop, out, ident, refund=None, kind=None):
 
 
 def paypal_disputes(shop, out, checkout, paid, ident):
-    """Steps: a chargeback whose dispute was won is money again.
-
-    PayPal does not say which of several it is about.  A payer may open one
-    and take it back, which counts as won, and then go to his bank: so all
-    must be won.
+    """Steps: a chargeback whose dispute was won is money again, under the
+    names of payment and dispute.
     """
     # 403: the application may not read disputes.
     found = yield from paypal_get(
         '/v1/customer/disputes?disputed_transaction_id=' + ident, (403, 404))
-    won = []
+    disputes = []
     for one in pick(found, 'items', list, []):
-        dispute = yield from paypal_get(
-            '/v1/customer/disputes/' + ident_check(pick(one, 'dispute_id')))
-        won.append(dispute is not None and pick(
-            dispute, 'dispute_outcome.outcome_code', str, '') in DISPUTE_WON)
-    if not won or not all(won):
-        return
-    for name, money in (yield from pay_entries(checkout.account)).items():
-        if money.kind == 'chargeback' and money.of == paid:
-            yield from pay_enter(
-                shop, out, checkout.account, 'reversal', name + '.won',
-                -money.amount // CENT, paid)
+        name = ident_check(pick(one, 'dispute_id'))
+        dispute = yield from paypal_get('/v1/customer/disputes/' + name)
+        disputes.append(paypal_dispute(dispute) if dispute
+                        else (name, None, False))
+    entries = yield from pay_entries(checkout.account)
+    for name, cents in disputes_won(paid, entries, disputes):
+        if cents is None:
+            out.wrong(checkout, 'dispute %s of %s was won; what is of which '
+                      'dispute is not clear, and nothing is entered'
+                      % (name, paid))
+        else:
+            yield from pay_enter(shop, out, checkout.account, 'reversal',
+                                 '%s.won.%s' % (paid, name), cents, paid)
+
+
+def paypal_dispute(dispute):
+    """(name, cents or None, True if it was won) of a dispute."""
+    cents, currency = None, None
+    if 'dispute_amount' in dispute:
+        cents, currency = paypal_cents(dispute, 'dispute_amount')
+    return (ident_check(pick(dispute, 'dispute_id')),
+            cents if currency == CURRENCY else None,
+            pick(dispute, 'dispute_outcome.outcome_code', str, '')
+            in DISPUTE_WON)
+
+
+def disputes_won(paid, entries, disputes):
+    """[(name, cents)] of `disputes`, as paypal_dispute() has them, of which
+    money of payment `paid` came back and is not in `entries` yet; None for
+    cents where that is not clear.
+
+    PayPal does not say of which dispute a chargeback is, and some disputes
+    end before anything is taken.  So of those of one amount as many are given
+    back as are more than the disputes that were not won.
+    """
+    taken = {name: -money.amount // CENT for name, money in entries.items()
+             if money.of == paid and money.kind == 'chargeback'}
+    given, older = {}, collections.Counter()
+    for name, money in entries.items():
+        # Once the name was that of the chargeback and .won.
+        old = name.rpartition('.')[0] in taken
+        if money.of == paid and money.kind == 'reversal' and (
+                old or name.startswith(paid + '.won.')):
+            given[name] = money.amount // CENT
+            older[given[name]] += old and name.endswith('.won')
+    fresh = [one for one in sorted(disputes, key=lambda one: one[0])
+             if one[2] and '%s.won.%s' % (paid, one[0]) not in given]
+    left = sum(taken.values()) - sum(given.values())
+    if len(disputes) == 1:
+        return [(name, left if cents is None else min(left, cents))
+                for name, cents, _ in fresh if left > 0]
+    found, count, back = [], collections.Counter(
+        taken.values()), collections.Counter(given.values())
+    lost = collections.Counter(
+        cents for _, cents, won in disputes if not won)
+    for name, cents, _ in fresh:
+        if older[cents] > 0:
+            older[cents] -= 1
+        elif count[cents] > back[cents] + lost[cents]:
+            back[cents] += 1
+            found.append((name, cents))
+        elif left > 0 and (cents is None or count[cents] > back[cents]):
+            found.append((name, None))
+    return found
 
 
 def paypal_verify(headers, body, webhook, now):

@@ -665,21 +665,28 @@ class Fake:
                 cents(x['amount']['value']) for x in self.under(
                     'refund', capture=capture['id']))
 
-    def paypal_dispute(self, ident, outcome):
-        """A dispute of an order's capture ends, or if `outcome` is None
-        begins.
-        """
+    def paypal_dispute(self, ident, outcome=None, value=None):
+        """An order's capture is disputed, or even to the end."""
         with self.lock:
             capture = self.things[ident]['purchase_units'][0]['payments'][
                 'captures'][0]
             dispute = self.make(
-                'dispute', 'PP-D-', capture=capture['id'],
-                status='RESOLVED' if outcome else 'UNDER_REVIEW',
+                'dispute', 'PP-D-', capture=capture['id'], status='OPEN',
                 disputed_transactions=[{
                     'seller_transaction_id': capture['id']}])
             dispute['dispute_id'] = dispute['id']
-            if not outcome:
-                return self.paypal_event('CUSTOMER.DISPUTE.CREATED', dispute)
+            if value:
+                dispute['dispute_amount'] = {'currency_code': 'USD',
+                                             'value': value}
+            if outcome:
+                return self.paypal_resolve(dispute['id'], outcome)
+            return self.paypal_event('CUSTOMER.DISPUTE.CREATED', dispute)
+
+    def paypal_resolve(self, ident, outcome):
+        """A dispute ends."""
+        with self.lock:
+            dispute = self.things[ident]
+            dispute['status'] = 'RESOLVED'
             dispute['dispute_outcome'] = {'outcome_code': outcome}
             return self.paypal_event('CUSTOMER.DISPUTE.RESOLVED', dispute)
 

@@ -4,6 +4,7 @@ once, whatever is lost, late, twice, forged or killed on the way.
 """
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -466,6 +467,115 @@ class PayPalFlow(Case):
             'outcome_code': 'RESOLVED_SELLER_FAVOUR'}
         self.hook(second)
         self.assertEqual(self.entries(), books + [('reversal', 1000)])
+
+    WON, LOST = 'RESOLVED_SELLER_FAVOUR', 'RESOLVED_BUYER_FAVOUR'
+
+    def paid(self):
+        """An order that was captured."""
+        name, order = self.begin('paypal')
+        self.fake.paypal_approve(order)
+        self.settle(name)
+        return order
+
+    def reversals(self):
+        """{name without that of the payment: cents}"""
+        found = self.server.run(tarsnapd.pay_entries(self.account))
+        paid, = [name for name, money in found.items()
+                 if money.kind == 'payment']
+        return {name.replace(paid, 'PAID'): money.amount * 100 // ATTO
+                for name, money in found.items() if money.kind == 'reversal'}
+
+    def test_two_disputes_of_one_payment(self):
+        """What comes back is of the one that was won, whatever comes when."""
+        for amounts in (('4.00', '6.00'), ('5.00', '5.00')):
+            for order in itertools.permutations(range(4)):
+                self.clear()
+                paid = self.paid()
+                won, lost = (self.fake.paypal_dispute(paid, None, value)
+                             ['resource']['id'] for value in amounts)
+                happens = [
+                    lambda: self.fake.paypal_refund(
+                        paid, amounts[0], 'REVERSED', listed=False),
+                    lambda: self.fake.paypal_refund(
+                        paid, amounts[1], 'REVERSED', listed=False),
+                    lambda: self.fake.paypal_resolve(won, self.WON),
+                    lambda: self.fake.paypal_resolve(lost, self.LOST)]
+                for at in order:
+                    self.hook(happens[at]())
+                    self.assertLessEqual(sum(self.reversals().values()),
+                                         -sum(cents for kind, cents
+                                              in self.entries()
+                                              if kind == 'chargeback'))
+                for event in list(self.fake.events['paypal']):
+                    self.assertEqual(self.hook(event).differs, [])
+                self.assertEqual(self.reversals(), {
+                    'PAID.won.' + won: int(amounts[0][0]) * 100})
+
+    def test_many_disputes(self):
+        """Some end before anything was taken; never is more given back than
+        was, and in the end just what was won.
+        """
+        dice = random.Random(seed_choose('disputes'))
+        for _ in range(25):
+            self.clear()
+            paid, left, happens, back = self.paid(), 10, [], 0
+            while left and len(happens) < 8:
+                value = dice.choice((1, 1, 2, 3))
+                won, taken = dice.choice(((1, 1), (1, 1), (1, 0), (0, 1)))
+                if taken * value > left:
+                    continue
+                left -= taken * value
+                back += taken * won * value
+                text = '%d.00' % value
+                ident = self.fake.paypal_dispute(
+                    paid, None, text)['resource']['id']
+                happens.append((self.fake.paypal_resolve, ident,
+                                self.WON if won else self.LOST))
+                if taken:
+                    happens.append((self.fake.paypal_refund, paid, text,
+                                    'REVERSED', False))
+            dice.shuffle(happens)
+            for act, *args in happens:
+                self.hook(act(*args))
+                taken = -sum(cents for kind, cents in self.entries()
+                             if kind == 'chargeback')
+                self.assertLessEqual(sum(self.reversals().values()),
+                                     min(taken, 100 * back))
+            self.assertEqual(sum(self.reversals().values()), 100 * back)
+
+    def test_a_reversal_of_the_older_name(self):
+        """Counts as that of its dispute."""
+        for cents in (500, 400):
+            self.clear()
+            paid = self.paid()
+            texts = ['%d.00' % (n // 100) for n in (500, cents)]
+            first = self.fake.paypal_dispute(paid, self.WON, texts[0])
+            taken = self.fake.paypal_refund(paid, texts[0], 'REVERSED',
+                                            listed=False)
+            with mock.patch.object(tarsnapd, 'disputes_won', return_value=[]):
+                self.hook(taken)
+            entries = self.server.run(tarsnapd.pay_entries(self.account))
+            (name, money), = [one for one in entries.items()
+                              if one[1].kind == 'chargeback']
+            provider, _, reference = (name + '.won').partition('-')
+            self.assertTrue(self.server.run(tarsnapd.ledger_pay(
+                self.account, provider, reference, -money.amount, 'reversal',
+                '', None, money.of)))
+            self.hook(first)
+            self.hook(self.fake.paypal_dispute(paid, self.LOST, texts[1]))
+            self.hook(self.fake.paypal_refund(paid, texts[1], 'REVERSED',
+                                              listed=False))
+            self.hook(first)
+            self.assertEqual(list(self.reversals().values()), [500])
+
+    def test_disputes_that_cannot_be_told_apart(self):
+        paid = self.paid()
+        self.fake.paypal_dispute(paid, self.WON)
+        self.fake.paypal_dispute(paid, self.LOST)
+        out = self.hook(self.fake.paypal_refund(paid, '4.00', 'REVERSED',
+                                                listed=False))
+        self.assertIn('what is of which dispute is not clear', out.differs[0])
+        self.assertEqual(self.reversals(), {})
 
     def test_more_than_was_paid_is_not_taken(self):
         name, order = self.begin('paypal')
