@@ -115,13 +115,14 @@ def activity(account, first, last, verbose=False):
              for machine in account.machines()} if verbose else {}
     days, entries = {}, account.view('money')
     for line in tarsnapd.statement_lines(
-            account.view('days_of', first, last), entries):
+            account.view('days_of', first, last),
+            [one for one in entries
+             if first * tarsnapd.DAY <= one[0] < (last + 1) * tarsnapd.DAY]):
         days.setdefault(line.day, []).append(line)
     balance = account.balance_before(first, entries)
-    for day in sorted({*days, account.today}):
-        if not first <= day <= last:
-            continue
-        lines = days.get(day, ())
+    if first <= account.today <= last:
+        days.setdefault(account.today, [])
+    for day, lines in sorted(days.items()):
         balance += sum(line.amount for line in lines)
         yield Row('Balance', day, '', '', '', None, balance)
         for line in lines:
