@@ -7165,12 +7165,14 @@ def disputes_won(paid, entries, disputes):
                 old or name.startswith(paid + '.won.')):
             given[name] = money.amount // CENT
             older[given[name]] += old and name.endswith('.won')
-    fresh = [one for one in sorted(disputes, key=lambda one: one[0])
-             if one[2] and '%s.won.%s' % (paid, one[0]) not in given]
+    won = [one for one in sorted(disputes, key=lambda one: one[0]) if one[2]]
+    fresh = [one for one in won
+             if '%s.won.%s' % (paid, one[0]) not in given]
     left = sum(taken.values()) - sum(given.values())
-    if len(disputes) == 1:
-        return [(name, left if cents is None else min(left, cents))
-                for name, cents, _ in fresh if left > 0]
+    if len(disputes) == 1:              # all is of this one
+        return [(name, None if not fresh else left if cents is None
+                 else min(left, cents))
+                for name, cents, _ in won if left > 0]
     found, count, back = [], collections.Counter(
         taken.values()), collections.Counter(given.values())
     lost = collections.Counter(

@@ -576,6 +576,15 @@ class PayPalFlow(Case):
                                                 listed=False))
         self.assertIn('what is of which dispute is not clear', out.differs[0])
         self.assertEqual(self.reversals(), {})
+        # One of them took more than it was found to have taken.
+        self.clear()
+        paid = self.paid()
+        self.hook(self.fake.paypal_dispute(paid, self.WON))
+        for text, differs in (('4.00', 0), ('3.00', 1)):
+            out = self.hook(self.fake.paypal_refund(paid, text, 'REVERSED',
+                                                    listed=False))
+            self.assertEqual(len(out.differs), differs)
+        self.assertEqual(list(self.reversals().values()), [400])
 
     def test_more_than_was_paid_is_not_taken(self):
         name, order = self.begin('paypal')
