@@ -7152,8 +7152,9 @@ def disputes_won(paid, entries, disputes):
     cents where that is not clear.
 
     PayPal does not say of which dispute a chargeback is, and some disputes
-    end before anything is taken.  So of those of one amount as many are given
-    back as are more than the disputes that were not won.
+    end before anything is taken: a payer may take one back, which counts as
+    won, and then go to his bank.  So until all are won, of those of one amount
+    as many are given back as are more than the disputes that were not won.
     """
     taken = {name: -money.amount // CENT for name, money in entries.items()
              if money.of == paid and money.kind == 'chargeback'}
@@ -7169,21 +7170,25 @@ def disputes_won(paid, entries, disputes):
     fresh = [one for one in won
              if '%s.won.%s' % (paid, one[0]) not in given]
     left = sum(taken.values()) - sum(given.values())
-    if len(disputes) == 1:              # all is of this one
-        return [(name, None if not fresh else left if cents is None
-                 else min(left, cents))
-                for name, cents, _ in won if left > 0]
-    found, count, back = [], collections.Counter(
-        taken.values()), collections.Counter(given.values())
-    lost = collections.Counter(
-        cents for _, cents, won in disputes if not won)
+    found = []
+    if len(won) == len(disputes):       # whichever it was of
+        for name, cents, _ in fresh:
+            part = left if cents is None else min(left, cents)
+            left -= part
+            found += [(name, part)] if part else []
+        return found + [(won[-1][0], None)] * (left > 0 and bool(won))
+    if None in [cents for _, cents, _ in disputes]:
+        return [(name, None) for name, _, _ in fresh if left > 0]
+    count, back = (collections.Counter(sums.values())
+                   for sums in (taken, given))
+    lost = collections.Counter(one[1] for one in disputes if not one[2])
     for name, cents, _ in fresh:
         if older[cents] > 0:
             older[cents] -= 1
         elif count[cents] > back[cents] + lost[cents]:
             back[cents] += 1
             found.append((name, cents))
-        elif left > 0 and (cents is None or count[cents] > back[cents]):
+        elif count[cents] > back[cents]:
             found.append((name, None))
     return found
 
