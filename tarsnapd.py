@@ -7170,22 +7170,23 @@ def disputes_won(paid, entries, disputes):
     fresh = [one for one in won
              if '%s.won.%s' % (paid, one[0]) not in given]
     left = sum(taken.values()) - sum(given.values())
-    found = []
-    if len(won) == len(disputes):       # whichever it was of
-        for name, cents, _ in fresh:
-            part = left if cents is None else min(left, cents)
-            left -= part
-            found += [(name, part)] if part else []
-        return found + [(won[-1][0], None)] * (left > 0 and bool(won))
-    if None in [cents for _, cents, _ in disputes]:
-        return [(name, None) for name, _, _ in fresh if left > 0]
+    vague = None in [cents for _, cents, _ in disputes]
+    lost = len(won) < len(disputes)
+    if left <= 0 or not won:
+        return []
+    if len(disputes) == 1 or vague:
+        # Where all are won it is no matter which it was.
+        cents = None if lost or not fresh else min(
+            left, left if vague else fresh[0][1])
+        return [((fresh or won)[0][0], cents)]
     count, back = (collections.Counter(sums.values())
                    for sums in (taken, given))
-    lost = collections.Counter(one[1] for one in disputes if not one[2])
+    kept = collections.Counter(one[1] for one in disputes if not one[2])
+    found = []
     for name, cents, _ in fresh:
         if older[cents] > 0:
             older[cents] -= 1
-        elif count[cents] > back[cents] + lost[cents]:
+        elif count[cents] > back[cents] + kept[cents]:
             back[cents] += 1
             found.append((name, cents))
         elif count[cents] > back[cents]:
