@@ -205,8 +205,9 @@ def text_lines(text, beyond=0):
         line = line.rstrip()
         if '\r' in line:
             line = line[line.rindex('\r') + 1:]
+        line = line[:LINE_CHARS].translate(UNSEEN)
         if line.strip():
-            lines.append((number, line[:LINE_CHARS].translate(UNSEEN)))
+            lines.append((number, line))
     return lines, count
 
 
@@ -3859,8 +3860,9 @@ class Watch:
                            message.get('References', ''))
         if '<cronwatch.' not in named:
             return False
-        for number, token in re.findall(r'\b(\d+)-([0-9a-f]{16})\b', ' '.join(
-                re.findall(r'<cronwatch\.[^<>\s]*>', named))):
+        named = ' '.join(re.findall(r'<cronwatch\.[^<>\s]*>', named))
+        for number, token in re.findall(r'\b(\d{1,18})-([0-9a-f]{16})\b',
+                                        named):
             try:
                 finding = self.state.finding(int(number))
             except Error:

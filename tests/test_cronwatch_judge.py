@@ -339,6 +339,10 @@ class Life(Judged):
         wrong = reply % (finding.id, '0' * 16)
         self.assertEqual(job.watch.deliver(wrong.encode(), job.at), [])
         self.assertIsNone(job.watch.state.finding(finding.id).ended)
+        for odd in ('9' * 30 + '-' + '0' * 16, '%d-%s' % (
+                finding.id, finding.token)):
+            raw = ('In-Reply-To: <cronwatch.1.ab.%s@h>\n\n\x07\n' % odd)
+            job.watch.deliver(raw.encode(), job.at)     # is judged
         right = reply % (finding.id, finding.token)
         self.assertEqual(job.watch.deliver(right.encode(), job.at), [])
         self.assertIsNotNone(job.watch.state.finding(finding.id).ended)

@@ -221,6 +221,7 @@ class Hostile(unittest.TestCase):
                    sender='"\x1b[2J" <a\x1b@b>',
                    headers='Content-Type: text/plain; charset=utf-8\n')
         self.assertEqual(texts(run), ['a 2Jb c d \te f g h'])
+        self.assertEqual(texts(read('Cron <a@b> c', '\x07\0\nx\n')), ['x'])
         for text in (run.name, run.key, run.lines[0][1]):
             self.assertTrue(text.isprintable(), ascii(text))
 
