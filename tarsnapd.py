@@ -7949,8 +7949,10 @@ class Session:
                 self.only_roles is not None
                 and letter not in self.only_roles):
             raise Refused(E_ROLE, 'not allowed on this connection')
+        yield from self._check_strange()
         machine = yield from machine_load(number)
         if machine is None:
+            yield from self._check_strange(True)
             raise Refused(E_NOMACHINE, 'no such machine')
         self._check_frozen(machine, letter)
         signed = (b'tarsnap-auth-1\0' + U16.pack(PROTOCOL)
@@ -7958,6 +7960,7 @@ class Session:
                   + self.cert_hash + U64.pack(number) + bytes([role])
                   + self.nonce + nonce)
         if not verify(machine.key(role), signature, signed):
+            yield from self._check_strange(True)
             raise Refused(E_ROLE, 'not the machine\'s key for this role')
         state = erased_check((yield from catch_up(number)))
         self.machine = machine
@@ -7968,6 +7971,20 @@ class Session:
                    bool(self.server.read_only or self.server.frozen
                         or machine.read_only or state.lost)
                    | bool(self.server.prices) << 1]))
+
+    def _check_strange(self, wrong=False):
+        """Steps: Refused for an address that has named too many machines in
+        vain; with `wrong` it is told of one more.
+        """
+        if self.machine or not self.address:
+            return
+        strange, now = self.server.strange, (yield ('now',))
+        if wrong:
+            strange.wrong(self.address, now)
+        elif strange.wait(self.address, now):
+            self.over = True
+            raise Refused(E_BUSY, 'too many wrong keys; try again in %d '
+                          'seconds' % strange.wait(self.address, now))
 
     # Looking.
 
@@ -10694,6 +10711,34 @@ class Guesses:
             self._close()
 
 
+class Strange:
+    """Who may name machines that are not there, or sign for one with another
+    key, yet: each costs requests to the store of accounts.  In memory of one
+    process, and of one thread.
+    """
+
+    MOST, EACH = 200, 10        # at once, and seconds for one more
+    ROWS = 10000
+
+    def __init__(self):
+        self.until = {}         # network -> when its debt is paid
+
+    def wait(self, address, now):
+        """Seconds until an address may try again, or 0."""
+        debt = self.until.get(network(address), 0) - now
+        # The clock may have been set back.
+        return max(0, min(debt, self.MOST * self.EACH)
+                   + self.EACH - self.MOST * self.EACH)
+
+    def wrong(self, address, now):
+        """It has tried one."""
+        where = network(address)
+        until = max(now, self.until.pop(where, 0)) + self.EACH
+        self.until[where] = until       # the last one now
+        if len(self.until) > self.ROWS:
+            del self.until[next(iter(self.until))]
+
+
 class Server:
     """An open server directory."""
 
@@ -10776,6 +10821,7 @@ class Server:
             index = self.temporary = tempfile.mkdtemp(prefix='tarsnapd-')
         self.indexes = Indexes(index, self.store)
         self.guesses = Guesses(os.path.join(path, 'guesses'), self.secret)
+        self.strange = Strange()
         self.view = View(os.path.join(
             self.temporary or path, 'ledger.db'))
 

@@ -12,6 +12,7 @@ import struct
 import time
 import unittest
 
+import rawclient
 from rawclient import (
     D, DELETE_KIND, R, W, Client, Closed, Embedded, Error, Host, Serve,
     block, get, names_body, part, put, server_directory, tarsnapd)
@@ -190,6 +191,41 @@ class Floods(unittest.TestCase):
             for _ in range(400):
                 client.link.send(data)
         self.assertLess(self.memory(), before + 24 * MIB)
+
+
+class Strangers(unittest.TestCase):
+
+    def test_machines_that_are_not_there(self):
+        """Each name costs requests to the store, which may cost money."""
+        serve = Serve(server_directory(self))
+        self.addCleanup(serve.kill)
+        client = serve.client()
+        host, codes = Host(client, user='joe', password=b'pw'), []
+        client.close()
+        while len(codes) < 260 and 'BUSY' not in codes:
+            client = serve.client()
+            for number in range(60):
+                # Sometimes it is there, and the key is another.
+                machine = host.machine if number % 9 == 0 else number
+                try:
+                    client.auth(machine, rawclient.Keys(), R)
+                except Error as e:
+                    codes.append(e.code)
+                except Closed:
+                    break
+            client.close()
+        self.assertEqual(codes.index('BUSY'), 200, codes[-9:])
+        # It is over at once, and ends by itself.
+        strange = tarsnapd.Strange()
+        for _ in range(230):
+            strange.wrong('192.0.2.7', 1000)
+        waits = [strange.wait(address, now) for address, now in (
+            ('192.0.2.7', 1000), ('192.0.2.8', 1000), ('192.0.2.7', 1015),
+            ('192.0.2.7', 1000 + 320), ('192.0.2.7', 5))]
+        self.assertEqual(waits, [10, 0, 10, 0, 10])
+        for i in range(strange.ROWS + 5):
+            strange.wrong('10.%d.%d.1' % divmod(i, 256), 1000)
+        self.assertEqual(len(strange.until), strange.ROWS)
 
 
 class Keys(unittest.TestCase):
