@@ -294,10 +294,12 @@ class Client(LabTest):
             % ((tarsnap.money(new * PRICE),) * 2)])
         self.assertEqual(self.host.good(*words[:-3], '--quiet', *words[-3:])
                          .err.count('\n'), 5)
-        found = json.loads(self.host.good(
-            *words[:-3], '--json', *words[-3:]).out.splitlines()[-1])
-        self.assertEqual(found, {'type': 'cost', 'month': money_text(
-            new * PRICE), 'upload': money_text(new * PRICE)})
+        # The words of a command are stored too: here they are others.
+        archive, found = map(json.loads, self.host.good(
+            *words[:-3], '--json', *words[-3:]).out.splitlines()[-2:])
+        cost = money_text(archive['new_compressed'] * PRICE)
+        self.assertEqual(found, {'type': 'cost', 'month': cost,
+                                 'upload': cost})
 
     def test_nobody_asks_where_there_are_no_prices(self):
         """Servers that are older than the request would hang up."""
