@@ -8486,13 +8486,16 @@ class Session:
             raise Refused(E_ROLE, 'not in a transaction of this kind')
         yield from self._current()
         kept = yield self._ask('kept', names)
-        if not set(names) <= kept.keys() - tx.revived.keys():
-            raise Refused(E_NOBLOCK, 'a block to revive is not kept any more')
+        if len(set(names)) < len(names) or not (
+                set(names) <= kept.keys() - tx.revived.keys()):
+            raise Refused(E_NOBLOCK, 'a block to revive is not kept any '
+                          'more, or is named twice')
         tx.revived.update((name, kept[name]) for name in names)
         rows = [ADDED_ROW.pack(name, *kept[name]) for name in names]
-        self.batch.append((REVIVED_LIST, ZERO32, b''.join(rows)))
-        self.batch_bytes += ADDED_ROW.size * len(rows)
-        yield from self.flush()
+        if rows:
+            self.batch.append((REVIVED_LIST, ZERO32, b''.join(rows)))
+            self.batch_bytes += ADDED_ROW.size * len(rows)
+            yield from self.flush()
         yield from many(ADDED, rows)
         yield ('answer', OK, b'')
 

@@ -12,7 +12,7 @@ import time
 import unittest
 
 from rawclient import (
-    COMPLETE, D, N, R, REQUEST, W, ZERO, Client, Closed, Embedded, Error,
+    COMPLETE, D, DELETE_KIND, N, R, REQUEST, W, ZERO, Client, Closed, Embedded, Error,
     Host, Serve, Wire, block, get, names_body, part, put, server_directory,
     tarsnapd, u16, u64)
 
@@ -141,6 +141,30 @@ class Hostile(unittest.TestCase):
         self.host.begin(client, os.urandom(16))
         large = block('c', 'x', 288 * 1024)
         self.check_refused_and_closed(client, frame(11, b''.join(large)))
+
+    def test_names_to_revive_twice(self):
+        """CHANGES would tell of both, and every client refuse the history as
+        that of a server that lies.
+        """
+        client = self.authed()
+        tid = os.urandom(16)
+        self.host.begin(client, tid)
+        names = [put(client, block('c', '%d' % i, 100)) for i in range(2)]
+        self.host.commit(client, tid, puts=names)
+        tid = os.urandom(16)
+        self.host.begin(client, tid, kind=DELETE_KIND)
+        client.send('DELETE', names_body(sorted(names)))
+        self.host.commit(client, tid, kind=DELETE_KIND,
+                         deletes=sorted(names))
+        self.host.begin(client, os.urandom(16), kind=DELETE_KIND)
+        with self.assertRaises(Error) as caught:
+            client.stream('REVIVE', names_body(names + names[:1]))
+        self.assertEqual(caught.exception.code, 'NOBLOCK')
+        # None was taken: they may be named again, once.
+        self.assertEqual([kind for kind, _ in client.stream(
+            'REVIVE', names_body(names))], ['ADDED'])
+        with self.assertRaises(Error):
+            client.stream('REVIVE', names_body(names[:1]))
 
     def test_too_many_names(self):
         for kind in (7, 9):
