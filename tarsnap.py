@@ -8602,10 +8602,11 @@ class Fetcher:
         with self.changed:
             slot = slots.popleft()
             lost = CorruptError if error.code == E_NOBLOCK else Unclear
-            self.finish(slot, None, lost(
-                'block %s is missing: %s' % (slot.kid.name.hex()[:16],
-                                             error)))
-            if error.code != E_NOBLOCK:
+            if error.code != E_FUNDS:       # else nothing is wrong with it
+                error = lost('block %s is missing: %s' % (
+                    slot.kid.name.hex()[:16], error))
+            self.finish(slot, None, error)
+            if lost is Unclear:
                 self.requests.popleft()
                 if self.channel:
                     self.channel.forget(rid)

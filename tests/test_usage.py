@@ -250,9 +250,12 @@ class Client(LabTest):
         age = self.host.run('--last-backup-age', '--max-age', '1h')
         self.assertIn('one, ', age.out)
         self.assertEqual(age.status, 0)
-        for words in (('-t', '-f', 'one'), ('-c', '-f', 'two', 'file')):
-            self.assertIn('balance is not positive',
-                          self.host.good(*words, status=1).err)
+        for words in (('-t', '-f', 'one'), ('-x', '-f', 'one', '-C', self.lab.root),
+                      ('--verify', '-f', 'one'),
+                      ('-c', '-f', 'two', 'file')):
+            err = self.host.good(*words, status=1).err
+            self.assertIn('Account balance is not positive; add money', err)
+            self.assertNotIn('block', err)
         self.host.good('-d', '-f', 'one')
         self.assertEqual(self.host.good('--list-archives').out, '')
 
