@@ -250,8 +250,8 @@ class Client(LabTest):
         age = self.host.run('--last-backup-age', '--max-age', '1h')
         self.assertIn('one, ', age.out)
         self.assertEqual(age.status, 0)
-        for words in (('-t', '-f', 'one'), ('-x', '-f', 'one', '-C', self.lab.root),
-                      ('--verify', '-f', 'one'),
+        for words in (('-t', '-f', 'one'), ('--verify', '-f', 'one'),
+                      ('-x', '-f', 'one', '-C', self.lab.root),
                       ('-c', '-f', 'two', 'file')):
             err = self.host.good(*words, status=1).err
             self.assertIn('Account balance is not positive; add money', err)
