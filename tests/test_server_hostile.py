@@ -12,9 +12,9 @@ import time
 import unittest
 
 from rawclient import (
-    COMPLETE, D, DELETE_KIND, N, R, REQUEST, W, ZERO, Client, Closed, Embedded, Error,
-    Host, Serve, Wire, block, get, names_body, part, put, server_directory,
-    tarsnapd, u16, u64)
+    COMPLETE, D, DELETE_KIND, N, R, REQUEST, W, ZERO, Client, Closed, Embedded,
+    Error, Host, Serve, Wire, block, get, names_body, part, put,
+    server_directory, tarsnapd, u16, u64)
 
 
 def frame(kind, body=b'', rid=1, length=None):
