@@ -4663,8 +4663,20 @@ class Cache:
         if commit.kind == KIND_NUKE:
             self.totals = (0,) * 9
         elif commit.kind != KIND_ABORT and self.key.mix_refs:
-            self.totals = note_open(self.key, commit)
+            self.note_take(commit)
         self.partial = self.unread() is not None
+
+    def note_take(self, commit):
+        """Have the totals that stand in a commit.
+
+        Whoever has stolen a key can sign one with a note that does not open.
+        That is no reason to keep everybody from his archives: the totals stay
+        what they were.
+        """
+        try:
+            self.totals = note_open(self.key, commit)
+        except CorruptError as e:
+            warn('%s; statistics of all archives may be wrong' % e)
 
     def recount(self, name, step):
         self.db.execute('UPDATE blocks SET count = count + ? WHERE name = ?',
@@ -4807,7 +4819,7 @@ class Cache:
                 self.archives_change(archives, change.commit)
                 self.n, self.head = change.commit.n, change.hash
                 if change.commit.note:
-                    self.totals = note_open(self.key, change.commit)
+                    self.note_take(change.commit)
                 self.partial = self.unread() is not None
                 self.save()
                 db.execute('COMMIT')

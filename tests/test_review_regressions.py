@@ -545,5 +545,28 @@ class Files(lab.LabTest):
         self.assertEqual(write.meta()[2][8], 2)
 
 
+class Notes(lab.LabTest):
+
+    def test_a_note_that_does_not_open_stops_nobody(self):
+        """A stolen write key can sign a commit with any: the others go on, and
+        say that their statistics may be wrong.
+        """
+        self.write('file', b'one')
+        other = self.lab.host('other')
+        self.host.create('first')
+        other.good('--fsck')
+        other.create('second')
+        with mock.patch.object(tarsnap, 'note_seal', lambda *args: b'x' * 64):
+            self.host.create('third')
+        self.assertIn('note does not open; statistics',
+                      other.create('fourth').err)
+        self.assertEqual(other.good('-d', '-f', 'third').out, '')
+        self.assertEqual(sorted(self.lab.host('new').good(
+            '--list-archives').out.split()), ['first', 'fourth', 'second'])
+        for host in (self.host, other):
+            host.good('--fsck')
+            host.good('--print-stats')
+
+
 if __name__ == '__main__':
     unittest.main()
