@@ -8552,6 +8552,9 @@ class Session:
 
     def _commit(self, frame, body):
         """Steps: CHECKPOINT, COMMIT or NUKE."""
+        if len(body) + U64.size > CEILING['frame']:
+            # No client could be told of it, a time before it.
+            raise Refused(E_BAD, 'commit object of %d bytes' % len(body))
         commit = commit_decode(body)
         self._check_author(frame, commit)
         yield from self.flush()

@@ -142,6 +142,33 @@ class Hostile(unittest.TestCase):
         large = block('c', 'x', 288 * 1024)
         self.check_refused_and_closed(client, frame(11, b''.join(large)))
 
+    def test_a_commit_that_nobody_could_be_told_of(self):
+        """CHANGES and LIST put eight bytes in front of it."""
+        most = (1 << 20) + 4096
+        for size in (most, most - 7, most - 8):
+            client, tid = self.authed(), os.urandom(16)
+            self.host.begin(client, tid)
+            record = put(client, block('a', '%d' % size))
+
+            def build(count, note=b''):
+                return self.host.build(
+                    tid, puts=[record], note=note, linked=[
+                        (u64(i) * 4, record, bytes(16), COMPLETE)
+                        for i in range(count)])
+
+            short = len(build(0))
+            commit = build((size - short) // 81,
+                           bytes((size - short) % 81))
+            self.assertEqual(len(commit), size)
+            if size > most - 8:
+                with self.assertRaises(Error) as caught:
+                    client.call('COMMIT', commit)
+                self.assertEqual(caught.exception.code, 'BAD')
+        self.assertEqual(client.call('COMMIT', commit)[0], 'COMMITTED')
+        self.host.remember(commit)
+        self.assertEqual(client.stream('CHANGES', bytes(41))[0][1][8:],
+                         commit)
+
     def test_names_to_revive_twice(self):
         """CHANGES would tell of both, and every client refuse the history as
         that of a server that lies.
