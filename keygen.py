@@ -165,11 +165,7 @@ def inform(program, usage, options):
 
 def complain(program, text, usage=''):
     """One line on stderr, and perhaps the usage; never fails."""
-    try:
-        sys.stderr.write('%s: %s\n%s' % (program, text, usage))
-        sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        pass
+    tarsnap.note('%s: %s\n%s' % (program, tarsnap.one_line(str(text)), usage))
 
 
 ##############################################################################
@@ -1079,7 +1075,9 @@ def run(program, body, usage, words):
     try:
         tarsnap.streams_fill()
         if sys.stderr is sys.__stderr__:
-            sys.stderr.reconfigure(errors='surrogateescape')
+            # Names as they came in, whatever PYTHONIOENCODING says.
+            sys.stderr.reconfigure(encoding=sys.getfilesystemencoding(),
+                                   errors=sys.getfilesystemencodeerrors())
         import resource     # keys do not belong in a core file
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         body(sys.argv[1:] if words is None else words)

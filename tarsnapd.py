@@ -10099,12 +10099,17 @@ class Shop:
 # open transactions belongs to the thread that runs the sessions.
 ##############################################################################
 
+# Control characters: no name ends a line of a log, nor drives a terminal.
+ONE_LINE = {code: '\\%03o' % code for code in (*range(32), 127)}
+
+
 def say(line):
     """One line on stderr, in the program's name; never fails: a server serves
     on when the disk of its log is full.
     """
     try:
-        print('tarsnapd: %s' % line, file=sys.stderr, flush=True)
+        print('tarsnapd: %s' % line.translate(ONE_LINE), file=sys.stderr,
+              flush=True)
     except (OSError, ValueError):
         pass
 
@@ -15105,6 +15110,10 @@ def main(argv=None):
     """Run a command (by default what was typed); the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     streams_fill()
+    for stream in (sys.stdout, sys.stderr):
+        if stream in (sys.__stdout__, sys.__stderr__):
+            # Accounts have names in UTF-8, whatever the locale of a cron.
+            stream.reconfigure(encoding='utf-8', errors='surrogateescape')
     try:
         status = answer(argv)
         sys.stdout.flush()

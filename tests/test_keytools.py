@@ -169,6 +169,15 @@ class Rules(test_keygen.ToolTest):
             self.assertRaises(keygen.Usage, keygen.name_check, '--user',
                               name, False)
 
+    def test_messages_in_any_encoding_and_on_one_line(self):
+        for encoding in ('ascii', 'utf-16', 'utf-8'):
+            done = self.run_tool(
+                [sys.executable, keygen.__file__, 'keymgmt', '--print-key-id',
+                 b'n\xc3\xb6\nne\xff'], PYTHONIOENCODING=encoding)
+            self.assertEqual((done.returncode, done.stderr), (
+                1, b'tarsnap-keymgmt: Cannot read key file n\xc3\xb6\\012ne'
+                b'\xff: No such file or directory\n'))
+
     def test_one_passphrase_for_one_new_key_file(self):
         self.usage('keygen', ['--passphrase', 'env:A', '--new-passphrase',
                               'env:B'] + self.words('keygen'),

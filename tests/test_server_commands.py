@@ -248,6 +248,23 @@ class Commands(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr), (
                 1, 'tarsnapd: %s: Permission denied\n' % self.path))
 
+    def test_names_in_any_locale_and_on_one_line(self):
+        self.init()
+        run('user', self.path, 'add', '\xfc \u20ac', stdin=b'secret')
+        for env in ({'PYTHONIOENCODING': 'ascii'},
+                    {'LC_ALL': 'C', 'PYTHONUTF8': '0',
+                     'PYTHONCOERCECLOCALE': '0'}):
+            done = subprocess.run(
+                [sys.executable, PROGRAM, 'user', self.path, 'list'],
+                capture_output=True, env=dict(os.environ, **env))
+            self.assertEqual((done.stdout, done.stderr), (
+                '\xfc \u20ac\n'.encode(), b''))
+            done = subprocess.run(
+                [sys.executable, PROGRAM, 'stats', b'none\xff\n\x1b'],
+                capture_output=True, env=dict(os.environ, **env))
+            self.assertEqual((done.returncode, done.stderr), (
+                1, b'tarsnapd: none\xff\\012\\033: no such directory\n'))
+
     def test_usage_errors(self):
         self.init()
         for args in ((), ('nothing',), ('init',), ('init', 'a', 'b'),
