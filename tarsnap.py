@@ -12198,6 +12198,15 @@ class Create:
             return self.merge_tar(writer, walk, folder, name)
         return self.merger.archive(writer, name)
 
+    def meant(self, folder, name):
+        """A hint if `@name` is a file, as where a shell put the operands."""
+        try:
+            os.stat(b'@' + name, dir_fd=folder.get(), follow_symlinks=False)
+        except OSError:
+            return ''
+        return ' (what is named @%s itself is given as ./@%s)' % (
+            show(name), show(name))
+
     def merge_tar(self, writer, walk, folder, name):
         """Take in the entries of the tar file `name`; `-` is standard input.
         """
@@ -12206,13 +12215,14 @@ class Create:
             fd = os.dup(0) if name == b'-' else os.open(
                 name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.get())
         except OSError as e:
-            writer.report('%s: Cannot open: %s' % (what, e.strerror))
+            writer.report('%s: Cannot open: %s%s' % (
+                what, e.strerror, self.meant(folder, name)))
             return
         try:
             mode = os.fstat(fd).st_mode
             if stat.S_ISDIR(mode):
-                writer.report('%s: Cannot open: %s' % (
-                    what, os.strerror(errno.EISDIR)))
+                writer.report('%s: Cannot open: %s%s' % (
+                    what, os.strerror(errno.EISDIR), self.meant(folder, name)))
                 return
             if not stat.S_ISREG(mode):
                 if name in self.consumed:

@@ -321,6 +321,13 @@ class TarFiles(TarTest):
             result = self.host.run('-c', '-f', words[-1], *words)
             self.assertEqual(result.status, 2)
             self.assertIn('tree: Cannot open: Is a directory\n', result.err)
+        # As of `tarsnap -c -f x *`.
+        with open(self.lab.path('@at'), 'w'):
+            pass
+        result = self.host.run('-c', '-f', 'at', '-C', self.lab.root, '@at')
+        self.assertIn('tarsnap: at: Cannot open: No such file or directory '
+                      '(what is named @at itself is given as ./@at)\n',
+                      result.err)
 
     def test_same_content_is_not_sent_again(self):
         self.host.create('tree')
