@@ -2048,18 +2048,23 @@ class PipeLink:
         words = 'session --stdio ' + shlex.quote(self.path)
         far = ('command -v tarsnapd >/dev/null && exec tarsnapd %s; '
                'exec tarsnapd.py %s' % (words, words))
-        ssh = shlex.split(os.environ.get('TARSNAP_SSH', 'ssh'))
+        try:
+            ssh = shlex.split(os.environ.get('TARSNAP_SSH') or 'ssh')
+        except ValueError as e:
+            raise UserError('TARSNAP_SSH is no command: %s' % e) from None
         return ssh + ['-T'] + (['-p', port] if port else []) + [host, far]
 
     def open(self):
         """Start ssh; it asks for what it wants on the terminal."""
         import subprocess
+        command = self.command()
         try:
             self.child = subprocess.Popen(
-                self.command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 bufsize=0, close_fds=True)
         except OSError as e:
-            raise UserError('Cannot run ssh: %s' % e.strerror) from None
+            raise UserError('Cannot run %s: %s'
+                            % (command[0], e.strerror)) from None
         os.set_blocking(self.child.stdin.fileno(), False)
         os.set_blocking(self.child.stdout.fileno(), False)
 

@@ -195,6 +195,27 @@ def spool_bytes(path):
     return total
 
 
+class Command(unittest.TestCase):
+    """TARSNAP_SSH: what cannot be run is no failure of the network."""
+
+    def test_what_cannot_be_run_is_named_at_once(self):
+        w = world.World(self)
+        w.keygen()
+        os.mkdir(w.path('bin'))
+        os.symlink('/bin/false', w.path('bin', 'ssh'))
+        for command, says in (
+                ('/none/such -x', 'Cannot run /none/such: No such file or '
+                 'directory'),
+                ('ssh "', 'TARSNAP_SSH is no command: No closing quotation'),
+                ('', 'Too many network failures: Connection closed by '
+                 'ssh://host/x')):
+            w.environment.update(TARSNAP_SSH=command, PATH=w.path('bin'))
+            done = w.tarsnap('--list-archives', '--server', 'ssh://host/x',
+                             cache=None)
+            self.assertEqual((done.code, done.lines[0]),
+                             (1, 'tarsnap: ' + says))
+
+
 class ForcedCommand(unittest.TestCase):
     """authorized_keys says: session --stdio DIR --machine N --roles w."""
 
