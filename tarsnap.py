@@ -6280,12 +6280,12 @@ class Walk:
 
         What others name is not walked: it comes out as (folder, name, kind,
         None).  `report(text)` counts an error; `skip` has (st_dev, st_ino) of
-        directories never entered.
+        directories never entered, and what they are.
         """
         self.items = items
         self.opt = opt
         self.report = report
-        self.skip = set(skip)
+        self.skip = dict(skip)
         self.open_set = collections.OrderedDict()
         self.slashed = False            # the leading-slash warning was given
         self.slash = b''                # taken off the operand at hand
@@ -6464,8 +6464,8 @@ class Walk:
             return True
         if self.skip and (st.st_dev, st.st_ino) in self.skip:
             if not self.opt.quiet:
-                warn('Not adding cache directory to archive: %s'
-                     % show(member))
+                warn('Not adding %s to archive: %s' % (
+                    self.skip[st.st_dev, st.st_ino], show(member)))
             return True
         return self.looks and self.refused(folder, name, member, st)
 
@@ -6569,13 +6569,17 @@ def paced(entries, seconds):
 
 
 def directories_skipped(opt):
-    """(st_dev, st_ino) of directories that never go into an archive."""
-    out = set()
-    for path in (opt.cachedir, opt.key and opt.key.server):
+    """(st_dev, st_ino) of directories that never go into an archive -> what
+    they are.
+    """
+    out = {}
+    for what, path in (('server directory', opt.key and opt.key.server),
+                       ('server directory', opt.server),
+                       ('cache directory', opt.cachedir)):
         try:
             st = os.stat(path)
             if stat.S_ISDIR(st.st_mode):
-                out.add((st.st_dev, st.st_ino))
+                out[st.st_dev, st.st_ino] = what
         except (OSError, TypeError, ValueError):
             pass
     return out

@@ -591,6 +591,23 @@ class Endings(StartupCase):
             self.assertEqual(done.code, -number)
             self.assertNotIn('Traceback', done.err)
 
+    def test_the_store_is_not_archived(self):
+        # Nor where it was moved to.
+        w = self.world
+        moved = w.path('moved')
+        for where, words in ((w.address, []), (moved, ['--server', moved])):
+            if words:
+                os.rename(w.address, moved)
+                self.addCleanup(os.rename, moved, w.address)
+            said = w.ok('-c', '-f', 'store', *words, '-C', w.root, 'tree',
+                        os.path.basename(where)).lines
+            self.assertEqual(said, [
+                'tarsnap: Not adding server directory to archive: '
+                + os.path.basename(where)])
+            self.assertEqual(w.ok('-t', '-f', 'store', *words).out,
+                             'tree/\ntree/file\n')
+            w.ok('-d', '-f', 'store', *words)
+
     def test_quiet(self):
         """The list of warnings that --quiet takes away, and no other."""
         w = self.world
