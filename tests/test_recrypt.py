@@ -441,6 +441,7 @@ class Killed(Moving):
 
     def run_killed(self, most):
         """Run in a child that dies at thing number `most`; its status."""
+        lab.alone()
         pid = os.fork()
         if not pid:
             status = 99
