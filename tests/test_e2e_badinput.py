@@ -604,11 +604,11 @@ class BadInput(unittest.TestCase):
         argv = w.argv(['-c', '-f', 'tagged', '-C', where, 'tree'],
                       cache=os.path.join(where, 'cache'))
         done = w.run(prefix + argv)
-        self.assertEqual((done.code, done.lines), (2, [
-            'tarsnap: tree/shut: Cannot read extended attributes: Permission '
-            'denied',
-            'tarsnap: tree/shut: Cannot read directory: Permission denied',
-            DELAYED, CHANGED]))
+        # What walks is ahead of what reads.
+        self.assertEqual((done.code, sorted(done.lines[:2]), done.lines[2:]), (
+            2, ['tarsnap: tree/shut: Cannot read directory: Permission denied',
+                'tarsnap: tree/shut: Cannot read extended attributes: '
+                'Permission denied'], [DELAYED, CHANGED]))
         copy = os.stat(os.path.join(w.extract('tagged', cache=None), 'tree',
                                     'shut'))
         self.assertEqual((copy.st_mode & 0o7777, copy.st_mtime),
