@@ -24,7 +24,9 @@ The floor is what one thread of Python needs to read the tree (first), look at
 its inodes (unchanged), make its files (restore).  `packing` is what a process
 for each processor needs to read what is different in the tree and to hash,
 deflate and encrypt it with the libraries that Python has, and no more: nothing
-that deflates with these can be faster.
+that deflates with these can be faster.  `isal` is ours again, with the deflate
+of ISA-L (isal from PyPI, level 3) in the place of zlib's: what is left where
+deflate costs little.
 """
 
 import collections
@@ -38,13 +40,27 @@ import time
 import common
 import trees
 
+sys.path.insert(0, os.path.join(common.HERE, 'tests'))
+import installed    # noqa: E402
+
 FLOOR = os.path.join(common.HERE, 'bench', 'floor.py')
+ISAL = '''\
+import sys
+sys.path[:1] = [%r, %r]
+from isal import isal_zlib
+sys.modules['zlib'] = isal_zlib
+import tarsnap
+tarsnap.Sealer.__init__.__defaults__ = (3, True)
+sys.exit(tarsnap.main())
+'''
 WORKS = ('start', 'first', 'unchanged', 'shifted', 'list', 'restore',
          'delete')
 NEEDS = {'unchanged': ['first'], 'shifted': ['first'], 'list': ['first'],
          'restore': ['first'], 'delete': ['first', 'unchanged']}
-REPOSITORIES = ('store', 'server', 'restic', 'borg', 'rest', 'borg-served')
-CACHES = ('embedded-cache', 'tls-cache', '.cache', '.config', '.local')
+REPOSITORIES = ('store', 'isal', 'server', 'restic', 'borg', 'rest',
+                'borg-served')
+CACHES = ('embedded-cache', 'isal-cache', 'tls-cache', '.cache', '.config',
+          '.local')
 
 # A program ready to run: a row of `half` of the table; `commands`, work ->
 # command line; `store`, where its bytes are; `server`, a process or None.
@@ -180,10 +196,26 @@ def packing(place, tree, _shifted):
         first=[sys.executable, FLOOR, 'pack', place.path('different')]))
 
 
+def isal(place, tree, shifted):
+    try:
+        programs = installed.pip('isal', 'isal == 1.9.1')
+    except RuntimeError:            # no PyPI
+        return None
+    folder = os.path.join(
+        os.path.dirname(programs), 'lib',
+        'python%d.%d' % sys.version_info[:2], 'site-packages')
+    with open(place.path('run-isal.py'), 'w') as file:
+        file.write(ISAL % (place.path('lib'), folder))
+    place.key('isal-key', place.path('isal'))
+    first = ours(place, 'isal', tree, shifted)['first']
+    first[1] = place.path('run-isal.py')
+    return Program('local', dict(first=first), place.path('isal'))
+
+
 PROGRAMS = {'embedded': embedded, 'restic': restic, 'borg': borg,
-            'floor': floor, 'packing': packing, 'tls': tls,
+            'isal': isal, 'floor': floor, 'packing': packing, 'tls': tls,
             'restic-rest': restic_rest, 'borg-serve': borg_serve}
-OURS = ('embedded', 'tls', 'floor', 'packing')
+OURS = ('embedded', 'isal', 'tls', 'floor', 'packing')
 
 ##############################################################################
 # Rounds
@@ -217,8 +249,8 @@ class Bench:
         """All works once, by all programs in turn; each begins in turn."""
         names = self.programs[number % len(self.programs):] \
             + self.programs[:number % len(self.programs)]
-        self.place.remove('embedded-key', 'tls-key', 'out', *REPOSITORIES,
-                          *CACHES)
+        self.place.remove('embedded-key', 'isal-key', 'tls-key', 'out',
+                          *REPOSITORIES, *CACHES)
         programs = {name: PROGRAMS[name](
             self.place, self.tree, self.shifted or self.tree)
             for name in names}

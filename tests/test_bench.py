@@ -57,15 +57,15 @@ class Benchmarks(unittest.TestCase):
         works = ('start', 'first', 'unchanged', 'list', 'restore', 'delete')
         document, said = self.run_bench(
             'compare', '--tree', self.tree, '--programs',
-            'embedded,tls,floor,packing')
+            'embedded,isal,tls,floor,packing')
         found = {(figure['work'], figure['program'])
                  for figure in document['figures']}
         stored = {('stored after first', name)
-                  for name in ('embedded', 'tls')}
+                  for name in ('embedded', 'isal', 'tls')}
         self.assertEqual(found, stored | {
             (work, name) for work in works for name in ('embedded', 'tls')}
             | {(work, 'floor') for work in ('first', 'unchanged', 'restore')}
-            | {('first', 'packing')})
+            | {('first', 'isal'), ('first', 'packing')})
         self.assertIn('30 files', said)
         for half in ('local', 'network'):
             with self.subTest(half):
