@@ -18,8 +18,10 @@ TITLES = {
     'first': 'first backup', 'unchanged': 'unchanged backup',
     'shifted': 'one byte in front', 'list': 'list', 'restore': 'restore',
     'delete': 'delete one of two', 'stored after first': 'stored'}
-NAMES = {'embedded': 'this', 'tls': 'this', 'restic-rest': 'restic',
-         'borg-serve': 'borg'}
+NAMES = {'embedded': 'this', 'tls': 'this', 'isal': 'this with ISA-L',
+         'restic-rest': 'restic', 'borg-serve': 'borg'}
+KINDS = {'embedded': 'this', 'tls': 'this', 'isal': 'floor', 'floor': 'floor',
+         'packing': 'floor'}        # else peer
 HALVES = {'local': 'local repository', 'network': 'over the network'}
 
 # Pixels.
@@ -52,7 +54,7 @@ def bar(y, figure, unit, most):
     scale = (WIDTH - LEFT - RIGHT) / most
     values = figure[unit]
     long = values['median'] * scale
-    kind = {'this': name, 'floor': name, 'packing': 'floor'}.get(name, 'peer')
+    kind = KINDS.get(figure['program'], 'peer')
     value = ('%.0f MB' % (values['median'] / 1e6) if unit == 'bytes'
              else '%.2f s' % values['median'])
     out = [text(LEFT - 8, y + 12, name, anchor='end'),
