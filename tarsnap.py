@@ -13664,6 +13664,13 @@ def mode_fsck(opt):
     if opt.read_data:
         key.need(ROLE_READ, '--read-data')
     lock = cachedir_lock(opt.cachedir, opt.lock_wait)
+    try:
+        machine = cache_meta(opt.cachedir).get('machine')
+    except UserError:
+        machine = None              # that is what we are here for
+    if machine and machine != U64.pack(key.machine):
+        warn('Cache directory %s was of the key of another machine; '
+             'it is made anew for this one' % opt.cachedir)
     remote = remote_open(opt, (ROLE_WRITE, ROLE_READ, ROLE_DELETE))
     try:
         while not Fsck(opt, remote).run():

@@ -373,6 +373,10 @@ class Torn(FilesTest):
         result = host.run(*self.creating('three'))
         self.assertEqual(result.status, 1)
         self.assertIn('another machine', result.err)
+        self.assertIn('was of the key of another machine',
+                      host.good('--fsck').err)
+        self.assertNotIn('another', host.good('--fsck').err)
+        host.good(*self.creating('three'))
 
     def test_torn_memo_row_is_not_believed(self):
         """Extents of a row whose hash is wrong are never used."""
