@@ -5053,7 +5053,7 @@ MEMORY = {
     # bytes kept of each database
     None: (PUT_WINDOW, SMALLS, DATABASE_CACHE),
     'normalmem': (PUT_WINDOW, SMALLS, DATABASE_CACHE),
-    'lowmem': (2 * MIB, 5000, 2 * MIB),
+    'lowmem': (2 * MIB, 5000, MIB),
     'verylowmem': (MIB, 1000, 512 * KIB)}
 # Rows of `pending` collected in memory; one of a page may have 100 KB.
 ROWS = {'delta': 5000, 'small': 5000, 'memo': 50, 'borrowed': 5000}

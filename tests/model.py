@@ -345,7 +345,7 @@ class Index(tarsnapd.Index):
 class Server:
     """What a Session asks of a tarsnapd.Server, and a host's disk."""
 
-    read_only = frozen = False
+    read_only = frozen = amnesty = False
     delete_delay = serial = 0
     prices = None
     secret = identity_public = cert_hash = bytes(32)
@@ -356,6 +356,7 @@ class Server:
         self.shelf = Shelf()
         self.index = Index()
         self.open = {}              # of its process `serve`
+        self.telling = collections.Counter()
         self.cleaning = None        # Task of its process `clean`
 
     def vouch(self, cert_hash):

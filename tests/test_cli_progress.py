@@ -187,7 +187,7 @@ class Memory(LabTest):
                 mock.patch.object(tarsnap.Crew, '__init__', made), \
                 mock.patch.object(tarsnap.Transaction, 'drain', drained):
             for name, window, pages in (
-                    ('normalmem', 8, 4096), ('lowmem', 2, 2048),
+                    ('normalmem', 8, 2048), ('lowmem', 2, 1024),
                     ('verylowmem', 1, 512)):
                 self.write('new', os.urandom(3000))
                 self.host.create(name, '--' + name)
