@@ -407,11 +407,19 @@ def words(text):
     return text.split(',')
 
 
+def positive(text):
+    """1 or more."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def parser(doc, runs):
     """The options all benchmarks have; `doc` is the module's docstring."""
     out = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument('--runs', type=int, default=runs, metavar='N',
+    out.add_argument('--runs', type=positive, default=runs, metavar='N',
                      help='times that each work is done (%d)' % runs)
     out.add_argument('--json', metavar='FILE',
                      help='write every single run and the summaries there')

@@ -87,6 +87,19 @@ class Benchmarks(unittest.TestCase):
                  if bar.get('class') != 'page']), len(wanted))
         os.unlink(target)
 
+    def test_what_is_refused(self):
+        for words, says in (
+                (('--runs', '0'), 'argument --runs: invalid positive value'),
+                (('--tree', self.base.name + '/none'), 'no such directory'),
+                (('--programs', 'embedded,none'), 'unknown in --programs'),
+                (('--works', 'none'), 'unknown in --works')):
+            with self.subTest(words):
+                done = subprocess.run(
+                    [sys.executable, os.path.join(BENCH, 'compare.py'),
+                     *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.assertEqual((done.returncode, done.stdout), (2, b''))
+                self.assertIn(says, done.stderr.decode())
+
     def test_peers_by_turns(self):
         # Whatever is installed, and the shifted file.
         document, said = self.run_bench(
