@@ -13587,8 +13587,9 @@ def age_say(opt, status, text, fields):
 def newest_complete(remote, opt, now):
     """(archive id, Record) of the newest archive that is complete, or None.
 
-    Which came last the server says; how old it is its maker has signed.  An
-    archive of tomorrow says nothing of today's backup, and is left out.
+    Which came last the server says; how old it is its maker has signed.  Of
+    one second it is the last by name, as in --list-archives.  An archive of
+    tomorrow says nothing of today's backup, and is left out.
     """
     live = history_live(remote, opt)
     series = opt.series and Names(opt.key).series(opt.series)
@@ -13605,7 +13606,8 @@ def newest_complete(remote, opt, now):
             if record.created > now + DRIFT:
                 warn('%s is of %s, which is yet to come; it is left out' % (
                     show(record.title), date_text(record.created).decode()))
-            elif not best or record.created > best[1].created:
+            elif not best or (record.created, record.title) > (
+                    best[1].created, best[1].title):
                 best = archive, record
         if errors:
             raise errors[0]

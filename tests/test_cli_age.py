@@ -59,6 +59,12 @@ class Age(lab.LabTest):
         with mock.patch.object(tarsnap, 'AGE_LOOK', 1):
             self.age(CRITICAL, '--max-age', '2h', says='copied')
 
+    def test_of_one_second_the_last_by_name(self):
+        made = '--creationtime=%d' % (time.time() - 60)
+        for number in (3, 8, 1, 6):
+            self.host.create('no%d' % number, made)
+        self.age(OK, says='no8, ')
+
     def test_no_archive_and_none_that_is_complete(self):
         self.age(CRITICAL, says='there is no archive')
 
