@@ -602,6 +602,33 @@ def block_open(cls, name, block, machine, secret, refs_only=False):
             block_decrypt(cls, name, block, machine, secret, refs_only)]
 
 
+def chunk_open(opener, names, kid, body):
+    """The content of chunk `kid` in a BLOCK's `body`: its name, then what is
+    sealed.  CorruptError if it is damaged, or not what its name says.
+    """
+    data, = opener.open(CHUNK, kid.name, block_named(kid, body))
+    if len(data) != kid.plain:
+        raise CorruptError('block %s: has %d bytes, not the %d expected'
+                           % (kid.name.hex()[:16], len(data), kid.plain))
+    name_check(kid, names.chunk(data))
+    return data
+
+
+def block_named(kid, body):
+    """The sealed block in a BLOCK's `body`, if it has the name of `kid`."""
+    if body[:32] != kid.name:
+        raise CorruptError('block %s: the server sent another block in its '
+                           'place' % kid.name.hex()[:16])
+    return body[32:]
+
+
+def name_check(kid, found):
+    """CorruptError unless `found`, of its content, is the name of `kid`."""
+    if not hmac.compare_digest(found, kid.name):
+        raise CorruptError('block %s: its content is not what its name says'
+                           % kid.name.hex()[:16])
+
+
 def block_decrypt(cls, name, block, machine, secret, refs_only=False):
     """The parts of a sealed block as they were framed."""
     from cryptography.exceptions import InvalidTag
@@ -2230,6 +2257,10 @@ class Channel:
     def taken(self):
         """The queue is empty; `changed` is held."""
         self.hurried, self.unhurried = False, 0
+
+    def ready(self, rid):
+        """True if an answer to `rid` is there."""
+        return bool(self.answers[rid])
 
     def next(self, rid):
         """The next answer to `rid` as (type, body)."""
@@ -6600,14 +6631,16 @@ def mount_types():
 
 
 ##############################################################################
-# Workers: cutting, deflating and sealing in processes of their own
+# Workers: cutting, deflating, sealing and opening in processes of their own
 #
-# Deflate, and AES for cuts and seals, are most of a first backup.  In threads
-# they would wait for the interpreter with all else (1.55 of 2 processors were
-# busy), so they run in processes, forked before this one has a thread.  Blocks
-# go over and come back in shared memory; two pipes say which slot is whose
-# turn.  Everything else, naming and looking up too, stays in the process that
-# forks, in one thread.  Knows blocks and Scans, nothing of files or servers.
+# Deflate, and AES for cuts and seals, are most of a first backup; the way back
+# is half of a restore.  In threads they would wait for the interpreter with
+# all else (1.55 of 2 processors were busy, 1.4 in a restore), so they run in
+# processes, forked before this one has a thread.  Blocks go over and come back
+# in shared memory; two pipes say which slot is whose turn.  Everything else,
+# naming and looking up too, stays in the process that forks: in one thread of
+# a backup, in a Fetcher's of a restore.  Knows blocks and Scans, nothing of
+# files or servers.
 ##############################################################################
 
 JOB = 512 * KIB             # plain bytes handed over at once, about
@@ -6616,13 +6649,14 @@ SLOT = MIB                  # room for a job, plain or sealed
 SLOTS = 4                   # for each worker: what is easy to deflate and
                             # what is not take turns; 8 cost 4 MB more
 WORKERS_MOST = 4            # reading and cutting keep no more of them busy
-WORKERS_NICE = 5            # who feeds them goes first: 4 % less, all in all
+WORKERS_NICE = 5            # of a backup: who feeds them goes first, which
+                            # is 4 % less, all in all
 SAMPLE = 32                 # one chunk in so many is opened again and compared
 SAMPLE_FIRST = 100          # and these of each worker
 IN_VAIN = 4                 # chunks in a row that did not shrink: of the next
                             # one pieces are tried first
 
-# Slot, blocks, level or -1; or slot, bytes, SCANNING.
+# Slot, blocks, level or -1; or slot, bytes, SCANNING; or slot, blocks, any.
 JOB_MESSAGE = struct.Struct('>IIb')
 SCANNING = -2
 # Slot, blocks or hits; NO_BLOCKS: a text; ALL_HITS: there was no room.
@@ -6631,6 +6665,10 @@ JOB_BLOCK = struct.Struct('>32scB')     # name, class, parts
 NO_BLOCKS = 0xffffffff
 ALL_HITS = 0xfffffffe
 HIT = struct.Struct('>IB')              # end, value
+OPEN_BLOCK = struct.Struct('>32sII')    # name, plain bytes, bytes of BLOCK
+OPENED = struct.Struct('>BI')           # PLAIN or another, bytes that follow
+PLAIN, DAMAGED, UNCLEAR = range(3)      # the content, or a text why not
+OPENED_TEXT = 300                       # bytes of a text at most
 
 
 def processors():
@@ -6642,17 +6680,16 @@ def processors():
 
 
 class Worker:
-    """What runs in a worker: jobs from a pipe, until it is closed."""
+    """What runs in a worker: jobs from a pipe, until it is closed.
 
-    def __init__(self, sealer, slots, jobs, results, check_all):
-        self.sealer = sealer
+    A subclass has job(pos, count, level), which does what the slot at `pos`
+    asks for, in place, and returns the count to answer.
+    """
+
+    def __init__(self, slots, jobs, results):
         self.slots = slots              # shared memory
         self.jobs = jobs                # descriptor to read from
         self.results = results          # descriptor to write to
-        self.check_all = check_all      # open every block again
-        self.made = 0                   # blocks, for the sample
-        self.in_vain = 0                # chunks deflated in vain, in a row
-        self.scanner = None
 
     def run(self):
         while True:
@@ -6661,11 +6698,7 @@ class Worker:
                 return
             slot, count, level = JOB_MESSAGE.unpack(message)
             try:
-                if level == SCANNING:
-                    count = self.scan(slot * SLOT, count)
-                else:
-                    self.job(slot * SLOT, count,
-                             None if level < 0 else level)
+                count = self.job(slot * SLOT, count, level)
             except (RuntimeError, MemoryError) as e:
                 text = str(e).encode('utf-8', 'replace')[:KIB]
                 U32.pack_into(self.slots, slot * SLOT, len(text))
@@ -6674,7 +6707,25 @@ class Worker:
                 count = NO_BLOCKS
             os.write(self.results, JOB_RESULT.pack(slot, count))
 
+
+class SealWorker(Worker):
+    """A worker of a Crew."""
+
+    def __init__(self, sealer, check_all, *pipes):
+        super().__init__(*pipes)
+        self.sealer = sealer
+        self.check_all = check_all      # open every block again
+        self.made = 0                   # blocks, for the sample
+        self.in_vain = 0                # chunks deflated in vain, in a row
+        self.scanner = None
+
     def job(self, pos, count, level):
+        if level == SCANNING:
+            return self.scan(pos, count)
+        self.blocks(pos, count, None if level < 0 else level)
+        return count
+
+    def blocks(self, pos, count, level):
         """Seal the blocks of the slot at `pos`, in place."""
         out, at = [], pos
         with memoryview(self.slots) as view:
@@ -6721,47 +6772,72 @@ class Worker:
         return sealed
 
 
-class Crew:
-    """The workers of a run, seen from the process that forked them.
+class OpenWorker(Worker):
+    """A worker of Openers."""
 
-    Make it before any thread.  What add() takes comes back, in whatever
-    order, through `put(sealed, *rest)` in a later call of add(), wait() or
-    finish(), in the caller's thread.
+    def __init__(self, key, *pipes):
+        super().__init__(*pipes)
+        self.opener = Opener(key)
+        self.names = Names(key)
+
+    def job(self, pos, count, level):
+        out, at = [], pos
+        with memoryview(self.slots) as view:
+            for _ in range(count):
+                name, plain, length = OPEN_BLOCK.unpack_from(view, at)
+                at += OPEN_BLOCK.size
+                out.append(self.open(Kid(CHUNK, name, plain),
+                                     bytes(view[at:at + length])))
+                at += length
+            for kind, data in out:
+                OPENED.pack_into(view, pos, kind, len(data))
+                pos += OPENED.size
+                view[pos:pos + len(data)] = data
+                pos += len(data)
+        return count
+
+    def open(self, kid, body):
+        """(PLAIN, content), or what else it is and a text."""
+        try:
+            return PLAIN, chunk_open(self.opener, self.names, kid, body)
+        except Error as e:
+            kind = UNCLEAR if isinstance(e, Unclear) else DAMAGED
+            text = str(e)
+        except Exception as e:          # as in a thread: not to end unheard
+            kind, text = UNCLEAR, 'block %s: %s: %s' % (
+                kid.name.hex()[:16], type(e).__name__, e)
+        return kind, text.encode('utf-8', 'replace')[:OPENED_TEXT]
+
+
+class Workers:
+    """Workers and the memory they share with the process that forks them.
+
+    Make it before any thread.
     """
 
-    def __init__(self, key, pad=True, check_all=False, most=WORKERS_MOST):
+    nice = 0
+
+    def __init__(self, most, make):
+        """So many workers `most`; make(slots, jobs, results) is one."""
         import mmap
         import select
         count = min(most, processors())
-        self.put = None                 # set by who uses it
-        self.level = lambda: None       # of deflate; None: the usual one
         slots = SLOTS * count
         self.slots = mmap.mmap(-1, slots * SLOT)
         self.free = list(range(slots))
-        self.jobs = {}                  # slot -> [rest of add(), one a block]
-        #                                 or a Scan
-        self.key = key
-        self.sizes = {}                 # slot -> bytes in it
-        self.bytes = 0                  # added and not put yet
-        self.slot = None                # being filled
-        self.pos = 0                    # in it
-        self.batch = []                 # rest of what is in it
         self.workers = set()            # process ids
         jobs, self.give = os.pipe()
         self.take, results = os.pipe()
         self.poll = select.poll()
         self.poll.register(self.take, select.POLLIN)
-        sealer = Sealer(key, pad=pad)
-        # The workers share what is imported and collected before they are;
-        # a collection would write to all of it.
-        sealer.seal(CHUNK, bytes(32), [b''])
-        Scanner(cut_key(key))
+        # They share what is imported and collected before they are; a
+        # collection would write to all of it.
+        worker = make(self.slots, jobs, results)
         gc.freeze()
         for _ in range(count):
             pid = os.fork()
             if not pid:
-                self.work(Worker(sealer, self.slots, jobs, results,
-                                 check_all))
+                self.work(worker)
             self.workers.add(pid)
         os.close(jobs)
         os.close(results)
@@ -6776,7 +6852,7 @@ class Crew:
             for name in ('SIGINT', 'SIGQUIT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
             gc.disable()
-            os.nice(WORKERS_NICE)
+            os.nice(self.nice)
             os.close(self.give)
             os.close(self.take)
             worker.run()
@@ -6785,6 +6861,76 @@ class Crew:
             pass                        # the parent is gone
         finally:
             os._exit(status)
+
+    def tell(self, slot, count, level):
+        """Tell a worker what is in a slot."""
+        try:
+            os.write(self.give, JOB_MESSAGE.pack(slot, count, level))
+        except BrokenPipeError:
+            self.check(0)
+
+    def ready(self, seconds):
+        """True if a result can be read, waited for that long."""
+        return bool(self.poll.poll(1000 * seconds))
+
+    def check(self, flags):
+        """Error if a worker has ended: its job would never come back."""
+        for pid in self.workers:
+            ended, status = os.waitpid(pid, flags)
+            if ended:
+                self.workers.discard(pid)
+                raise Error('a worker process ended by itself (status %d; '
+                            'out of memory?)'
+                            % os.waitstatus_to_exitcode(status))
+        if not self.workers:
+            raise Error('the worker processes have ended')
+
+    def failed(self, pos):
+        """Raise the Error that a job left at `pos`."""
+        length, = U32.unpack_from(self.slots, pos)
+        pos += U32.size
+        raise Error('a worker process failed: %s'
+                    % show(self.slots[pos:pos + length]))
+
+    def close(self):
+        """Let the workers end, and wait for that."""
+        os.close(self.give)
+        self.end()
+
+    def end(self):
+        """Wait for the workers, whose pipe is closed."""
+        for pid in self.workers:
+            os.waitpid(pid, 0)
+        os.close(self.take)
+        self.slots.close()
+
+
+class Crew(Workers):
+    """The workers of a backup, seen from the process that forked them.
+
+    What add() takes comes back, in whatever order, through `put(sealed,
+    *rest)` in a later call of add(), wait() or finish(), in the caller's
+    thread.
+    """
+
+    nice = WORKERS_NICE
+
+    def __init__(self, key, pad=True, check_all=False, most=WORKERS_MOST):
+        sealer = Sealer(key, pad=pad)
+        sealer.seal(CHUNK, bytes(32), [b''])        # what they import
+        Scanner(cut_key(key))
+        super().__init__(most, lambda *pipes: SealWorker(
+            sealer, check_all, *pipes))
+        self.put = None                 # set by who uses it
+        self.level = lambda: None       # of deflate; None: the usual one
+        self.jobs = {}                  # slot -> [rest of add(), one a block]
+        #                                 or a Scan
+        self.key = key
+        self.sizes = {}                 # slot -> bytes in it
+        self.bytes = 0                  # added and not put yet
+        self.slot = None                # being filled
+        self.pos = 0                    # in it
+        self.batch = []                 # rest of what is in it
 
     def add(self, cls, name, parts, *rest):
         """Have a block sealed; `parts` are bytes, copied before return."""
@@ -6821,12 +6967,9 @@ class Crew:
         return scan
 
     def send(self, slot, job, count, level):
-        """Tell a worker what is in a slot."""
+        """Have the job in a slot done."""
         self.jobs[slot] = job
-        try:
-            os.write(self.give, JOB_MESSAGE.pack(slot, count, level))
-        except BrokenPipeError:
-            self.check(0)
+        self.tell(slot, count, level)
 
     def flush(self):
         """Hand over the open slot, and take what is ready."""
@@ -6838,10 +6981,6 @@ class Crew:
             self.slot, self.pos, self.batch = None, 0, []
         while self.jobs and self.ready(0):
             self.collect()
-
-    def ready(self, seconds):
-        """True if a result can be read, waited for that long."""
-        return bool(self.poll.poll(1000 * seconds))
 
     def collect(self):
         """Wait for one job; its blocks are put, its hits known."""
@@ -6857,20 +6996,20 @@ class Crew:
             self.check(0)
         slot, count = JOB_RESULT.unpack(message)
         batch, pos = self.jobs.pop(slot), slot * SLOT
-        if isinstance(batch, Scan) and count != NO_BLOCKS:
+        size = self.sizes.pop(slot, 0)
+        self.free.append(slot)
+        self.bytes -= size
+        if count == NO_BLOCKS:
+            self.failed(pos)
+        if isinstance(batch, Scan):
             self.found(batch, pos, count)
-            self.free.append(slot)
             return ()
         blocks = []
-        for _ in range(1 if count == NO_BLOCKS else count):
+        for _ in range(count):
             length, = U32.unpack_from(self.slots, pos)
             pos += U32.size
             blocks.append(self.slots[pos:pos + length])
             pos += length
-        self.free.append(slot)
-        self.bytes -= self.sizes.pop(slot, 0)
-        if count == NO_BLOCKS:
-            raise Error('a worker process failed: %s' % show(blocks[0]))
         return zip(batch, blocks)
 
     def found(self, scan, pos, count):
@@ -6883,18 +7022,6 @@ class Crew:
         else:
             scan.hits = list(HIT.iter_unpack(
                 self.slots[pos:pos + count * HIT.size]))
-
-    def check(self, flags):
-        """Error if a worker has ended: its job would never come back."""
-        for pid in self.workers:
-            ended, status = os.waitpid(pid, flags)
-            if ended:
-                self.workers.discard(pid)
-                raise Error('a worker process ended by itself (status %d; '
-                            'out of memory?)'
-                            % os.waitstatus_to_exitcode(status))
-        if not self.workers:
-            raise Error('the worker processes have ended')
 
     def wait(self):
         """Have more put; False if nothing was left to put."""
@@ -6915,13 +7042,114 @@ class Crew:
         while self.jobs:
             self.result()
 
+
+class Openers(Workers):
+    """The workers of a restore: chunks go to one of them as they came, and
+    come back opened and compared with their names.
+
+    One thread may add() while another collect()s; any may flush().
+    """
+
+    def __init__(self, key, most=WORKERS_MOST):
+        super().__init__(most, lambda *pipes: OpenWorker(key, *pipes))
+        self.changed = threading.Condition()    # guards all below
+        self.jobs = {}                  # slot -> [tags of its blocks]
+        self.slot = None                # being filled
+        self.pos = 0                    # in it
+        self.room = 0                   # what its blocks take, either way
+        self.batch = []                 # tags of what is in it
+        self.closed = False
+
+    def add(self, kid, body, tag):
+        """Have the BLOCK `body` opened as chunk `kid`; False if it has no
+        room: no chunk is so long.
+        """
+        cost = OPEN_BLOCK.size + max(len(body), kid.plain)
+        if cost > JOB:
+            return False
+        with self.changed:
+            if self.batch and (self.room + cost > JOB
+                               or len(self.batch) >= JOB_BLOCKS):
+                self.hand_over()
+            while self.slot is None and not self.closed:
+                if self.free:
+                    self.slot = self.free.pop()
+                else:
+                    self.changed.wait()
+            if self.closed:
+                raise Error('the worker processes have ended')
+            at = self.slot * SLOT + self.pos
+            OPEN_BLOCK.pack_into(self.slots, at, kid.name, kid.plain,
+                                 len(body))
+            at += OPEN_BLOCK.size
+            self.slots[at:at + len(body)] = body
+            self.pos += OPEN_BLOCK.size + len(body)
+            self.room += cost
+            self.batch.append(tag)
+        return True
+
+    def flush(self):
+        """Hand over what was added."""
+        with self.changed:
+            if self.batch and not self.closed:
+                self.hand_over()
+
+    def check(self, flags):
+        with self.changed:
+            super().check(flags)
+
+    def hand_over(self):
+        self.jobs[self.slot] = self.batch
+        self.tell(self.slot, len(self.batch), 0)
+        self.slot, self.pos, self.room, self.batch = None, 0, 0, []
+
+    def collect(self):
+        """[(tag, content or None, Error or None)] of the next job that is
+        done, waited for; None after close().
+        """
+        while not self.ready(1):
+            if not self.closed:
+                self.check(os.WNOHANG)
+        message = os.read(self.take, JOB_RESULT.size)
+        if not message:
+            if self.closed:
+                return None
+            self.check(0)
+        slot, count = JOB_RESULT.unpack(message)
+        with self.changed:
+            tags, pos = self.jobs.pop(slot), slot * SLOT
+        if count == NO_BLOCKS:
+            self.failed(pos)
+        found = []
+        for tag in tags:
+            kind, length = OPENED.unpack_from(self.slots, pos)
+            pos += OPENED.size
+            data = self.slots[pos:pos + length]
+            pos += length
+            if kind == PLAIN:
+                found.append((tag, data, None))
+            else:
+                wrong = Unclear if kind == UNCLEAR else CorruptError
+                found.append((tag, None, wrong(data.decode(
+                    'utf-8', 'replace'))))
+        with self.changed:
+            self.free.append(slot)
+            self.changed.notify_all()
+        return found
+
+    def stop(self):
+        """Take no more; collect() says when all is done."""
+        with self.changed:
+            if not self.closed:
+                self.closed = True
+                os.close(self.give)
+                self.changed.notify_all()
+
     def close(self):
-        """Let the workers end, and wait for that."""
-        os.close(self.give)
-        for pid in self.workers:
-            os.waitpid(pid, 0)
-        os.close(self.take)
-        self.slots.close()
+        """Let the workers end, and wait for that; nobody collects now."""
+        if not self.slots.closed:
+            self.stop()
+            self.end()
 
 
 ##############################################################################
@@ -8408,10 +8636,13 @@ class Slot:
 
 
 class Fetcher:
-    """Blocks of one machine, by name; close() it after use."""
+    """Blocks of one machine, by name; close() it after use.  Chunks are
+    opened by the Openers given, if any, which are closed with it.
+    """
 
-    def __init__(self, remote):
+    def __init__(self, remote, openers=None):
         self.remote = remote
+        self.openers = openers
         self.key = remote.key
         self.opener = Opener(remote.key)
         self.names = Names(remote.key)
@@ -8421,6 +8652,7 @@ class Fetcher:
         self.channel = None         # where requests go; None while it is lost
         self.unsent = []            # slots not asked for yet
         self.unsent_bytes = 0
+        self.waiting = 0            # who waits for a slot
         self.requests = collections.deque()     # (id or None, deque of slots)
         self.flying = {}            # name -> slot not done yet
         self.kept = collections.OrderedDict()   # name -> slot done, shared
@@ -8430,6 +8662,7 @@ class Fetcher:
         self.closed = False
         self.turn = threading.Lock()            # one thread at a time listens
         self.threads = []
+        self.collector = None       # the thread that waits for openers
 
     # What the reader calls.
 
@@ -8501,13 +8734,22 @@ class Fetcher:
         """Until `slot` is done."""
         self.flush()
         with self.changed:
+            self.waiting += 1
+            if self.openers:
+                self.openers.flush()
             while not slot.done:
                 self.changed.wait()
+            self.waiting -= 1
 
     def close(self):
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+        if self.openers:
+            self.openers.stop()
+            if self.collector:
+                self.collector.join()
+            self.openers.close()
 
     # Asking.  All of these are called with `changed` held.
 
@@ -8551,7 +8793,13 @@ class Fetcher:
     def start(self):
         """Connect, and start the threads."""
         self.channel = self.remote.connect()
-        for _ in range(max(2, os.cpu_count() or 1)):
+        count = max(2, os.cpu_count() or 1)
+        if self.openers:
+            count = 1
+            self.collector = threading.Thread(target=self.collect,
+                                              daemon=True)
+            self.collector.start()
+        for _ in range(count):
             thread = threading.Thread(target=self.work, daemon=True)
             self.threads.append(thread)
             thread.start()
@@ -8569,7 +8817,8 @@ class Fetcher:
                 self.kept_bytes -= old.kid.plain
         self.changed.notify_all()
 
-    # The threads: one listens, the others decode.
+    # The threads: one listens, the others decode; with openers there is one
+    # that listens, and one that takes what they have opened.
 
     def work(self):
         """A thread: receive a block, let the next one listen, decode."""
@@ -8579,6 +8828,9 @@ class Fetcher:
             if slot is None:
                 return
             try:
+                if self.openers and slot.kid.cls == CHUNK \
+                        and self.openers.add(slot.kid, body, slot):
+                    continue
                 value, error = self.decode(slot.kid, body), None
             except Error as e:
                 value, error = None, e
@@ -8588,11 +8840,30 @@ class Fetcher:
             with self.changed:
                 self.finish(slot, value, error)
 
+    def collect(self):
+        """The thread that takes what the openers have done."""
+        try:
+            while True:
+                found = self.openers.collect()
+                if found is None:
+                    return
+                with self.changed:
+                    for slot, value, error in found:
+                        self.finish(slot, value, error)
+        except Error as e:
+            with self.changed:
+                self.fatal = e
+                for slot in list(self.flying.values()):
+                    self.finish(slot, None, e)
+            self.openers.stop()
+
     def receive(self):
         """The next (slot, BLOCK body); (None, None) when closed."""
         while True:
             with self.changed:
                 while not self.closed and not self.requests:
+                    if self.openers:
+                        self.openers.flush()    # nothing joins it for now
                     self.changed.wait()
                 if self.closed:
                     return None, None
@@ -8601,6 +8872,8 @@ class Fetcher:
             try:
                 if rid is None or channel is None:
                     raise ChannelLost('Connection lost')
+                if self.openers and self.waiting and not channel.ready(rid):
+                    self.openers.flush()
                 kind, body = channel.next(rid)
             except Error as e:
                 self.recover(e)
@@ -8670,28 +8943,15 @@ class Fetcher:
 
     def decode(self, kid, body):
         """The content of block `kid` in a BLOCK's `body`, name compared."""
-        what = 'block %s' % kid.name.hex()[:16]
-        if body[:32] != kid.name:
-            raise CorruptError('%s: the server sent another block in its '
-                               'place' % what)
-        parts = self.opener.open(kid.cls, kid.name, body[32:],
-                                 self.view == GET_REFS)
         if kid.cls == CHUNK:
-            found, data = self.names.chunk(parts[0]), parts[0]
-            if len(data) != kid.plain:
-                raise CorruptError('%s: has %d bytes, not the %d expected'
-                                   % (what, len(data), kid.plain))
-        elif kid.cls == INDEX:
-            found = self.names.index(parts[0])
-            data = found == kid.name and self.index(kid, *parts)
-        else:
-            found = self.names.record(parts[0])
-            data = found == kid.name and record_unpack(parts, kid.name,
-                                                       self.key)
-        if not hmac.compare_digest(found, kid.name):
-            raise CorruptError('%s: its content is not what its name says'
-                               % what)
-        return data
+            return chunk_open(self.opener, self.names, kid, body)
+        parts = self.opener.open(kid.cls, kid.name, block_named(kid, body),
+                                 self.view == GET_REFS)
+        if kid.cls == INDEX:
+            name_check(kid, self.names.index(parts[0]))
+            return self.index(kid, *parts)
+        name_check(kid, self.names.record(parts[0]))
+        return record_unpack(parts, kid.name, self.key)
 
     def index(self, kid, refs, rows=None):
         """An IndexBlock; without its rows for a key that cannot open them."""
@@ -9989,9 +10249,9 @@ class Extractor:
 def mode_extract(remote, opt):
     """-x: the number of errors met."""
     remote.apart = opt.chroot
-    live = history_live(remote, opt)
-    fetcher = Fetcher(remote)
+    fetcher = Fetcher(remote, Openers(remote.key))
     try:
+        live = history_live(remote, opt)
         record = archive_find(remote, live, opt.names[0], opt, fetcher)
         extractor = Extractor(fetcher, record, opt)
         progress = extractor.progress
@@ -10517,9 +10777,9 @@ class TarWriter:
 
 def mode_tar(remote, opt):
     """-r: the number of errors met."""
-    live = history_live(remote, opt)
-    fetcher = Fetcher(remote)
+    fetcher = Fetcher(remote, Openers(remote.key))
     try:
+        live = history_live(remote, opt)
         record = archive_find(remote, live, opt.names[0], opt, fetcher)
         extractor = Extractor(fetcher, record, opt)     # for its plan
         writer = TarWriter(fetcher, 1)
@@ -12039,11 +12299,11 @@ def damage_report(verifier, remote, records, opt, output):
 def mode_verify(remote, opt):
     """--verify: the number of damaged blocks."""
     share, low, high = opt.verify_share, 0, NAMES_END
-    live = history_live(remote, opt)
     output = Output(1)
-    records, lost = verify_records(remote, live, opt, output)
-    fetcher = Fetcher(remote)
+    fetcher = Fetcher(remote, Openers(remote.key))
     try:
+        live = history_live(remote, opt)
+        records, lost = verify_records(remote, live, opt, output)
         verifier = Verifier(fetcher)
         for record in records:
             verifier.index(record.kids, record.level)
@@ -12396,7 +12656,9 @@ def mode_create(opt):
 
 
 def crew_make(opt, key):
-    """The workers of a run; each has some megabytes of its own."""
+    """The workers of a run, before it has a thread; each has some megabytes
+    of its own.
+    """
     return Crew(key, opt.pad, opt.verify_encode,
                 1 if opt.memory == 'verylowmem' else WORKERS_MOST)
 

@@ -4,6 +4,8 @@ of a large archive costs."""
 
 import os
 import random
+import signal
+import time
 import unittest
 from unittest import mock
 
@@ -22,9 +24,12 @@ class FetchCase(unittest.TestCase):
         return self.served
 
     def fetcher(self, **given):
-        fetcher = Fetcher(self.remote(**given))
+        fetcher = Fetcher(self.remote(**given), self.openers())
         self.addCleanup(fetcher.close)
         return fetcher
+
+    def openers(self):
+        return None
 
     def chunks(self, count, size=1000):
         rng = random.Random(count)
@@ -97,7 +102,7 @@ class OrderTest(FetchCase):
         _, kids = self.chunks(3)
         fetcher = self.fetcher()
         fetcher.get(kids[0])
-        self.assertGreater(len(fetcher.threads), 1)
+        self.assertTrue(fetcher.threads)
         fetcher.close()
         for thread in fetcher.threads:
             thread.join(5)
@@ -262,6 +267,86 @@ class LostTest(FetchCase):
                     slot.get()
             with self.assertRaisesRegex(RemoteError, 'Too many'):
                 fetcher.get(kids[11])
+
+
+class Opened:
+    """The same with processes that open chunks."""
+
+    def openers(self):
+        return tarsnap.Openers(self.store.key)
+
+
+class OpenedOrderTest(Opened, OrderTest):
+
+    def test_chunks_of_all_lengths_in_any_order(self):
+        """Nothing waits for ever, however the answers come."""
+        rng = random.Random(6)
+        data = [rng.randbytes(rng.choice(
+            (1, 100, 10 * KIB, 255 * KIB, 256 * KIB))) for _ in range(150)]
+        kids = [self.store.chunk(piece) for piece in data]
+        order = rng.choices(range(150), k=900)
+        fetcher = self.fetcher()
+        block = self.served.block
+
+        def late(name):
+            if not rng.randrange(9):
+                time.sleep(rng.random() / 100)
+            return block(name)
+
+        with mock.patch.object(self.served, 'block', late):
+            for slot, n in fetcher.ahead((kids[n], n % 2, n) for n in order):
+                if rng.randrange(9):        # or nobody wants it after all
+                    self.assertEqual(slot.get(), data[n])
+
+
+class OpenedDamageTest(Opened, DamageTest):
+
+    def test_longer_than_any_slot(self):
+        self.damaged(b'x' * tarsnap.SLOT)
+
+    def test_more_than_memory_for_one_block(self):
+        def failing(*args):
+            raise MemoryError
+        with mock.patch.object(tarsnap, 'chunk_open', failing):
+            fetcher = self.fetcher()
+        with self.assertRaisesRegex(CorruptError, 'MemoryError'):
+            fetcher.get(self.chunks(1)[1][0])
+
+    def killed(self, count):
+        """Read all while `count` workers are killed."""
+        data, kids = self.chunks(400, 10 * KIB)
+        fetcher = self.fetcher()
+        for slot, number in fetcher.ahead(jobs(kids), 100 * KIB):
+            self.assertEqual(slot.get(), data[number])
+            if number == 20:
+                for pid in list(fetcher.openers.workers)[:count]:
+                    os.kill(pid, signal.SIGKILL)
+
+    def test_workers_that_are_killed(self):
+        """One line for whoever waits, and no wait for ever."""
+        ended = 'worker process(es have| ended)'
+        with self.assertRaisesRegex(tarsnap.Error, ended):
+            self.killed(tarsnap.WORKERS_MOST)
+        try:
+            self.killed(1)          # the others may do it all
+        except tarsnap.Error as e:
+            self.assertRegex(str(e), ended)
+
+    def test_closed_in_the_midst(self):
+        _, kids = self.chunks(400, 100 * KIB)
+        for taken in range(0, 40, 4):
+            fetcher = self.fetcher()
+            stream = fetcher.ahead(jobs(kids))
+            for _ in range(taken):
+                next(stream)[0].get()
+            pids = set(fetcher.openers.workers)
+            fetcher.close()
+            for pid in pids:
+                self.assertFalse(os.path.exists('/proc/%d' % pid))
+
+
+class OpenedLostTest(Opened, LostTest):
+    pass
 
 
 class EntriesTest(FetchCase):

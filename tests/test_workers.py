@@ -110,7 +110,8 @@ class Crew(unittest.TestCase):
             deflated.append(len(data))
             return real(data, level)
 
-        worker = tarsnap.Worker(tarsnap.Sealer(self.key), None, -1, -1, False)
+        worker = tarsnap.SealWorker(tarsnap.Sealer(self.key), False,
+                                    None, -1, -1)
 
         def sealed(data):
             deflated.clear()
@@ -251,6 +252,9 @@ class Alone(lab.LabTest):
     inherit, held for ever.
     """
 
+    def creates(self, *args, **options):
+        self.forks('-c', *args, '-C', self.lab.tree, '.', **options)
+
     def forks(self, *args, **options):
         """Threads at each fork of a run that must succeed."""
         real, seen = os.fork, []
@@ -260,17 +264,24 @@ class Alone(lab.LabTest):
             return real()
 
         with mock.patch.object(os, 'fork', fork):
-            self.host.good(*args, '-C', self.lab.tree, '.', **options)
+            self.host.good(*args, **options)
         self.assertTrue(seen)
         self.assertEqual(seen, [1] * len(seen))
 
     def test_whatever_else_a_run_does(self):
         self.write('file', b'some')
-        self.forks('-c', '-f', 'first')
-        self.forks('-c', '-f', 'merged', '@@first')
-        self.forks('-c', '--dry-run')
-        self.forks('-c', '--dry-run', '-f', 'none', '@@first')
-        self.forks('-c', '--dry-run', cache=False)
+        self.creates('-f', 'first')
+        self.creates('-f', 'merged', '@@first')
+        self.creates('--dry-run')
+        self.creates('--dry-run', '-f', 'none', '@@first')
+        self.creates('--dry-run', cache=False)
+
+    def test_what_reads_an_archive(self):
+        self.write('file', b'some')
+        self.host.good('-c', '-f', 'a', '-C', self.lab.tree, '.')
+        self.forks('-x', '-f', 'a', '-C', self.lab.tree)
+        self.forks('-r', '-f', 'a')
+        self.forks('--verify')
 
     def test_after_a_run_that_died(self):
         """The server is asked what became of its commit."""
@@ -278,7 +289,7 @@ class Alone(lab.LabTest):
         self.assertEqual(self.lab.crash(self.host, wire(
             lambda kind, body, local: os._exit(7) if kind == tarsnap.COMMIT
             else None), '-c', '-f', 'dead', '-C', self.lab.tree, '.'), 7)
-        self.forks('-c', '-f', 'next', '--lowmem')
+        self.creates('-f', 'next', '--lowmem')
 
     def test_so_are_the_children_of_tests(self):
         """A thread that was joined is still there for a moment."""
