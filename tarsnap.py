@@ -6834,13 +6834,22 @@ class Workers:
         # collection would write to all of it.
         worker = make(self.slots, jobs, results)
         gc.freeze()
-        for _ in range(count):
-            pid = os.fork()
-            if not pid:
-                self.work(worker)
-            self.workers.add(pid)
-        os.close(jobs)
-        os.close(results)
+        try:
+            for _ in range(count):
+                self.fork(worker)
+        except OSError:                 # no more processes, or memory
+            if not self.workers:
+                self.close()
+                raise
+        finally:
+            os.close(jobs)
+            os.close(results)
+
+    def fork(self, worker):
+        pid = os.fork()
+        if not pid:
+            self.work(worker)
+        self.workers.add(pid)
 
     def work(self, worker):
         """In the child.  The terminal's signals are for the parent, whose
@@ -7050,8 +7059,7 @@ class Openers(Workers):
     One thread may add() while another collect()s; any may flush().
     """
 
-    def __init__(self, key, most=WORKERS_MOST):
-        super().__init__(most, lambda *pipes: OpenWorker(key, *pipes))
+    def __init__(self, key):
         self.changed = threading.Condition()    # guards all below
         self.jobs = {}                  # slot -> [tags of its blocks]
         self.slot = None                # being filled
@@ -7059,6 +7067,7 @@ class Openers(Workers):
         self.room = 0                   # what its blocks take, either way
         self.batch = []                 # tags of what is in it
         self.closed = False
+        super().__init__(WORKERS_MOST, lambda *pipes: OpenWorker(key, *pipes))
 
     def add(self, kid, body, tag):
         """Have the BLOCK `body` opened as chunk `kid`; False if it has no
@@ -8635,6 +8644,16 @@ class Slot:
         return self.value
 
 
+def openers_make(key):
+    """Openers, made before any thread; None where no process can be had: a
+    restore goes on without.
+    """
+    try:
+        return Openers(key)
+    except OSError:
+        return None
+
+
 class Fetcher:
     """Blocks of one machine, by name; close() it after use.  Chunks are
     opened by the Openers given, if any, which are closed with it.
@@ -8850,11 +8869,12 @@ class Fetcher:
                 with self.changed:
                     for slot, value, error in found:
                         self.finish(slot, value, error)
-        except Error as e:
+        except (Error, MemoryError) as e:
             with self.changed:
-                self.fatal = e
+                self.fatal = e if isinstance(e, Error) else Error(
+                    'Out of memory')
                 for slot in list(self.flying.values()):
-                    self.finish(slot, None, e)
+                    self.finish(slot, None, self.fatal)
             self.openers.stop()
 
     def receive(self):
@@ -10249,7 +10269,7 @@ class Extractor:
 def mode_extract(remote, opt):
     """-x: the number of errors met."""
     remote.apart = opt.chroot
-    fetcher = Fetcher(remote, Openers(remote.key))
+    fetcher = Fetcher(remote, openers_make(remote.key))
     try:
         live = history_live(remote, opt)
         record = archive_find(remote, live, opt.names[0], opt, fetcher)
@@ -10777,7 +10797,7 @@ class TarWriter:
 
 def mode_tar(remote, opt):
     """-r: the number of errors met."""
-    fetcher = Fetcher(remote, Openers(remote.key))
+    fetcher = Fetcher(remote, openers_make(remote.key))
     try:
         live = history_live(remote, opt)
         record = archive_find(remote, live, opt.names[0], opt, fetcher)
@@ -12300,7 +12320,7 @@ def mode_verify(remote, opt):
     """--verify: the number of damaged blocks."""
     share, low, high = opt.verify_share, 0, NAMES_END
     output = Output(1)
-    fetcher = Fetcher(remote, Openers(remote.key))
+    fetcher = Fetcher(remote, openers_make(remote.key))
     try:
         live = history_live(remote, opt)
         records, lost = verify_records(remote, live, opt, output)

@@ -283,6 +283,34 @@ class Alone(lab.LabTest):
         self.forks('-r', '-f', 'a')
         self.forks('--verify')
 
+    def test_where_no_process_can_be_had(self):
+        """A backup says so; a restore goes on without.  Of several workers
+        one is enough.
+        """
+        self.write('file', b'some')
+        self.host.good('-c', '-f', 'a', '-C', self.lab.tree, '.')
+        real, left = os.fork, []
+
+        def fork():
+            if not left:
+                raise BlockingIOError(11, 'Resource temporarily unavailable')
+            return left.pop()()
+
+        with mock.patch.object(os, 'fork', fork):
+            for count in range(2):
+                left[:] = [real] * count
+                self.write('file', b'changed')
+                self.host.good('-x', '-f', 'a', '-C', self.lab.tree)
+                with open(os.path.join(self.lab.tree, 'file'), 'rb') as file:
+                    self.assertEqual(file.read(), b'some')
+                self.assertFalse(left)
+            left[:] = [real]
+            self.host.good('-c', '-f', 'b', '-C', self.lab.tree, '.')
+            done = self.host.run('-c', '-f', 'c', '-C', self.lab.tree, '.')
+        self.assertEqual(done.status, 1)
+        self.assertIn('Resource temporarily unavailable', done.err)
+        self.assertEqual(self.host.good('--list-archives').out, 'a\nb\n')
+
     def test_after_a_run_that_died(self):
         """The server is asked what became of its commit."""
         self.write('file', b'some')
