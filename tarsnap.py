@@ -2028,11 +2028,22 @@ class TlsLink:
         the end.
         """
         import ssl
+        pieces = []                     # a record of TLS has 16 KB at most
         try:
-            return self.sock.recv(size)
+            while size > 0:
+                piece = self.sock.recv(size)
+                if not piece:           # it will say so again
+                    break
+                pieces.append(piece)
+                size -= len(piece)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError,
                 BlockingIOError):
-            return None
+            if not pieces:
+                return None
+        except OSError:                 # after what came before it
+            if not pieces:
+                raise
+        return b''.join(pieces)
 
     def write(self, view):
         """Send some of `view`; how much was taken."""

@@ -1,7 +1,9 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
-"""A server that falls silent is given up; one that is asked nothing is not."""
+"""A server that falls silent is given up, one that is asked nothing is not;
+how frames are sent together, and what one read of TLS takes."""
 
 import os
+import ssl
 import sys
 import tempfile
 import time
@@ -98,6 +100,38 @@ class Unhurried(unittest.TestCase):
         self.channel.push(tarsnap.PUT, b'x')
         self.channel.close()
         self.assertEqual(self.taken, [tarsnap.PUT])
+
+
+
+class Records(unittest.TestCase):
+    """TLS gives a record at a time; a read takes what there is of them."""
+
+    def link(self, *pieces):
+        """A TlsLink whose socket gives `pieces`, or raises them."""
+        link = tarsnap.TlsLink('127.0.0.1:1', (None, None))
+        link.sock = mock.Mock()
+        link.sock.recv.side_effect = pieces
+        return link
+
+    def test_all_that_has_come(self):
+        link = self.link(b'a', b'bc', ssl.SSLWantReadError(),
+                         ssl.SSLWantReadError(), b'd', b'', b'')
+        self.assertEqual([link.read(9) for _ in range(4)],
+                         [b'abc', None, b'd', b''])
+
+    def test_no_more_than_asked_for(self):
+        link = self.link(b'abc', b'd', b'e')
+        self.assertEqual(link.read(4), b'abcd')
+        self.assertEqual([call[0][0] for call in
+                          link.sock.recv.call_args_list], [4, 1])
+
+    def test_what_came_before_an_error_is_read(self):
+        """Such as why the server hangs up."""
+        link = self.link(b'why', ConnectionResetError(), b'')
+        self.assertEqual([link.read(9), link.read(9)], [b'why', b''])
+        link = self.link(ConnectionResetError())
+        with self.assertRaises(ConnectionResetError):
+            link.read(9)
 
 
 if __name__ == '__main__':
