@@ -111,6 +111,7 @@ LIMIT = {
     'read at once': MIB,            # then it is another connection's turn,
     'seconds at once': 0.05,        # or after so long
     'records': 16 * KIB,            # of TLS, taken together
+    'full records': 128 * KIB,      # of who fills them, or of ours
     'records for nothing': 17 * KIB,    # with no byte for us in them: a record
     #                                 is not longer; then it is a flood
     'received unauthenticated': MIB,    # of one connection, as it came
@@ -12031,12 +12032,13 @@ class Secure:
 
     An SSLSocket's read goes on for as long as records come that hold nothing
     for us, such as a new key each: whoever sends these fast has the loop for
-    himself.  This one gives TLS a few records at a time, and ends it, with an
-    OSError, when nothing comes of many.
+    himself.  This one gives TLS a few records at a time, more of them once
+    these were full, and ends it, with an OSError, when nothing comes of many.
     """
 
     __slots__ = ('sock', 'tls', 'incoming', 'outgoing', 'unsent', 'owed',
-                 'nothing', 'taken', 'shaken', 'want_read', 'want_write')
+                 'nothing', 'taken', 'filled', 'useful', 'shaken',
+                 'want_read', 'want_write')
 
     def __init__(self, sock, context):
         import ssl
@@ -12049,6 +12051,8 @@ class Secure:
         self.owed = 0           # what of send()'s data is in them
         self.nothing = 0        # bytes taken since there was one for us
         self.taken = 0          # bytes that came
+        self.filled = 0         # of these the last time,
+        self.useful = 0         # and what was in them for us
         self.shaken = False     # the handshake is over
 
     def fileno(self):
@@ -12077,6 +12081,7 @@ class Secure:
                     return 0
                 continue
             self.nothing = 0
+            self.useful += count
             return count
 
     def send(self, data):
@@ -12084,7 +12089,7 @@ class Secure:
         the same bytes.
         """
         if not self.owed:
-            self.owed = self.tls.write(data[:2 * LIMIT['records']])
+            self.owed = self.tls.write(data[:LIMIT['full records']])
         if not self._flush():
             raise BlockingIOError
         owed, self.owed = self.owed, 0
@@ -12106,7 +12111,10 @@ class Secure:
         """Take what has come, some of it; False at its end."""
         if self.nothing > LIMIT['records for nothing']:
             raise ConnectionAbortedError('records of nothing')
-        data = self.sock.recv(LIMIT['records'])
+        full = self.filled >= LIMIT['records'] and \
+            self.useful > self.filled // 2
+        data = self.sock.recv(LIMIT['full records' if full else 'records'])
+        self.filled, self.useful = len(data), 0
         self.nothing += len(data)
         self.taken += len(data)
         self.incoming.write(data)
