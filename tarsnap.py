@@ -7120,7 +7120,10 @@ class Openers(Workers):
 
     def hand_over(self):
         self.jobs[self.slot] = self.batch
-        self.tell(self.slot, len(self.batch), 0)
+        try:
+            self.tell(self.slot, len(self.batch), 0)
+        except Error:
+            pass                # they have all ended: collect() says so
         self.slot, self.pos, self.room, self.batch = None, 0, 0, []
 
     def collect(self):

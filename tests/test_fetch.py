@@ -5,6 +5,7 @@ of a large archive costs."""
 import os
 import random
 import signal
+import threading
 import time
 import unittest
 from unittest import mock
@@ -325,12 +326,17 @@ class OpenedDamageTest(Opened, DamageTest):
     def test_workers_that_are_killed(self):
         """One line for whoever waits, and no wait for ever."""
         ended = 'worker process(es have| ended)'
+        unheard = []
+        patch = mock.patch.object(threading, 'excepthook', unheard.append)
+        patch.start()
+        self.addCleanup(patch.stop)
         with self.assertRaisesRegex(tarsnap.Error, ended):
             self.killed(tarsnap.WORKERS_MOST)
         try:
             self.killed(1)          # the others may do it all
         except tarsnap.Error as e:
             self.assertRegex(str(e), ended)
+        self.assertEqual(unheard, [])
 
     def test_closed_in_the_midst(self):
         _, kids = self.chunks(400, 100 * KIB)
