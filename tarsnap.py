@@ -6693,8 +6693,8 @@ def processors():
 class Worker:
     """What runs in a worker: jobs from a pipe, until it is closed.
 
-    A subclass has job(pos, count, level), which does what the slot at `pos`
-    asks for, in place, and returns the count to answer.
+    A subclass has block(view, at, level), which does what is asked for at
+    `at`: where the next block begins, and the head and data to answer.
     """
 
     def __init__(self, slots, jobs, results):
@@ -6718,6 +6718,20 @@ class Worker:
                 count = NO_BLOCKS
             os.write(self.results, JOB_RESULT.pack(slot, count))
 
+    def job(self, pos, count, level):
+        """Put the answers in the place of the blocks of the slot at `pos`;
+        the count to answer.
+        """
+        out, at = [], pos
+        with memoryview(self.slots) as view:
+            for _ in range(count):
+                at, *answer = self.block(view, at, level)
+                out += answer
+            for piece in out:
+                view[pos:pos + len(piece)] = piece
+                pos += len(piece)
+        return count
+
 
 class SealWorker(Worker):
     """A worker of a Crew."""
@@ -6733,28 +6747,19 @@ class SealWorker(Worker):
     def job(self, pos, count, level):
         if level == SCANNING:
             return self.scan(pos, count)
-        self.blocks(pos, count, None if level < 0 else level)
-        return count
+        return super().job(pos, count, None if level < 0 else level)
 
-    def blocks(self, pos, count, level):
-        """Seal the blocks of the slot at `pos`, in place."""
-        out, at = [], pos
-        with memoryview(self.slots) as view:
-            for _ in range(count):
-                name, cls, parts = JOB_BLOCK.unpack_from(view, at)
-                at += JOB_BLOCK.size
-                lengths = struct.unpack_from('>%dI' % parts, view, at)
-                at += U32.size * parts
-                datas = []
-                for length in lengths:
-                    datas.append(view[at:at + length])
-                    at += length
-                out.append(self.seal(cls, name, datas, level))
-            for sealed in out:
-                U32.pack_into(view, pos, len(sealed))
-                pos += U32.size
-                view[pos:pos + len(sealed)] = sealed
-                pos += len(sealed)
+    def block(self, view, at, level):
+        name, cls, parts = JOB_BLOCK.unpack_from(view, at)
+        at += JOB_BLOCK.size
+        lengths = struct.unpack_from('>%dI' % parts, view, at)
+        at += U32.size * parts
+        datas = []
+        for length in lengths:
+            datas.append(view[at:at + length])
+            at += length
+        sealed = self.seal(cls, name, datas, level)
+        return at, U32.pack(len(sealed)), sealed
 
     def scan(self, pos, length):
         """Put the hits of a piece in its place; how many, or ALL_HITS."""
@@ -6791,21 +6796,12 @@ class OpenWorker(Worker):
         self.opener = Opener(key)
         self.names = Names(key)
 
-    def job(self, pos, count, level):
-        out, at = [], pos
-        with memoryview(self.slots) as view:
-            for _ in range(count):
-                name, plain, length = OPEN_BLOCK.unpack_from(view, at)
-                at += OPEN_BLOCK.size
-                out.append(self.open(Kid(CHUNK, name, plain),
-                                     bytes(view[at:at + length])))
-                at += length
-            for kind, data in out:
-                OPENED.pack_into(view, pos, kind, len(data))
-                pos += OPENED.size
-                view[pos:pos + len(data)] = data
-                pos += len(data)
-        return count
+    def block(self, view, at, level):
+        name, plain, length = OPEN_BLOCK.unpack_from(view, at)
+        at += OPEN_BLOCK.size
+        kind, data = self.open(Kid(CHUNK, name, plain),
+                               bytes(view[at:at + length]))
+        return at + length, OPENED.pack(kind, len(data)), data
 
     def open(self, kid, body):
         """(PLAIN, content), or what else it is and a text."""
