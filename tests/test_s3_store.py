@@ -279,7 +279,7 @@ class Faults(Case):
     """The n-th request fails, for every n of a small history."""
 
     def setUp(self):
-        self.limits(silence=0.4, first_delay=0.001, first_delay_if_slow=0.001)
+        self.limits(first_delay=0.001, first_delay_if_slow=0.001)
 
     def history(self, store):
         """Every verb, with what must come of it whatever the wire does."""
@@ -304,6 +304,7 @@ class Faults(Case):
                 ('500', 'moto'), ('409', 'moto'), ('slow', 'moto'),
                 ('reset', 'moto'), ('hang', 'moto'), ('lost', 'swift'),
                 ('torn', 'swift')):
+            self.limits(silence=0.4 if what == 'hang' else 20)
             for n in range(1, requests + 1):
                 with self.subTest(what, n=n):
                     store = self.store(peer, plan=lambda number, *_:
