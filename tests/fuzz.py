@@ -1182,9 +1182,24 @@ def guided_child(atheris, case, seed, seconds, cases, corpus, w):
     atheris.Fuzz()
 
 
+@contextlib.contextmanager
+def scratch():
+    """What targets make, also in processes that are killed, is in one
+    directory, which is removed at the end.
+    """
+    with tempfile.TemporaryDirectory(prefix='fuzz-') as top, \
+            mock.patch.object(tempfile, 'tempdir', top):
+        yield top
+
+
 def fuzz(names, seed, seconds=None, cases=None, engine='mutation',
          say=print):
     """Run targets one after the other; [(target, error, bytes)] found."""
+    with scratch():
+        return fuzz_each(names, seed, seconds, cases, engine, say)
+
+
+def fuzz_each(names, seed, seconds, cases, engine, say):
     everything = []
     total, spent = 0, 0.0
     for name in names:

@@ -3,8 +3,11 @@
 of what `make fuzz` does, and the bytes that once met something else.
 """
 
+import os
 import signal
+import tempfile
 import unittest
+from unittest import mock
 
 import fuzz
 from world import seed_choose
@@ -32,6 +35,9 @@ class Fuzz(unittest.TestCase):
     def setUp(self):
         before = signal.signal(signal.SIGALRM, fuzz.alarm)
         self.addCleanup(signal.signal, signal.SIGALRM, before)
+        scratch = fuzz.scratch()
+        scratch.__enter__()
+        self.addCleanup(scratch.__exit__, None, None, None)
 
     def test_a_share_of_every_target(self):
         seed = seed_choose('the share of make fuzz')
@@ -67,6 +73,21 @@ class Fuzz(unittest.TestCase):
             samples, run = fuzz.TARGETS[name][0]()
             for sample in samples:
                 self.assertEqual(run(sample).status, 0, name)
+
+    def test_nothing_is_left_behind(self):
+        """Also of a target whose process dies."""
+        def deadly():
+            os.mkdir(os.path.join(tempfile.mkdtemp(prefix='fuzz-'), 'd'))
+            os._exit(1)
+
+        fuzz.TARGETS['deadly'] = deadly, ()
+        self.addCleanup(fuzz.TARGETS.pop, 'deadly')
+        with tempfile.TemporaryDirectory() as top, \
+                mock.patch.object(tempfile, 'tempdir', top):
+            found = fuzz.fuzz(['deadly', 'spool', 'cachedir'], 1, cases=3,
+                              say=lambda line: None)
+            self.assertEqual([name for name, _, _ in found], ['deadly'])
+            self.assertEqual(os.listdir(top), [])
 
     def test_a_defect_is_found(self):
         """Of each kind: exception, hang, memory, and answers."""
