@@ -389,13 +389,16 @@ def main():
     words = sys.argv[1:]
     s3 = words[:1] == ['--s3']
     words = words[s3:]
-    if len(words) > 1 or words[:1] == ['--help']:
+    if words == ['--help']:
         print(__doc__)
-        return 1 if len(words) > 1 else 0
+        return 0
+    if len(words) > 1 or words[:1] and words[0].startswith('-'):
+        print('demo: one directory, please; see --help', file=sys.stderr)
+        return 1
     source = os.path.realpath(words[0] if words else
                               os.path.dirname(os.__file__))
     if not os.path.isdir(source):
-        print('demo: %s: no such directory' % source)
+        print('demo: %s: no such directory' % source, file=sys.stderr)
         return 1
     without = () if words else ('site-packages', 'dist-packages')
     temp = tempfile.mkdtemp(prefix='tarsnap-demo-')
@@ -408,7 +411,8 @@ def main():
             demo.directory()
             demo.network()
     except (Failed, subprocess.TimeoutExpired) as e:
-        print('demo: %s' % e)
+        sys.stdout.flush()
+        print('demo: %s' % e, file=sys.stderr)
         return 1
     finally:
         remove_tree(temp)

@@ -53,7 +53,16 @@ class Packaging(unittest.TestCase):
             ['make', '-C', ROOT, 'demo', 'PYTHON=' + sys.executable,
              "DIR=/none/such a \"b' dir"], capture_output=True, text=True)
         self.assertIn("demo: /none/such a \"b' dir: no such directory",
-                      done.stdout + done.stderr)
+                      done.stderr)
+
+    def test_what_is_wrong_with_the_demo_goes_to_standard_error(self):
+        demo = os.path.join(ROOT, 'contrib', 'demo.py')
+        for words in ['/none/such'], ['--help', '/'], ['--s4'], ['/', '/']:
+            with self.subTest(words):
+                done = subprocess.run([sys.executable, demo, *words],
+                                      capture_output=True, text=True)
+                self.assertEqual((done.returncode, done.stdout), (1, ''))
+                self.assertRegex(done.stderr, r'\Ademo: [^\n]+\n\Z')
 
     def test_entry_points_take_no_arguments(self):
         # pip's wrappers call them with none.
