@@ -1087,11 +1087,14 @@ def aes_ctr(key, data):
 PROMPT = 'Please enter passphrase for keyfile %s: '
 
 
-def ask_passphrase(method):
-    """A function path -> passphrase (bytes) for `--passphrase METHOD:ARG`."""
+def ask_passphrase(method, taken=None):
+    """A function path -> passphrase (bytes) for `--passphrase METHOD:ARG`.
+
+    `taken` names what else reads standard input, if anything does.
+    """
     kind, _, arg = method.partition(':')
     if kind == 'dev' and arg in ('tty-stdin', 'tty-once', 'stdin-once'):
-        return lambda path: passphrase_dev(arg, PROMPT % path)
+        return lambda path: passphrase_dev(arg, PROMPT % path, taken)
     if kind == 'env' and arg:
         return lambda path: passphrase_env(arg)
     if kind == 'file' and arg:
@@ -1099,7 +1102,7 @@ def ask_passphrase(method):
     raise UserError('Invalid passphrase method: %s' % method)
 
 
-def passphrase_dev(source, prompt):
+def passphrase_dev(source, prompt, taken=None):
     """From the terminal if there is one, else a line of standard input."""
     if source != 'stdin-once':
         try:
@@ -1113,6 +1116,10 @@ def passphrase_dev(source, prompt):
     if sys.stdin is None:
         raise UserError('No terminal and no standard input to read the '
                         'passphrase from')
+    if taken:
+        raise UserError('Standard input is read by %s; take the passphrase '
+                        'from elsewhere (--passphrase file:PATH or env:NAME)'
+                        % taken)
     if os.isatty(0):
         return passphrase_tty(os.dup(0), prompt)
     return line_read(0)
@@ -14824,6 +14831,7 @@ class Settings:
         self.argv = []              # the command line, bytes
         self.names = []             # of archives, bytes
         self.items = []             # ('cd' | 'path' | ..., bytes), in order
+        self.stdin_by = None        # (option, as written) that reads stdin
         self.options_end = 0        # so many of them come before operands
         self.operands = []          # the paths among them
         self.directories = []       # the directories among them
@@ -14898,6 +14906,7 @@ class Settings:
 
 
 COMMAND_LINE = 'command line'
+STDIN_READERS = 'archive-names', 'exclude-from', 'files-from'   # if given -
 SYSTEM_CONFIGS = ('/usr/local/etc/tarsnap.conf', '/etc/tarsnap.conf')
 
 
@@ -15045,7 +15054,24 @@ class Parser:
         elif again and (option.conf or option.kind.once):
             self.twice(option, written)
         opt.set_by[field] = source
+        if option.name in STDIN_READERS:
+            if opt.stdin_by and opt.stdin_by[0] == option.name and \
+                    option.kind.how != 'many':
+                opt.stdin_by = None     # the last one counts
+            if text == '-':
+                self.stdin_take(option.name, written + ' -')
         value_set(option, opt, text, off, written)
+
+    def stdin_take(self, name, written):
+        """Note that an option, '' for an operand, reads standard input;
+        UserError if another does, as it would find nothing, or what is meant
+        for that one.
+        """
+        by = self.opt.stdin_by
+        if by and by != ('', written):      # of @- see merge_tar()
+            raise UserError('%s and %s both read standard input'
+                            % (by[1], written))
+        self.opt.stdin_by = name, written
 
     def twice(self, option, written):
         other = next(row[1] for row in self.seen
@@ -15068,6 +15094,8 @@ class Parser:
                 continue
             if opt.letter == 'c' and word[:1] == '@' and word[:2] != '@@' \
                     and word != '@':
+                if word == '@-':
+                    self.stdin_take('', word)
                 opt.items.append(('tar', os.fsencode(word[1:])))
                 continue
             if opt.letter == 'c' and word.startswith('--'):
@@ -15353,7 +15381,9 @@ def key_open(opt):
                 and opt.set_by['keyfile'] != COMMAND_LINE):
         keyless_check(opt)
         return None
-    return key_load(opt.keyfile, ask_passphrase(opt.passphrase),
+    by = opt.stdin_by
+    return key_load(opt.keyfile,
+                    ask_passphrase(opt.passphrase, by and by[1]),
                     opt.force_resources)
 
 

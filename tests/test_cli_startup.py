@@ -455,6 +455,26 @@ class Passphrase(StartupCase):
             self.fails(self.detached(*words, give=b'guess\n'),
                        'Passphrase is incorrect')
 
+    def test_standard_input_is_read_by_something_else(self):
+        archive = ['-t', '-f', 'kept', '-T', '-']
+        for words, by in ((archive, '-T -'),
+                          (['-t', '--archive-names', '-'],
+                           '--archive-names -'),
+                          (['-c', '-f', 'new', '@-'], '@-')):
+            argv = self.world.argv(words, key=self.world.path('locked'))
+            for method in [], ['--passphrase-stdin']:
+                with self.subTest(words, method=method):
+                    done = self.world.run(argv + method if by != '@-' else
+                                          argv[:-4] + method + argv[-4:],
+                                          start_new_session=True,
+                                          give=b'kept\n')
+                    self.fails(done, 'Standard input is read by %s; take the '
+                               'passphrase from elsewhere' % by)
+        # A key without one does not ask.
+        done = self.world.tarsnap(*archive, '--passphrase-stdin', cache=None,
+                                  give=b'none/such\n')
+        self.assertIn('none/such: Not found', done.err)
+
     def test_nothing_to_ask(self):
         self.fails(self.detached('--passphrase', 'dev:tty-once',
                                  give=b'open sesame\n'), 'No terminal')
