@@ -13667,7 +13667,7 @@ def command_cert(args):
 
 def command_user(args):
     """Accounts: who may register machines, and what they have paid."""
-    options, words = take_options(
+    options, words = take_texts(
         args, {'--reason': True, '--key': True, '--yes': False}, 2, 4)
     verb = words[1]
     if not options.keys() <= USER_OPTIONS.get(verb, set()):
@@ -13822,6 +13822,8 @@ def user_enter(server, name, kind, amount, options):
     reason, key = options.get('--reason'), options.get('--key')
     if not reason or not amount:
         raise ServerError('%s needs an amount and a --reason' % kind)
+    if not reason.isprintable():
+        raise ServerError('a reason is of printable characters')
     if key:
         money_name_check(key)
     ident = server.run(account_need(name))[1]['id']
@@ -13969,7 +13971,7 @@ def command_pay(args):
     """Payments: those that an operator enters, by bank, in cash, by cheque;
     and those of providers.
     """
-    options, words = take_options(
+    options, words = take_texts(
         args, {'--by': True, '--reference': True, '--currency': True,
                '--text': True, '--chargeback': False, '--json': False}, 2, 5)
     act, least, most, known = PAY_VERBS.get(words[1], (None, 0, 0, ''))
@@ -14105,10 +14107,17 @@ def read_password():
     """First line of stdin, without its end; asked for on a terminal."""
     if sys.stdin.isatty():
         import getpass
-        password = getpass.getpass('Password: ')
-        if getpass.getpass('Again: ') != password:
+        import locale
+        try:
+            password = getpass.getpass('Password: ')
+            again = getpass.getpass('Again: ')
+        except UnicodeDecodeError:
+            raise ServerError('the password has letters that the locale does '
+                              'not know; set LC_ALL, or give it on standard '
+                              'input') from None
+        if again != password:
             raise ServerError('the passwords differ')
-        data = password.encode()
+        data = password.encode(locale.getpreferredencoding(False))
     else:
         data = sys.stdin.buffer.readline().rstrip(b'\r\n')
     if not data:
@@ -14120,7 +14129,7 @@ def command_machine(args):
     """Registered machines, what they may store, how long what they delete is
     kept, and which of their roles are frozen.
     """
-    options, words = take_options(
+    options, words = take_texts(
         args, {'--reason': True, '--yes': False}, 2, 4)
     verb = words[1]
     if options and verb != 'erase':
@@ -14580,7 +14589,7 @@ def bill_say(server, dry, late):
 
 def command_report(args):
     """What a month was; status 2 if its closing says other than its days."""
-    options, (path,) = take_options(
+    options, (path,) = take_texts(
         args, {'--month': True, '--account': True, '--json': False,
                '--csv': False}, 1)
     if {'--json', '--csv'} <= options.keys():
@@ -14940,6 +14949,27 @@ def take_options(args, known, least, most=None):
     if not least <= len(words) <= (most or least):
         raise ServerError('wrong number of arguments; see --help')
     return options, words
+
+
+def take_texts(args, known, least, most=None):
+    """As take_options(), of a command on accounts, machines or money.
+
+    All but the first word, a path, is text, and is kept, mailed and compared
+    as UTF-8: it is that, whatever the locale, or ServerError.
+    """
+    options, words = take_options(args, known, least, most)
+    return ({name: text_of(value) for name, value in options.items()},
+            words[:1] + [text_of(word) for word in words[1:]])
+
+
+def text_of(word):
+    """What was typed, of which the interpreter made `word`, as UTF-8."""
+    raw = os.fsencode(word)
+    try:
+        return raw.decode('utf-8')
+    except UnicodeDecodeError:
+        raise ServerError('%s is not UTF-8' % printable(
+            raw.decode('utf-8', 'backslashreplace'))) from None
 
 
 def command_check(args):

@@ -265,6 +265,44 @@ class Commands(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr), (
                 1, b'tarsnapd: none\xff\\012\\033: no such directory\n'))
 
+    def test_words_are_utf8_in_any_locale(self):
+        """Or refused: they go into ledgers, mails and JSON."""
+        self.init()
+        run('user', self.path, 'add', '\xfc', stdin=b'secret')
+        name, path = '\xfc'.encode(), self.path
+        good = ('user', path, 'show', name), (
+            'user', path, 'credit', name, '5', '--reason', name), (
+            'pay', path, 'add', name, '5', '--by', 'bank', '--reference',
+            'R1', '--text=' + '\xfc'), (
+            'pay', path, 'list', name), ('report', path, '--account', name)
+        bad = ('user', path, 'show', b'a\xff'), (
+            'user', path, 'add', b'a\xff'), (
+            'user', path, 'credit', name, '5', '--reason', b'a\xff'), (
+            'user', path, 'debit', name, '5', b'--reason=a\xff'), (
+            'user', path, 'erase', name, '--reason', b'a\xff'), (
+            'pay', path, 'add', name, '5', '--by', 'bank', '--reference',
+            'R2', '--text', b'a\xff'), (
+            'pay', path, 'refund', name, 'bank-R1', '--text', b'a\xff'), (
+            'machine', path, 'erase', '1', '--reason', b'a\xff'), (
+            'report', path, '--account', b'a\xff')
+        for env in ({}, {'LC_ALL': 'C', 'PYTHONUTF8': '0',
+                         'PYTHONCOERCECLOCALE': '0'}):
+            for words in good + bad:
+                with self.subTest(words, env=env):
+                    done = subprocess.run(
+                        [sys.executable, PROGRAM, *words], input=b'secret\n',
+                        capture_output=True, env=dict(os.environ, **env))
+                    if words in bad:
+                        self.assertEqual(
+                            (done.returncode, done.stdout, done.stderr),
+                            (1, b'', b'tarsnapd: a\\xff is not UTF-8\n'))
+                    else:
+                        self.assertEqual(done.returncode, 0, done)
+        self.assertIn('payment bank-R1 5.000000000000000000 \xfc\n',
+                      run('pay', path, 'list')[1])
+        self.fails('user', path, 'credit', '\xfc', '5', '--reason', 'a\nb',
+                   says='printable')
+
     def test_usage_errors(self):
         self.init()
         for args in ((), ('nothing',), ('init',), ('init', 'a', 'b'),
