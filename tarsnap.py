@@ -1122,7 +1122,13 @@ def passphrase_dev(source, prompt, taken=None):
                         % taken)
     if os.isatty(0):
         return passphrase_tty(os.dup(0), prompt)
-    return line_read(0)
+    line = line_read(0)
+    if not line:                # as in a job of cron; none can be empty
+        raise UserError('No passphrase on standard input%s; --passphrase '
+                        'file:PATH or env:NAME takes it from elsewhere' % (
+                            ', and no terminal to ask on' * (
+                                source != 'stdin-once')))
+    return line
 
 
 def passphrase_tty(fd, prompt, out=None):

@@ -4878,7 +4878,8 @@ def money_parse(text, digits=18):
     whole, _, part = text.partition('.')
     if not (whole + part).isascii() or not (whole + part).isdigit() or (
             not whole or len(part) > digits or len(whole) > 12):
-        raise ServerError('%s is not an amount' % printable(text))
+        raise ServerError('%s is not an amount: digits, and up to %d behind '
+                          'a point' % (printable(text), digits))
     return int(whole + part.ljust(digits, '0'))
 
 
@@ -12966,7 +12967,8 @@ def canary_load(path):
     except OSError as e:
         raise ServerError('%s: %s' % (path, e.strerror)) from None
     except (ValueError, KeyError, TypeError, struct.error):
-        raise ServerError('%s: not the key of a canary' % path) from None
+        raise ServerError('%s: not the key of a canary, as tarsnapd check SRV '
+                          'leaves one in SRV/canary.key' % path) from None
 
 
 class CanaryLine:
@@ -13673,7 +13675,11 @@ def command_user(args):
     if not options.keys() <= USER_OPTIONS.get(verb, set()):
         raise ServerError('--reason is for credit, debit and erase, --key '
                           'for credit and debit, --yes for erase')
-    if verb not in USER_VERBS or len(words) != USER_VERBS[verb][1] + 2:
+    wanted = USER_VERBS.get(verb, (None, len(words) - 2))[1]
+    if len(words) - 2 != wanted:
+        raise ServerError('user SRV %s takes %d more, not %d; see tarsnapd '
+                          'user --help' % (verb, wanted, len(words) - 2))
+    if verb not in USER_VERBS:
         raise ServerError('user SRV add|passwd|show|close|export|reset|'
                           'invite NAME, user SRV address|confirm NAME NEW, '
                           'user SRV news NAME on|off, user SRV link LINK, '
@@ -14838,7 +14844,8 @@ def machine_number(text):
     try:
         return int(text, 16 if len(text) == 16 else 10)
     except ValueError:
-        raise ServerError('%s is not a machine number' % text) from None
+        raise ServerError('%s is not a machine number; machine SRV list '
+                          'prints them' % text) from None
 
 
 def command_serve(args):

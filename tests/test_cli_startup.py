@@ -478,6 +478,12 @@ class Passphrase(StartupCase):
     def test_nothing_to_ask(self):
         self.fails(self.detached('--passphrase', 'dev:tty-once',
                                  give=b'open sesame\n'), 'No terminal')
+        for words, also in (([], ', and no terminal to ask on'),
+                            (['--passphrase-stdin'], '')):
+            for data in b'', b'\n':
+                self.fails(self.detached(*words, give=data),
+                           'No passphrase on standard input%s; --passphrase '
+                           'file:PATH or env:NAME' % also)
         done = self.world.run(['sh', '-c', '"$@" <&-', 'sh'] + self.command(),
                               start_new_session=True)
         self.fails(done, 'No terminal and no standard input')

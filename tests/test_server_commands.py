@@ -265,6 +265,21 @@ class Commands(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr), (
                 1, b'tarsnapd: none\xff\\012\\033: no such directory\n'))
 
+    def test_words_that_lack_are_told_of_the_command_meant(self):
+        self.init()
+        for words, says in (
+                (['user', 'add'], 'user SRV add takes 1 more, not 0; see '
+                                  'tarsnapd user --help'),
+                (['user', 'quota', 'joe'], 'quota takes 2 more, not 1'),
+                (['user', 'ad', 'joe'], 'user SRV add|passwd'),
+                (['machine', 'show', 'web1'], 'web1 is not a machine number; '
+                                              'machine SRV list prints them')):
+            self.fails(words[0], self.path, *words[1:], says=says)
+        for text in '5.001', '-5', '5,0':
+            self.fails('pay', self.path, 'add', 'joe', text, '--by', 'bank',
+                       '--reference', 'R1', says='%s is not an amount: digits,'
+                       ' and up to 2 behind a point' % text)
+
     def test_words_are_utf8_in_any_locale(self):
         """Or refused: they go into ledgers, mails and JSON."""
         self.init()
