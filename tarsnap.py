@@ -1090,7 +1090,8 @@ PROMPT = 'Please enter passphrase for keyfile %s: '
 def ask_passphrase(method, taken=None):
     """A function path -> passphrase (bytes) for `--passphrase METHOD:ARG`.
 
-    `taken` names what else reads standard input, if anything does.
+    `taken` names what else reads standard input, if anything does: of a tar
+    file the rest, where the passphrase is asked to be the first line.
     """
     kind, _, arg = method.partition(':')
     if kind == 'dev' and arg in ('tty-stdin', 'tty-once', 'stdin-once'):
@@ -1116,7 +1117,7 @@ def passphrase_dev(source, prompt, taken=None):
     if sys.stdin is None:
         raise UserError('No terminal and no standard input to read the '
                         'passphrase from')
-    if taken:
+    if taken and (taken, source) != ('@-', 'stdin-once'):
         raise UserError('Standard input is read by %s; take the passphrase '
                         'from elsewhere (--passphrase file:PATH or env:NAME)'
                         % taken)
@@ -12452,6 +12453,7 @@ class Create:
         self.cache = self.memo = self.txn = self.remote = None
         self.reader = self.merger = None    # for operands @@NAME
         self.consumed = set()               # pipes among operands @FILE
+        self.stdin_start = None             # offset, where it is a file
         self.last_bytes = 0             # sent at the last checkpoint
         self.last_time = time.monotonic()
 
@@ -12542,7 +12544,9 @@ class Create:
                                     'have to be; try again' % what)
                 self.consumed.add(name)
             elif name == b'-':
-                os.lseek(fd, 0, os.SEEK_SET)
+                if self.stdin_start is None:        # behind a passphrase
+                    self.stdin_start = os.lseek(fd, 0, os.SEEK_CUR)
+                os.lseek(fd, self.stdin_start, os.SEEK_SET)
             yield from TarInput(self.opt, writer, fd, what,
                                 lambda path: walk.strip(path)[1]).run()
         finally:

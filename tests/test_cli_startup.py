@@ -7,6 +7,7 @@ All of it through the program, on one store with one archive.
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import unittest
@@ -463,13 +465,31 @@ class Passphrase(StartupCase):
                           (['-c', '-f', 'new', '@-'], '@-')):
             argv = self.world.argv(words, key=self.world.path('locked'))
             for method in [], ['--passphrase-stdin']:
+                if by == '@-' and method:
+                    continue            # then the tar file is the rest
                 with self.subTest(words, method=method):
-                    done = self.world.run(argv + method if by != '@-' else
-                                          argv[:-4] + method + argv[-4:],
+                    done = self.world.run(argv + method,
                                           start_new_session=True,
                                           give=b'kept\n')
                     self.fails(done, 'Standard input is read by %s; take the '
                                'passphrase from elsewhere' % by)
+        # Of a tar file the passphrase may be the line before.
+        w, key = self.world, self.world.path('locked-all')
+        done = w.tool(
+            'keymgmt', '--outkeyfile', key, '-r', '-w', '--passphrased',
+            '--passphrase-mem', '10M', '--passphrase-time', '0.05',
+            '--new-passphrase', 'env:P', w.key,
+            env=dict(w.environment, P='open sesame'))
+        self.assertEqual(done.code, 0, done)
+        tar = io.BytesIO()
+        with tarfile.open(fileobj=tar, mode='w') as file:
+            file.addfile(tarfile.TarInfo('member'))
+        done = w.run(w.argv(['--passphrase-stdin', '-c', '-f', 'new', '@-'],
+                            key=key), start_new_session=True,
+                     give=b'open sesame\n' + tar.getvalue())
+        self.assertEqual((done.code, done.err), (0, ''))
+        self.assertEqual(w.ok('-t', '-f', 'new').out, 'member\n')
+        w.ok('-d', '-f', 'new')
         # A key without one does not ask.
         done = self.world.tarsnap(*archive, '--passphrase-stdin', cache=None,
                                   give=b'none/such\n')
