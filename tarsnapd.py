@@ -528,6 +528,8 @@ def error_body(code, text):
 # link() is not to be had on FAT, some FUSE, SMB and network file systems.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
+YOUNG = 600                     # seconds after which the kernel has synced
+
 
 def write_all(fd, data):
     """Write all of `data` to `fd`, whatever a single write takes."""
@@ -588,6 +590,10 @@ class FileStore:
 
     A file appears by link(2) from a synced temporary, so it is whole from
     the first moment and never replaces another.  Used by any thread.
+
+    What is there need not be durable: whoever made it may have died before
+    his fsync, or not be that far.  So who reads all of a young one makes it
+    durable first, or what a client is told of could be gone with the power.
     """
 
     threads = 4         # of the event loop, for what touches the store
@@ -597,25 +603,30 @@ class FileStore:
         self.name = root                # for messages
         self.temporary = temporary      # directory on the same file system
         self.durable = set()            # directories synced up to the root
+        self.kept = set()               # young objects that are durable
         self.lock = threading.Lock()    # for file systems without links
         # Temporaries of two stores in one process must not meet.
         self.tag = os.urandom(4).hex()
         self.counter = itertools.count(1)
 
     def get(self, key, offset=0, length=None):
-        """`length` bytes of an object, or all from `offset`.
+        """`length` bytes of an object, or all from `offset`: then it is
+        durable on return.
 
         NoObject if it is not there; Damaged if it ends before.
         """
+        path, young = self._path(key), False
         try:
-            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise NoObject('read', key) from None
         except OSError as e:
             raise StoreError('read', key, e.strerror) from None
         try:
             if length is None:
-                length = max(0, os.fstat(fd).st_size - offset)
+                status = os.fstat(fd)
+                length = max(0, status.st_size - offset)
+                young = time.time() - status.st_ctime < YOUNG
             data = read_range(fd, offset, length)
         except OSError as e:
             kind = Unreadable if e.errno == errno.EIO else StoreError
@@ -625,6 +636,11 @@ class FileStore:
         if len(data) != length:
             raise Damaged('read', key, 'short read (%d of %d)'
                           % (len(data), length))
+        if young:
+            try:
+                self._keep(path)
+            except OSError as e:
+                raise StoreError('sync', key, e.strerror) from None
         return data
 
     def put(self, key, data):
@@ -644,6 +660,7 @@ class FileStore:
             fsync_dir(os.path.dirname(path))
         except OSError as e:
             raise StoreError('write', key, e.strerror) from None
+        self._kept(path)
         return created
 
     def mend(self, key, data):
@@ -661,8 +678,10 @@ class FileStore:
 
     def delete(self, key):
         """Remove an object; it may be gone already."""
+        path = self._path(key)
+        self.kept.discard(path)
         try:
-            os.unlink(self._path(key))
+            os.unlink(path)
         except FileNotFoundError:
             pass
         except OSError as e:
@@ -734,6 +753,24 @@ class FileStore:
     def _shared(self):
         """True if the group of the root may write, and so may read all."""
         return os.stat(self.root).st_mode & 0o020
+
+    def _keep(self, path):
+        """Make an object durable that somebody made, with all above it."""
+        if path in self.kept:
+            return
+        place = os.path.dirname(path)
+        fsync_dir(place)
+        while place != self.root and place not in self.durable:
+            above = os.path.dirname(place)
+            fsync_dir(above)
+            self.durable.add(place)
+            place = above
+        self._kept(path)
+
+    def _kept(self, path):
+        if len(self.kept) >= 1000:
+            self.kept.clear()
+        self.kept.add(path)
 
     def _directories(self, path):
         """Make `path`; it and all above it are durable on return.
@@ -8601,19 +8638,12 @@ class Session:
                + U64.pack(when))
 
     def _decided(self, state, commit):
-        """Steps: rule 2, receive time if commit n is this very one.
-
-        What answered before may have died before its fsync, so the entry is
-        put again, which finds it there and makes it durable.
-        """
+        """Steps: rule 2, receive time if commit n is this very one."""
         found = yield self._ask('at', state.k, 'commit_at', commit.n)
         if found is None:
             log_whole(state)            # nobody can tell
         if not found or found[0] != commit.hash:
             raise Refused(E_CONFLICT, 'commit %d is another' % commit.n)
-        key = log_key(self.machine.number, found[1])
-        data = yield ('get', key, 0, None)
-        yield ('put', key, data)
         return found[2]
 
     def _judge(self, commit, body, state):

@@ -13,12 +13,13 @@ after so many kills, cuts or faults):
 
 Whoever works is killed, or the power of its host is cut, and what was not
 synced is gone: at the n-th call of a command, at one of STEPS, which are
-taken in turn, or at any moment.  The programs run in real processes with
-faults.c below them, which sees what SQLite does as well.  After some of these:
-what is listed is what was acknowledged (or was under way), it restores bit
-for bit, the client goes on with the cache directory it has, the index is what
-a rebuild makes of the log, nothing is damaged, and what the cache directory
-counts is what it refers to, and what --fsck counts.
+taken in turn, or at any moment; or right after it has said that all is well,
+also where somebody was killed on the way there.  The programs run in real
+processes with faults.c below them, which sees what SQLite does as well.  After
+some of these: what is listed is what was acknowledged (or was under way), it
+restores bit for bit, the client goes on with the cache directory it has, the
+index is what a rebuild makes of the log, nothing is damaged, and what the
+cache directory counts is what it refers to, and what --fsck counts.
 
 The last line is the report.  `corrupt` and `lost` (committed data that is not
 there) must be 0, or the exit status is 1; `failed` commands are allowed.
@@ -50,7 +51,7 @@ from faults import AFTER, KILL, NETWORK, TORN, WRITES   # noqa: E402
 SERVER_SECONDS = 20             # most for a server to come, or to end
 RUN_SECONDS = 100               # after which a command hangs
 # The client's between two tries, in seconds: a server comes back at once.
-SHORT_WAITS = (0,) + (0.1,) * 30
+SHORT_WAITS = (0,) + (0.1,) * 150
 
 
 class Report(collections.Counter):
@@ -330,9 +331,13 @@ class Story:
             if moment and time.monotonic() > start + moment:
                 os.kill(victim, signal.SIGKILL)
                 moment = 0
+                if victim != client.pid:
+                    self.server.running.process.wait()
             if self.server and self.server.running.process.poll() is not None:
                 self.died()
             time.sleep(0.002)
+        if self.server and self.server.running.process.poll() is not None:
+            self.died()
         self.past.append('  -> %d %s' % (client.code,
                                          client.texts()[1].strip()[-300:]))
         return client.code
@@ -508,10 +513,23 @@ class Story:
         """The command came to an end of its own."""
         if code == 0:
             self.acknowledged(what, name)
+            if self.dice.random() < 0.3:
+                self.rest()
         else:
             self.report['failed'] += 1
             self.error_clear(words, self.client)
         self.counted()
+
+    def rest(self):
+        """The power goes while nothing works."""
+        if not self.server:
+            self.power(*self.ours)
+        elif self.dice.random() < 0.7:
+            self.server.kill(signal.SIGKILL)
+            self.power(self.home)
+            self.restart()
+        else:
+            self.power(self.cache)
 
     def acknowledged(self, what, name):
         """The command said so, and so it is."""

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 import unittest
+from unittest import mock
 
 from rawclient import (
     COMPLETE, R, W, Client, Embedded, Error, Host, block, get, put,
@@ -236,6 +237,39 @@ class Verbs(unittest.TestCase):
         self.assertEqual(self.store.list('a/b'), [])
         with self.assertRaises(tarsnapd.NoObject):
             self.store.get('a/b/c')
+
+    def test_what_the_dead_made_is_durable_when_it_is_read(self):
+        """Linked, but not synced: neither its name nor those above it."""
+        made = tarsnapd.FileStore(self.store.root, self.store.temporary)
+        made.put('log/1/0/001', b'entry')
+        place = os.path.join(self.store.root, 'log', '1', '0')
+        above = [os.stat(path).st_ino for path in (
+            place, os.path.dirname(place), os.path.join(
+                self.store.root, 'log'), self.store.root)]
+        for kind, young in ('young', 600), ('old', 0):
+            with self.subTest(kind):
+                seen = FaultyOs()
+                store = tarsnapd.FileStore(self.store.root,
+                                           self.store.temporary)
+                with mock.patch.object(tarsnapd, 'os', seen), \
+                        mock.patch.object(tarsnapd, 'YOUNG', young):
+                    for _ in range(2):
+                        self.assertEqual(store.get('log/1/0/001'), b'entry')
+                self.assertEqual([ino for what, ino in seen.log
+                                  if what == 'fsync'], above if young else [])
+        # What this one put is: once is enough.
+        seen = FaultyOs()
+        with mock.patch.object(tarsnapd, 'os', seen):
+            made.get('log/1/0/001')
+        self.assertEqual(seen.log, [])
+        # If that cannot be, nobody is told what there is.
+        broken = FaultyOs(1)
+        with mock.patch.object(tarsnapd, 'os', broken), \
+                self.assertRaises(tarsnapd.StoreError) as caught:
+            tarsnapd.FileStore(self.store.root, self.store.temporary
+                               ).get('log/1/0/001')
+        self.assertEqual(str(caught.exception),
+                         'sync log/1/0/001: Input/output error')
 
     def test_a_short_object_is_damage(self):
         self.store.put('a', b'12345')
