@@ -15513,11 +15513,13 @@ def limits_set():
 def signals_set(opt):
     """What -c and -x answer does no harm in other modes.  Ctrl-C ends -c at
     once, which is safe at any moment: the interpreter would look at its next
-    step, and that may never come while a pipe is silent.
+    step, and that may never come while a pipe is silent.  Workers and ssh are
+    waited for, which fails under a parent that left SIGCHLD ignored.
     """
     import signal
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if opt.letter == 'c' and \
             signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

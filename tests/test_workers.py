@@ -247,6 +247,19 @@ class Program(unittest.TestCase):
         self.world.ok('-d', '-f', 'whole')
 
 
+    def test_a_parent_that_ignores_its_children(self):
+        """They can be waited for all the same."""
+        w = self.world
+
+        def ignore():
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+        w.ok('-c', '-f', 'ignored', '-C', w.root, 'tree', preexec_fn=ignore)
+        for args in ('-r', '-f', 'ignored'), ('--verify',):
+            w.ok(*args, preexec_fn=ignore)
+        w.ok('-d', '-f', 'ignored')
+
+
 class Alone(lab.LabTest):
     """A worker is forked before there is any thread whose locks it would
     inherit, held for ever.
