@@ -7098,8 +7098,9 @@ class Openers(Workers):
         if cost > JOB:
             return False
         with self.changed:
-            if self.batch and (self.room + cost > JOB
-                               or len(self.batch) >= JOB_BLOCKS):
+            # Once closed, the number of the pipe may be that of another file.
+            if self.batch and not self.closed and (
+                    self.room + cost > JOB or len(self.batch) >= JOB_BLOCKS):
                 self.hand_over()
             while self.slot is None and not self.closed:
                 if self.free:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -188,6 +189,29 @@ class Crew(unittest.TestCase):
         finally:
             crew.close()
         self.assertEqual(self.back, {})
+
+
+class Openers(unittest.TestCase):
+
+    def test_nothing_is_written_once_closed(self):
+        """The number of the pipe may be that of another file by then."""
+        key = tarsnap.key_make('', 'box')
+        data = bytes(200 * KIB)
+        kid = tarsnap.Kid(CHUNK, tarsnap.Names(key).chunk(data), len(data))
+        openers = tarsnap.Openers(key)
+        self.addCleanup(openers.close)
+        for tag in range(2):            # the third does not fit beside them
+            openers.add(kid, data, tag)
+        openers.stop()
+        with tempfile.TemporaryFile() as file:
+            self.assertLess(openers.give, 1000)
+            if file.fileno() != openers.give:
+                os.dup2(file.fileno(), openers.give)
+                self.addCleanup(os.close, openers.give)
+            with self.assertRaisesRegex(tarsnap.Error, 'have ended'):
+                openers.add(kid, data, 2)
+            openers.flush()
+            self.assertEqual(os.fstat(file.fileno()).st_size, 0)
 
 
 class Program(unittest.TestCase):
