@@ -8894,10 +8894,11 @@ class Fetcher:
                 with self.changed:
                     for slot, value, error in found:
                         self.finish(slot, value, error)
-        except (Error, MemoryError) as e:
+        except Exception as e:          # a thread must not die unheard
             with self.changed:
                 self.fatal = e if isinstance(e, Error) else Error(
-                    'Out of memory')
+                    'Out of memory' if isinstance(e, MemoryError) else
+                    'the worker processes: %s: %s' % (type(e).__name__, e))
                 for slot in list(self.flying.values()):
                     self.finish(slot, None, self.fatal)
             self.openers.stop()

@@ -338,6 +338,15 @@ class OpenedDamageTest(Opened, DamageTest):
             self.assertRegex(str(e), ended)
         self.assertEqual(unheard, [])
 
+    def test_a_collector_that_breaks(self):
+        """Who waits is told of a bug too."""
+        _, kids = self.chunks(3)
+        fetcher = self.fetcher()
+        with mock.patch.object(fetcher.openers, 'collect',
+                               side_effect=KeyError('x')):
+            with self.assertRaisesRegex(tarsnap.Error, "KeyError: 'x'"):
+                fetcher.get(kids[0])
+
     def test_closed_in_the_midst(self):
         _, kids = self.chunks(400, 100 * KIB)
         for taken in range(0, 40, 4):
