@@ -247,6 +247,19 @@ def plural(count, noun):
     return '%d %s%s' % (count, noun, '' if count == 1 else 's')
 
 
+def thread_start(target):
+    """A thread that runs `target`, for which our end does not wait; Error
+    where there can be none.
+    """
+    thread = threading.Thread(target=target, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise Error('Cannot start a thread: too many processes, or too little '
+                    'memory') from None
+    return thread
+
+
 def write_all(fd, data):
     """Write all of `data` to `fd`, whatever a single write takes."""
     view = memoryview(data)
@@ -2242,8 +2255,7 @@ class Channel:
         self.wake_r, self.wake_w = os.pipe()
         os.set_blocking(self.wake_r, False)
         os.set_blocking(self.wake_w, False)
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        self.thread = thread_start(self.run)
 
     # The callers' side.
 
@@ -8640,7 +8652,8 @@ FETCH_KEEP = 16 * MIB       # decoded shared chunks kept
 SEAL_COST = 512             # bytes a stored block may have over its plain ones
 INDEX_WINDOW = 2 * MIB      # a dozen pages of usual size
 RECORD_GUESS = 4 * KIB      # bytes of an archive record
-
+THREADS = 4                 # beside the decoders: two channels while one is
+                            # left for the other, a collector, a spare
 
 
 class Slot:
@@ -8670,13 +8683,38 @@ class Slot:
 
 
 def openers_make(key):
-    """Openers, made before any thread; None where no process can be had: a
-    restore goes on without.
+    """Openers, made before any thread; None where no process can be had, or
+    where these would leave no room for our threads, which the system counts
+    like processes: a restore goes on without.
     """
     try:
-        return Openers(key)
+        openers = Openers(key)
     except OSError:
         return None
+    if threads_fit(THREADS + decoders()):
+        return openers
+    openers.close()
+    return None
+
+
+def threads_fit(count):
+    """True if so many threads can be had at once."""
+    over, threads = threading.Event(), []
+    try:
+        for _ in range(count):
+            threads.append(thread_start(over.wait))
+    except Error:
+        return False
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    return True
+
+
+def decoders():
+    """Threads of a Fetcher without openers; openers want no more of them."""
+    return max(2, os.cpu_count() or 1)
 
 
 class Fetcher:
@@ -8835,18 +8873,16 @@ class Fetcher:
         self.fetched += len(slots)
 
     def start(self):
-        """Connect, and start the threads."""
+        """Connect, and start the threads; one that works is enough."""
         self.channel = self.remote.connect()
-        count = max(2, os.cpu_count() or 1)
-        if self.openers:
-            count = 1
-            self.collector = threading.Thread(target=self.collect,
-                                              daemon=True)
-            self.collector.start()
-        for _ in range(count):
-            thread = threading.Thread(target=self.work, daemon=True)
-            self.threads.append(thread)
-            thread.start()
+        if self.openers and not self.collector:
+            self.collector = thread_start(self.collect)
+        for _ in range(1 if self.openers else decoders()):
+            try:
+                self.threads.append(thread_start(self.work))
+            except Error:
+                if not self.threads:
+                    raise
 
     def finish(self, slot, value, error):
         """Give `slot` its value or error, and wake who waits for it."""

@@ -364,6 +364,62 @@ class OpenedLostTest(Opened, LostTest):
     pass
 
 
+class ThreadsTest(FetchCase):
+    """Where the system gives no more threads."""
+
+    def few(self, count):
+        """Only so many more threads."""
+        left, real = [None] * count, threading.Thread.start
+
+        def start(thread):
+            if not left:
+                raise RuntimeError("can't start new thread")
+            left.pop()
+            real(thread)
+
+        return mock.patch.object(threading.Thread, 'start', start)
+
+    def read(self, openers, kids):
+        fetcher = Fetcher(self.remote(), openers)
+        try:
+            return [slot.get() for slot, _ in fetcher.ahead(jobs(kids))]
+        finally:
+            fetcher.close()
+
+    def test_one_that_works_is_enough(self):
+        data, kids = self.chunks(20)
+        for openers, least in (lambda: None, 1), (self.openers_had, 2):
+            for count in range(4):
+                given = openers()
+                pids = set(given.workers) if given else ()
+                with self.few(count):
+                    if count < least:
+                        with self.assertRaisesRegex(tarsnap.Error,
+                                                    'Cannot start a thread'):
+                            self.read(given, kids)
+                    else:
+                        self.assertEqual(self.read(given, kids), data)
+                for pid in pids:
+                    self.assertFalse(os.path.exists('/proc/%d' % pid))
+
+    def openers_had(self):
+        return tarsnap.Openers(self.store.key)
+
+    def test_openers_leave_room_for_threads(self):
+        made, real = [], tarsnap.Openers
+
+        def make(key):
+            made.append(real(key))
+            return made[-1]
+
+        with mock.patch.object(tarsnap, 'Openers', make), self.few(3):
+            self.assertIsNone(tarsnap.openers_make(self.store.key))
+        self.assertTrue(made[0].slots.closed)
+        openers = tarsnap.openers_make(self.store.key)
+        self.assertTrue(openers.workers)
+        openers.close()
+
+
 class EntriesTest(FetchCase):
 
     def archive(self, files, **given):
