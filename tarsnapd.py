@@ -12063,12 +12063,14 @@ class Secure:
 
     An SSLSocket's read goes on for as long as records come that hold nothing
     for us, such as a new key each: whoever sends these fast has the loop for
-    himself.  This one gives TLS a few records at a time, more of them once
-    these were full, and ends it, with an OSError, when nothing comes of many.
+    himself.  This one gives TLS a few records at a time, and ends it, with an
+    OSError, when nothing comes of many.  Once they were full it asks the
+    system for more at once, but not TLS, whose buffers never shrink: 128 KiB
+    both ways would stay 400 KiB of each connection for good.
     """
 
     __slots__ = ('sock', 'tls', 'incoming', 'outgoing', 'unsent', 'owed',
-                 'nothing', 'taken', 'filled', 'useful', 'shaken',
+                 'nothing', 'taken', 'came', 'filled', 'useful', 'shaken',
                  'want_read', 'want_write')
 
     def __init__(self, sock, context):
@@ -12082,6 +12084,7 @@ class Secure:
         self.owed = 0           # what of send()'s data is in them
         self.nothing = 0        # bytes taken since there was one for us
         self.taken = 0          # bytes that came
+        self.came = memoryview(b'')     # of these, not given to TLS yet
         self.filled = 0         # of these the last time,
         self.useful = 0         # and what was in them for us
         self.shaken = False     # the handshake is over
@@ -12120,11 +12123,19 @@ class Secure:
         the same bytes.
         """
         if not self.owed:
-            self.owed = self.tls.write(data[:LIMIT['full records']])
+            self._seal(data[:LIMIT['full records']])
         if not self._flush():
             raise BlockingIOError
         owed, self.owed = self.owed, 0
         return owed
+
+    def _seal(self, data):
+        """Put `data` into records, after what is unsent."""
+        records, step = [bytes(self.unsent)], 2 * LIMIT['records']
+        for at in range(0, len(data), step):
+            self.owed += self.tls.write(data[at:at + step])
+            records.append(self.outgoing.read())
+        self.unsent = memoryview(b''.join(records))
 
     def shutdown(self, how):
         """Say no more; what comes is not looked into."""
@@ -12142,14 +12153,19 @@ class Secure:
         """Take what has come, some of it; False at its end."""
         if self.nothing > LIMIT['records for nothing']:
             raise ConnectionAbortedError('records of nothing')
-        full = self.filled >= LIMIT['records'] and \
-            self.useful > self.filled // 2
-        data = self.sock.recv(LIMIT['full records' if full else 'records'])
-        self.filled, self.useful = len(data), 0
-        self.nothing += len(data)
-        self.taken += len(data)
-        self.incoming.write(data)
-        return bool(data)
+        if not self.came:
+            full = self.filled >= LIMIT['records'] and \
+                self.useful > self.filled // 2
+            data = self.sock.recv(LIMIT['full records' if full
+                                        else 'records'])
+            self.filled, self.useful = len(data), 0
+            self.taken += len(data)
+            self.came = memoryview(data)
+        some = self.came[:LIMIT['records']]
+        self.came = self.came[len(some):]
+        self.nothing += len(some)
+        self.incoming.write(some)
+        return bool(some)
 
     def _flush(self):
         """Send records; False if not all can go now."""

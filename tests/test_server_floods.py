@@ -7,8 +7,11 @@ import _ssl
 import ctypes
 import hashlib
 import os
+import select
 import socket
+import ssl
 import struct
+import threading
 import time
 import unittest
 
@@ -277,6 +280,109 @@ class Keys(unittest.TestCase):
             while True:
                 answers += client.link.next()[0] == 130
         self.assertLess(answers, 60)
+
+
+class Buffers(unittest.TestCase):
+    """A buffer of TLS keeps the most that was ever in it, for as long as a
+    connection lasts: it is given little at a time.
+    """
+
+    SIZE = 1 << 20
+
+    def most(self, client, serve):
+        """The most put into a buffer and taken out, while both ends do."""
+        put, taken = [], []
+
+        class Seen:
+            """A MemoryBIO, watched; it has no subclasses."""
+
+            def __init__(self, real):
+                self.real = real
+
+            pending = property(lambda self: self.real.pending)
+
+            def write(self, data):
+                put.append(len(data))
+                return self.real.write(data)
+
+            def read(self):
+                taken.append(self.real.pending)
+                return self.real.read()
+
+        with socket.socket() as listening:
+            listening.bind(('127.0.0.1', 0))
+            listening.listen()
+            thread = threading.Thread(target=client, args=(
+                listening.getsockname(),))
+            thread.start()
+            self.addCleanup(thread.join)
+            sock, _ = listening.accept()
+        sock.setblocking(False)
+        context = tarsnapd.tls_context(server_directory(self))
+        secure = tarsnapd.Secure(sock, context)
+        secure.incoming = Seen(secure.incoming)
+        secure.outgoing = Seen(secure.outgoing)
+        try:
+            self.again(secure, secure.do_handshake)
+            serve(secure)
+        finally:
+            secure.close()
+        return max(put), max(taken)
+
+    def again(self, secure, call, *args):
+        """What `call` returns once it need not wait."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                return call(*args)
+            except (BlockingIOError, ssl.SSLWantReadError,
+                    ssl.SSLWantWriteError):
+                select.select([secure], [secure] if secure.unsent else [],
+                              [], 0.01)
+        raise AssertionError('it waits for ever')
+
+    def connect(self, address):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context.wrap_socket(socket.create_connection(address, 60))
+
+    def test_what_is_sent(self):
+        data, got = os.urandom(self.SIZE), []
+
+        def client(address):
+            with self.connect(address) as sock:
+                while sum(map(len, got)) < len(data):
+                    got.append(sock.recv(self.SIZE))
+
+        def serve(secure):
+            left = memoryview(data)
+            while left:
+                left = left[self.again(secure, secure.send, left):]
+            select.select([secure], [], [], 60)     # the client has it all
+
+        _, taken = self.most(client, serve)
+        self.assertEqual(b''.join(got), data)
+        self.assertLess(taken, 2 * tarsnapd.LIMIT['records'] + 1024)
+
+    def test_what_comes(self):
+        data, got = os.urandom(self.SIZE), bytearray()
+
+        def client(address):
+            with self.connect(address) as sock:
+                sock.sendall(data)
+                sock.recv(1)
+
+        def serve(secure):
+            room = memoryview(bytearray(self.SIZE))
+            while len(got) < len(data):
+                count = self.again(secure, secure.recv_into, room)
+                got.extend(room[:count])
+                time.sleep(0.001)       # that more is there the next time
+
+        put, _ = self.most(client, serve)
+        self.assertEqual(bytes(got), data)
+        self.assertLessEqual(put, tarsnapd.LIMIT['records'])
 
 
 class Names(unittest.TestCase):
