@@ -8885,7 +8885,11 @@ class Fetcher:
                     raise
 
     def finish(self, slot, value, error):
-        """Give `slot` its value or error, and wake who waits for it."""
+        """Give `slot` its value or error, and wake who waits for it.  The
+        first stands: what follows from an end must not hide its cause.
+        """
+        if slot.done:
+            return
         slot.value, slot.error = value, error
         slot.done = True
         self.flying.pop(slot.kid.name, None)

@@ -347,6 +347,29 @@ class OpenedDamageTest(Opened, DamageTest):
             with self.assertRaisesRegex(tarsnap.Error, "KeyError: 'x'"):
                 fetcher.get(kids[0])
 
+    def test_what_ended_it_is_told(self):
+        """Not what follows from that, in the thread that receives."""
+        _, kids = self.chunks(1)
+        fetcher = self.fetcher()
+        real, over = fetcher.openers.add, threading.Event()
+
+        def late(*args):                # what came is added after the end
+            over.wait(60)
+            return real(*args)
+
+        with mock.patch.object(fetcher.openers, 'add', late), \
+                mock.patch.object(fetcher.openers, 'collect',
+                                  side_effect=KeyError('x')):
+            slot = fetcher.want(kids[0])
+            fetcher.flush()
+            while not fetcher.openers.closed:
+                time.sleep(0.001)
+            over.set()
+            fetcher.close()
+            for thread in fetcher.threads:
+                thread.join()
+        self.assertRegex(str(slot.error), "KeyError: 'x'")
+
     def test_closed_in_the_midst(self):
         _, kids = self.chunks(400, 100 * KIB)
         for taken in range(0, 40, 4):
