@@ -675,10 +675,16 @@ def block_decrypt(cls, name, block, machine, secret, refs_only=False):
 
 
 def raw_public(private):
-    """The 32 raw bytes of the public half of an X25519 or Ed25519 key."""
+    """The 32 raw bytes of the public half of an X25519 or Ed25519 key.
+
+    From cryptography 40 on without what reads and writes all formats of keys:
+    to import that takes a third of the time of a short command.
+    """
+    public = private.public_key()
+    if hasattr(public, 'public_bytes_raw'):
+        return public.public_bytes_raw()
     from cryptography.hazmat.primitives import serialization as ser
-    return private.public_key().public_bytes(ser.Encoding.Raw,
-                                             ser.PublicFormat.Raw)
+    return public.public_bytes(ser.Encoding.Raw, ser.PublicFormat.Raw)
 
 
 def sign(private, message):
@@ -865,6 +871,8 @@ def key_make(server, name):
 
 
 def raw_private(private):
+    if hasattr(private, 'private_bytes_raw'):       # see raw_public()
+        return private.private_bytes_raw()
     from cryptography.hazmat.primitives import serialization as ser
     return private.private_bytes(ser.Encoding.Raw, ser.PrivateFormat.Raw,
                                  ser.NoEncryption())

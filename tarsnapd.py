@@ -10397,6 +10397,37 @@ def identity_make():
         ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
 
 
+PEM_PRIVATE = [b'-----BEGIN', b'PRIVATE', b'KEY-----']
+PEM_PRIVATE_END = [b'-----END', b'PRIVATE', b'KEY-----']
+PKCS8_ED25519 = bytes.fromhex('302e020100300506032b657004220420')
+
+
+def identity_load(pem):
+    """The private key that identity_make() wrote; ValueError if `pem` is none.
+
+    PKCS 8 with an Ed25519 key is a fixed head and the key (RFC 8410).  What
+    reads every other kind of key takes a third of a short command to import.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    lines = pem.split()
+    if lines[:3] != PEM_PRIVATE or lines[-3:] != PEM_PRIVATE_END:
+        raise ValueError
+    data = base64.b64decode(b''.join(lines[3:-3]), validate=True)
+    if not data.startswith(PKCS8_ED25519):
+        raise ValueError
+    return ed25519.Ed25519PrivateKey.from_private_bytes(
+        data[len(PKCS8_ED25519):])
+
+
+def raw_public(private):
+    """The 32 raw bytes of the public half of an Ed25519 key."""
+    public = private.public_key()
+    if hasattr(public, 'public_bytes_raw'):         # cryptography >= 40
+        return public.public_bytes_raw()
+    from cryptography.hazmat.primitives import serialization as ser
+    return public.public_bytes(ser.Encoding.Raw, ser.PublicFormat.Raw)
+
+
 def certificate_make(serial):
     """A self-signed certificate as (key PEM, certificate PEM).
 
@@ -10834,19 +10865,17 @@ class Server:
             raise ServerError('%s: %s' % (path, e)) from None
 
     def _load_keys(self, path):
-        from cryptography.hazmat.primitives import serialization as ser
         for name in ('', 'identity.key', 'secret'):
             file = os.path.join(path, name)
             if os.stat(file).st_mode & 0o022:
                 raise ServerError('%s: others can write to it' % file)
         self.secret = read_file(os.path.join(path, 'secret'))
         try:
-            self.identity = ser.load_pem_private_key(
-                read_file(os.path.join(path, 'identity.key')), None)
-        except (ValueError, TypeError):
+            self.identity = identity_load(
+                read_file(os.path.join(path, 'identity.key')))
+        except ValueError:
             raise ServerError('%s/identity.key: not a key' % path) from None
-        self.identity_public = self.identity.public_key().public_bytes(
-            ser.Encoding.Raw, ser.PublicFormat.Raw)
+        self.identity_public = raw_public(self.identity)
 
     def _load_store(self, path):
         self.store_id = store_id_decode(self.store.get('store-id'))
@@ -12992,12 +13021,10 @@ def canary_make(server, path):
     """
     from cryptography.hazmat.primitives import serialization as ser
     from cryptography.hazmat.primitives.asymmetric import ed25519
-    raw, bare = ser.Encoding.Raw, ser.NoEncryption()
     pairs = [ed25519.Ed25519PrivateKey.generate() for _ in range(4)]
-    public = b''.join(x.public_key().public_bytes(raw, ser.PublicFormat.Raw)
-                      for x in pairs)
-    secrets = [x.private_bytes(raw, ser.PrivateFormat.Raw, bare).hex()
-               for x in pairs]
+    public = b''.join(map(raw_public, pairs))
+    secrets = [x.private_bytes(ser.Encoding.Raw, ser.PrivateFormat.Raw,
+                               ser.NoEncryption()).hex() for x in pairs]
     # The fourth, which could delete everything, is nowhere from now on.
     number = server.run(machine_create('', 'canary', public))
     values = dict(zip(CANARY_FIELDS, [

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The authors. BSD-2-Clause licence; see LICENSE.
 """Every command does what tarsnapd(8) says, and fails in one line."""
 
+import base64
 import os
 import shutil
 import signal
@@ -13,9 +14,16 @@ import time
 import unittest
 from unittest import mock
 
+from cryptography.hazmat.primitives import serialization
+
 from rawclient import (
     PROGRAM, R, W, ZERO, Client, Embedded, Error, Host, Serve, Stdio, Wire,
     block, get, put, run, server_directory, sha, tarsnapd, u16, u64)
+
+RFC_8410 = b'''-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
+-----END PRIVATE KEY-----
+'''                          # of its section 10.3
 
 
 class Commands(unittest.TestCase):
@@ -346,6 +354,29 @@ class Commands(unittest.TestCase):
         self.init()
         os.chmod(os.path.join(self.path, 'identity.key'), 0o666)
         self.fails('stats', self.path, says='identity.key')
+
+    def test_identity_key(self):
+        """As cryptography and the RFC have it, and nothing else."""
+        self.init()
+        path = os.path.join(self.path, 'identity.key')
+        with open(path, 'rb') as file:
+            ours = file.read()
+        self.assertEqual(
+            serialization.load_pem_private_key(ours, None).sign(b'x'),
+            tarsnapd.identity_load(ours).sign(b'x'))
+        for pem in RFC_8410, RFC_8410.replace(b'\n', b'\r\n'):
+            self.assertEqual(base64.b64encode(tarsnapd.raw_public(
+                tarsnapd.identity_load(pem))),
+                b'Gb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=')
+        for bad in (b'', b'x', ours[:-30], ours[:40],
+                    ours.replace(b'PRIVATE', b'PUBLIC'),
+                    ours.replace(b'MC4C', b'!!!!'),
+                    ours.replace(b'MC4C', b'MC4D'),
+                    ours.replace(b'MC4C', b''),
+                    tarsnapd.certificate_make(1)[0]):
+            with open(path, 'wb') as file:
+                file.write(bad)
+            self.fails('stats', self.path, says='identity.key: not a key')
 
     def test_a_store_elsewhere(self):
         store = os.path.join(self.base, 'disk')
