@@ -126,6 +126,20 @@ class Checks(StartupCase):
                 self.assertNotIn(DELAYED, done.lines)
         self.assertFalse(os.path.exists(w.path('fresh')))
 
+    def test_what_is_not_imported(self):
+        """What takes long, and is of no use to a short command."""
+        w = self.world
+        done = w.run(w.argv(['--list-archives']), env=dict(
+            w.environment, PYTHONPROFILEIMPORTTIME='1'))
+        self.assertEqual(done.code, 0)
+        names = {line.rpartition('|')[2].strip() for line in done.lines}
+        self.assertIn('cryptography.hazmat.primitives.asymmetric.ed25519',
+                      names)
+        for name in ('cryptography.hazmat.primitives.serialization',
+                     'cryptography.x509', 'tarfile', 'email', 'http.client',
+                     'urllib.request', 'asyncio', 'subprocess', 'shutil'):
+            self.assertNotIn(name, names)
+
     def test_verify_config_before_the_key(self):
         done = self.run_bare('--no-default-config', '--verify-config',
                              '--keyfile', '/none', '--cachedir', '/none')
