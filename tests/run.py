@@ -7,7 +7,8 @@ usage: tests/run.py [-j N] [-t SECONDS] [-s N] [-p PATTERN] [-v]
 
 Two more than there are processors run at once, as some of the time is
 waiting.  --also runs the modules that match PATTERN on another interpreter,
-too; all is one queue, so that no processor idles in between.  A module's
+too, or with PATTERN/N one in N of the tests of each, by lot; all is one queue,
+so that no processor idles in between.  A module's
 output is kept together and shown when it fails (always with -v).  One that
 takes more than SECONDS is killed, by the number of the process that was
 started for it.
@@ -35,6 +36,7 @@ import concurrent.futures
 import fnmatch
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -59,8 +61,10 @@ FIRST = ['test_' + name for name in (
 DISK = ('test_e2e_', 'test_extract_', 'test_full_disk', 'test_rows')
 
 
-class Job(collections.namedtuple('Job', 'python version name')):
-    """A module, or a test of one, on an interpreter of some version."""
+class Job(collections.namedtuple('Job', 'python version name every')):
+    """A module, or a test of one, on an interpreter of some version; one in
+    `every` of its tests.
+    """
 
     def __str__(self):
         ours = self.python == sys.executable
@@ -111,10 +115,26 @@ class Result(unittest.TextTestResult):
         super().addUnexpectedSuccess(test)
 
 
-def child(name, report):
-    """Run a module or a test of one; its figures go to file `report`."""
+def flat(suite):
+    """The tests in a suite of suites."""
+    for test in suite:
+        if isinstance(test, unittest.TestSuite):
+            yield from flat(test)
+        else:
+            yield test
+
+
+def child(name, report, every):
+    """Run a module or a test of one, or one in `every` of its tests, by lot;
+    its figures go to file `report`.
+    """
     sys.path[:0] = [TESTS, ROOT]
     suite = unittest.defaultTestLoader.loadTestsFromName(name)
+    if every > 1:
+        tests = list(flat(suite))
+        some = set(random.sample(range(len(tests)), -(-len(tests) // every)))
+        suite = unittest.TestSuite(
+            test for number, test in enumerate(tests) if number in some)
     result = unittest.TextTestRunner(
         stream=sys.stdout, verbosity=2, resultclass=Result).run(suite)
     with open(report, 'w') as file:
@@ -158,7 +178,7 @@ def run(job, limit):
         with open(os.path.join(temp, 'output'), 'w+b') as output:
             process = subprocess.Popen(
                 [job.python, os.path.abspath(__file__), '--child', report,
-                 job.name], cwd=ROOT, env=environment(job),
+                 job.name, str(job.every)], cwd=ROOT, env=environment(job),
                 stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True)
             note = ''
@@ -202,8 +222,9 @@ def others(pairs):
         version = subprocess.check_output(
             [python, '-c', 'import sys; print(sys.version.split()[0])'],
             universal_newlines=True).strip()
+        pattern, _, every = pattern.partition('/')
         for name in modules(pattern):
-            yield Job(python, version, name)
+            yield Job(python, version, name, int(every or 1))
 
 
 def long_first(job):
@@ -233,7 +254,7 @@ def run_all(jobs, most, limit, verbose):
             sys.stdout.flush()
             total['passed'] += figures['passed']
             total['cpu'] += figures['cpu']
-            total['failed'] += [job._replace(name=test)
+            total['failed'] += [job._replace(name=test, every=1)
                                 for test in figures['failed']]
             total['skipped'] += [(job._replace(name=test), why)
                                  for test, why in figures['skipped']]
@@ -257,7 +278,7 @@ def run_again(total, limit):
 
 def main():
     if sys.argv[1:2] == ['--child']:
-        child(sys.argv[3], sys.argv[2])
+        child(sys.argv[3], sys.argv[2], int((sys.argv[4:] or [1])[0]))
         return 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
@@ -281,7 +302,7 @@ def main():
     names = [os.path.basename(name)[:-3] if name.endswith('.py') else name
              for name in args.modules] or modules(args.p)
     version = sys.version.split()[0]
-    jobs = [Job(sys.executable, version, name) for name in names]
+    jobs = [Job(sys.executable, version, name, 1) for name in names]
     jobs = sorted(jobs + list(others(args.also)), key=long_first)
     begun = time.monotonic()
     total = run_all(jobs, args.j, args.t, args.v)

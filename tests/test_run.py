@@ -68,6 +68,23 @@ class Runner(unittest.TestCase):
         self.assertEqual((code, lines[-1]),
                          (0, '2 passed, 0 failed, 0 skipped'), lines)
 
+    def test_some_of_the_tests_of_a_module(self):
+        with open(os.path.join(self.tests, 'test_many.py'), 'w') as file:
+            file.write('import unittest\n\nclass T(unittest.TestCase):\n')
+            for number in range(7):
+                file.write('    def test_%d(self): pass\n' % number)
+        said = set()
+        for _ in range(20):
+            code, lines = self.run_it('-v', '-p', 'none', '--also',
+                                      self.other, 'test_m*.py/3')
+            self.assertEqual((code, lines[-1]),
+                             (0, '3 passed, 0 failed, 0 skipped'), lines)
+            said |= {line.partition(' ')[0] for line in lines
+                     if line.startswith('test_') and line.endswith('ok')}
+            if len(said) == 7:
+                break
+        self.assertEqual(len(said), 7)
+
     def test_what_failed_is_run_again_where_it_failed(self):
         self.module('test_there', '')
         code, lines = self.run_it('--also', self.other, 'test_t*.py', ci='1')
@@ -83,7 +100,7 @@ class Places(unittest.TestCase):
         environ = dict({'PYTHONDONTWRITEBYTECODE': '1'}, **environ)
         with mock.patch.dict(os.environ, environ, clear=True), \
                 mock.patch.object(run, 'in_memory', return_value=memory):
-            names = run.environment(run.Job(python, VERSION, name))
+            names = run.environment(run.Job(python, VERSION, name, 1))
         self.assertNotIn('PYTHONDONTWRITEBYTECODE', names)
         return names.get('TMPDIR')
 
