@@ -2058,39 +2058,39 @@ RULES = [
     Rule('base', 'order', 'eeeew', 2, (
         SESSION, '_decide',
         'if commit.previous != (state.head or self.genesis):', 'if False:')),
-    Rule('absent', 'order', 'wwp', 32, (
+    Rule('absent', 'order', 'wwp', 2, (
         Store, 'absent', 'return key not in self.objects',
         "return key not in self.objects or key.startswith('log/')")),
-    Rule('signed live', 'order', 'wtt', 1, (
+    Rule('signed live', 'order', 'wtt', 12, (
         tarsnapd, 'check_live', 'if commit.live != live_digest(rows):',
         'if False:')),
     Rule('own numbers', 'order', 'wpk', 16, (
         tarsnapd.Index, '_apply_entry', 'n, head = state.n, state.head',
         'n, head = state.n + (commit is None), state.head')),
-    Rule('current', 'order', 'wwp', 2, (
+    Rule('current', 'order', 'wwp', 13, (
         SESSION, '_current', 'yield from catch_up(self.machine.number)',
         "yield self._ask('state')")),
-    Rule('index that knows', 'order', 'wwc', 222, (
+    Rule('index that knows', 'order', 'wwc', 201, (
         tarsnapd.Index, 'at', '< k:', '< 0:'), thrown=0.1, crashes=0,
         cuts=0.1),
-    Rule('first answer', 'decision', 'wwc', 175, (
+    Rule('first answer', 'decision', 'wwc', 101, (
         SESSION, '_decided', 'if not found or found[0] != commit.hash:',
         'if True:')),
     Rule('same body', 'decision', 'wc', 1, (
         SESSION, '_decided', 'if not found or found[0] != commit.hash:',
         'if not found:')),
-    Rule('unclear put', 'decision', 'ww', 19, (
+    Rule('unclear put', 'decision', 'ww', 130, (
         tarsnapd, 'log_put',
         "except StoreError:\n        created = yield ('put', key, data)",
         'except StoreError:\n        created = True')),
-    Rule('compare', 'decision', 'wwp', 32, (
+    Rule('compare', 'decision', 'wwp', 2, (
         tarsnapd, 'log_put', "or (yield ('get', key, 0, None)) == data",
         "or (yield ('get', key, 0, None)) is not None")),
-    Rule('undecided', 'decision', 'ww', 113, (
+    Rule('undecided', 'decision', 'ww', 111, (
         Actor, 'judge', 'return None', 'return False')),
-    Rule('that number', 'decision', 'wwp', 20, (
+    Rule('that number', 'decision', 'wwp', 6, (
         Actor, 'judge', 'changes[0].hash', 'changes[-1].hash')),
-    Rule('take the number', 'decision', 'ww', 154, (
+    Rule('take the number', 'decision', 'ww', 411, (
         Writer, 'send_again', 'yield from self.take_number()\n'
         '                found = yield from self.decided(attempt)',
         'found = False'), stalls=0.1, deaths=0.05, cuts=0.01, switch=0.5,
@@ -2098,17 +2098,17 @@ RULES = [
     Rule('borrowed', 'closure', 'wpp', 77, (
         Writer, 'meets', 'return bool(self.borrowed & gone)',
         'return False')),
-    Rule('own after a checkpoint', 'closure', 'wwpp', 418, (
+    Rule('own after a checkpoint', 'closure', 'wwpp', 2, (
         Writer, 'has', 'self.borrowed.add(name)',
         'self.borrowed.update({name} - self.mine)')),
-    Rule('delete anew', 'closure', 'wwpp', 1, (
+    Rule('delete anew', 'closure', 'wwpp', 32, (
         Pruner, 'delete_once', 'dead = self.dead(record)',
         'dead = before.deletes if before else self.dead(record)')),
-    Rule('closed downward', 'closure', 'wwpp', 21, (
+    Rule('closed downward', 'closure', 'wwpp', 35, (
         Counts, 'parents', 'return self.below', 'return self.reached()'), (
         tarsnap, 'release', '((garbage, False), (records, True))',
         '((records, True),)')),
-    Rule('count of puts', 'closure', 'wwkkk', 197, (
+    Rule('count of puts', 'closure', 'wwkkk', 243, (
         tarsnapd, 'check_puts',
         'if change.commit.puts != (count, digest.digest()):',
         'if False:'), deaths=0.03),
@@ -2119,7 +2119,7 @@ RULES = [
     Rule('drop before an abort deletes', 'copies', 'wwc', 223, (
         SESSION, '_abort', 'yield from log_drop(self.machine.number,\n',
         '(lambda _, keys: keys)(self.machine.number,\n')),
-    Rule('drop before a cleaner deletes', 'copies', 'wwk', 33, (
+    Rule('drop before a cleaner deletes', 'copies', 'wwk', 3, (
         tarsnapd, 'clean_orphans',
         'dropped = yield from log_drop(machine, keys)',
         "dropped = keys\n        for key in keys:\n"
@@ -2127,11 +2127,11 @@ RULES = [
     Rule('drop only what is not committed', 'copies', 'wwk', 65, (
         tarsnapd, 'log_drop',
         'keys = yield from droppable(machine, state.k, keys)', 'pass')),
-    Rule('expired', 'copies', 'wwkk', 3, (
+    Rule('expired', 'copies', 'wwkk', 31, (
         SESSION, '_segments_ready',
         'if len((yield from droppable(number, k, adopted))) < len(adopted):',
         'if False:')),
-    Rule('losing cleaner recomputes', 'copies', 'wwppkkk', 147, (
+    Rule('losing cleaner recomputes', 'copies', 'wwppkkk', 22, (
         tarsnapd, 'clean_commit',
         'if (yield from log_put(entry)):\n            break',
         'while not (yield from log_put(entry)):\n'
@@ -2140,27 +2140,27 @@ RULES = [
         '            entry.blocks, entry.bytes = state.blocks, state.bytes\n'
         '            entry.time = max(entry.time, state.time)\n'
         '        break'), switch=0.5, freeze=0.1),
-    Rule('losing commit recomputes', 'copies', 'wwp', 32, (
+    Rule('losing commit recomputes', 'copies', 'wwp', 2, (
         SESSION, '_decide', 'if entry and (yield from log_put(entry)):',
         'while entry and not (yield from log_put(entry)):\n'
         '            state = yield from self._current()\n'
         '            entry.k, entry.previous = state.k + 1, state.log_hash\n'
         '        if entry:')),
-    Rule('drop what is copied whole', 'copies', 'wpuuukkk', 99, (
+    Rule('drop what is copied whole', 'copies', 'wpuuukkk', 211, (
         tarsnapd.Index, '_check_move',
         'empty = {seg for seg in left if left[seg][1] == 0}',
         'empty = set(left)'), switch=0.5, freeze=0.1, delay=0, deaths=0,
         faults=0, crashes=0, cuts=0, stalls=0, thrown=0),
-    Rule('extract', 'copies', 'wpkkk', 22, (
+    Rule('extract', 'copies', 'wpkkk', 3, (
         tarsnapd, 'clean_copy', 'if extract_key(key):', 'if False:')),
-    Rule('content in the key', 'copies', 'wwc', 233, (
+    Rule('content in the key', 'copies', 'wwc', 33, (
         tarsnapd, 'segment_key', 'table_hash[:16].hex()', "''")),
-    Rule('reader looks again', 'reading', 'wrkk', 74, (
+    Rule('reader looks again', 'reading', 'wrkk', 77, (
         SESSION, '_read', 'yield from self._read_again(names[i], places[i])',
         "Refused(E_NOBLOCK, 'not there')")),
-    Rule('exists', 'archives', 'wwc', 1, (
+    Rule('exists', 'archives', 'wwc', 3, (
         tarsnapd, 'check_archives', 'if archive in archives:', 'if False:')),
-    Rule('lineage', 'archives', 'wctt', 109, (
+    Rule('lineage', 'archives', 'wctt', 113, (
         tarsnapd, 'check_unlink', 'if state == OPEN and owner == lineage:',
         'if state == OPEN:')),
     Rule('kept part', 'archives', 'wctt', 1, (
@@ -2175,7 +2175,7 @@ RULES = [
         tarsnapd.Index, 'stranded', 'WHERE ? = (SELECT k FROM meta)',
         'WHERE ? < 0'), delay=0, deaths=0, faults=0, crashes=0, cuts=0,
         stalls=0, thrown=0),
-    Rule('drop what is erased', 'erasure', 'wwpx', 20, (
+    Rule('drop what is erased', 'erasure', 'wwpx', 4, (
         tarsnapd, 'clean_erased',
         'yield from log_drop(machine, sorted(same))', 'pass')),
     Rule('last word', 'erasure', 'wwx', 4, (
