@@ -604,6 +604,7 @@ class FileStore:
         self.temporary = temporary      # directory on the same file system
         self.durable = set()            # directories synced up to the root
         self.kept = set()               # young objects that are durable
+        self.synced = {}                # directory -> when, while young
         self.lock = threading.Lock()    # for file systems without links
         # Temporaries of two stores in one process must not meet.
         self.tag = os.urandom(4).hex()
@@ -626,7 +627,7 @@ class FileStore:
             if length is None:
                 status = os.fstat(fd)
                 length = max(0, status.st_size - offset)
-                young = time.time() - status.st_ctime < YOUNG
+                young = status.st_ctime > time.time() - YOUNG
             data = read_range(fd, offset, length)
         except OSError as e:
             kind = Unreadable if e.errno == errno.EIO else StoreError
@@ -638,7 +639,7 @@ class FileStore:
                           % (len(data), length))
         if young:
             try:
-                self._keep(path)
+                self._keep(path, status.st_ctime)
             except OSError as e:
                 raise StoreError('sync', key, e.strerror) from None
         return data
@@ -754,12 +755,19 @@ class FileStore:
         """True if the group of the root may write, and so may read all."""
         return os.stat(self.root).st_mode & 0o020
 
-    def _keep(self, path):
-        """Make an object durable that somebody made, with all above it."""
-        if path in self.kept:
-            return
+    def _keep(self, path, changed):
+        """Make an object durable that somebody made, with all above it.
+
+        `changed` is its ctime, by a clock that is up to a tick behind.
+        """
         place = os.path.dirname(path)
+        if path in self.kept or changed < self.synced.get(place, 0) - 1:
+            return
+        now = time.time()
         fsync_dir(place)
+        if len(self.synced) >= 1000:
+            self.synced.clear()
+        self.synced[place] = now
         while place != self.root and place not in self.durable:
             above = os.path.dirname(place)
             fsync_dir(above)

@@ -5,6 +5,7 @@ import errno
 import os
 import sqlite3
 import stat
+import time
 import unittest
 from unittest import mock
 
@@ -257,6 +258,15 @@ class Verbs(unittest.TestCase):
                         self.assertEqual(store.get('log/1/0/001'), b'entry')
                 self.assertEqual([ino for what, ino in seen.log
                                   if what == 'fsync'], above if young else [])
+        # One fsync is for all of a directory that were there before.
+        made.put('log/1/0/002', b'another')
+        seen, later = FaultyOs(), time.time() + 5
+        store = tarsnapd.FileStore(self.store.root, self.store.temporary)
+        with mock.patch.object(tarsnapd, 'os', seen), \
+                mock.patch.object(tarsnapd.time, 'time', lambda: later):
+            store.get('log/1/0/002')
+            store.get('log/1/0/001')
+        self.assertEqual(len(seen.log), len(above))
         # What this one put is: once is enough.
         seen = FaultyOs()
         with mock.patch.object(tarsnapd, 'os', seen):
