@@ -5328,8 +5328,8 @@ def money_put(account, place, kind, amount, text, of=''):
         there = yield ('get', key, 0, None)
         found = money_decode(key, there)
         if (found.kind, found.amount, found.of) != (kind, amount, of):
-            raise ServerError('%s is there already: %s %s' % (
-                key, found.kind, money_text(found.amount)))
+            raise ServerError('%s is entered already: %s %s' % (
+                place, found.kind, money_text(found.amount)))
         return there == data
     return True
 

@@ -519,7 +519,7 @@ class Access(Clocked):
         self.assertEqual((status, out),
                          (0, 'balance %s\n' % money_text(5 * ATTO)))
         self.assertIn('entered before', err)
-        self.wrong('is there already: credit 5.0', 'user', 'credit', 'joe',
+        self.wrong('is entered already: credit 5.0', 'user', 'credit', 'joe',
                    '6', '--reason', 'other', '--key', 'a')
 
     def test_payments(self):

@@ -34,7 +34,7 @@ class ByHand(Clocked):
             self.twice('add', 'joe', '25.5', '--by', 'bank', '--reference',
                        'R17', '--text', 'another text'),
             'balance 25.500000000000000000\n')
-        self.wrong('bank-R17 is there already: payment 25.5', 'pay', 'add',
+        self.wrong('bank-R17 is entered already: payment 25.5', 'pay', 'add',
                    'joe', '26', '--by', 'bank', '--reference', 'R17')
         # The same number elsewhere is another payment.
         self.good('pay', 'add', 'joe', '1', '--by', 'cash', '--reference',
@@ -61,7 +61,7 @@ class ByHand(Clocked):
                          'refund 5.000000000000000000\n'
                          'balance 20.000000000000000000\n')
         self.twice('refund', 'joe', 'bank-R17', '5')
-        self.wrong('is there already: refund -5.0', 'pay', 'refund', 'joe',
+        self.wrong('is entered already: refund -5.0', 'pay', 'refund', 'joe',
                    'bank-R17', '6')
         self.wrong('5.000000000000000000 of 25.000000000000000000 dollars '
                    'were given back; not 20.01', 'pay', 'refund', 'joe',
