@@ -663,13 +663,13 @@ class CaughtUp(LabTest):
         found = []
         for most in (0, 10 ** 6):
             with mock.patch.object(tarsnap, 'LEARN', most), mock.patch.object(
-                    tarsnap.Cache, 'learn', autospec=True,
-                    side_effect=tarsnap.Cache.learn) as learn:
+                    tarsnap.Cache, 'gather', autospec=True,
+                    side_effect=tarsnap.Cache.gather) as gather:
                 self.host.good('--fsck')
             with self.host.database() as db:
                 found.append((db.execute('SELECT * FROM blocks').fetchall(),
                               db.execute('SELECT * FROM small').fetchall(),
-                              learn.call_count))
+                              gather.call_count))
         self.assertEqual(found[0][:2], found[1][:2])
         self.assertGreater(len(found[0][1]), 30)
         self.assertGreater(found[0][2], found[1][2])
