@@ -4549,6 +4549,11 @@ def inconsistent():
     return UserError('Directory is not consistent with archive: Run --fsck')
 
 
+SHARDS = 16     # of what is gathered: SQLite needs memory for what it sorts
+INSERT_BLOCK = ('INSERT OR IGNORE INTO blocks '
+                'VALUES(?, ?, ?, NULL, ?, NULL, NULL, NULL)')
+
+
 class Cache:
     """An open cache directory.
 
@@ -4566,6 +4571,7 @@ class Cache:
         self.key = key
         self.lockf = cachedir_lock(path, wait) if lock else None
         self.db = None
+        self.gathering = False      # changes are not in `blocks` yet
         try:
             # EXTRA: also the end of the journal is on disk, without which
             # a power cut takes the commit back.
@@ -4728,10 +4734,22 @@ class Cache:
         """The blocks and totals of one Change."""
         commit = change.commit
         self.blank = False
-        self.db.executemany(
-            'INSERT OR IGNORE INTO blocks VALUES(?, ?, 0, NULL, ?, NULL, '
-            'NULL, NULL)', ((name, cls.decode(), stored)
-                            for name, cls, stored in sorted(change.added)))
+        if self.gathering:
+            self.gather_change(change)
+        else:
+            self.absorb_blocks(change)
+        self.n, self.head = commit.n, change.hash
+        if commit.kind == KIND_NUKE:
+            self.totals = (0,) * 9
+        elif commit.kind != KIND_ABORT and self.key.mix_refs:
+            self.note_take(commit)
+        self.partial = self.unread() is not None
+
+    def absorb_blocks(self, change):
+        commit = change.commit
+        self.db.executemany(INSERT_BLOCK, (
+            (name, cls.decode(), 0, stored)
+            for name, cls, stored in sorted(change.added)))
         if commit.kind == KIND_NUKE:
             self.db.execute('DELETE FROM blocks')
             self.db.execute('DELETE FROM small')
@@ -4740,12 +4758,6 @@ class Cache:
         for link in commit.linked:
             self.recount(link[1], 1)
         self.forget(change.removed)
-        self.n, self.head = commit.n, change.hash
-        if commit.kind == KIND_NUKE:
-            self.totals = (0,) * 9
-        elif commit.kind != KIND_ABORT and self.key.mix_refs:
-            self.note_take(commit)
-        self.partial = self.unread() is not None
 
     def note_take(self, commit):
         """Have the totals that stand in a commit.
@@ -4828,40 +4840,83 @@ class Cache:
             'tstored = CASE WHEN ?3 THEN stored ELSE tstored END '
             'WHERE name = ?1', rows)
 
-    # The same for all that are stored: references are gathered as they come,
-    # and counted at the end, when they can be sorted.
+    # The same for all that are stored: in a Cache that is still empty blocks,
+    # and then references, are gathered as they come, and entered at the end,
+    # when they can be sorted.
 
     def gather_begin(self):
         """Have a file for them in the directory, which goes with it."""
+        self.gathering = True
+        self.db.execute('DROP INDEX unused')    # all are, until counted
         # What SQLite sorts does not fit into every /tmp.
         os.environ['SQLITE_TMPDIR'] = os.path.abspath(self.path)
         self.db.execute('ATTACH ? AS gathered',
                         (os.path.join(self.path, 'references'),))
         self.db.execute('PRAGMA gathered.journal_mode=OFF')
         self.db.execute('PRAGMA gathered.synchronous=OFF')
-        self.db.execute('CREATE TABLE gathered.refs('
-                        'name BLOB, plain INTEGER, chunk INTEGER)')
+        for part in range(SHARDS):
+            self.db.execute('CREATE TABLE gathered.events%d('
+                            'name BLOB, cls TEXT, step INTEGER, '
+                            'stored INTEGER)' % part)
+            self.db.execute('CREATE TABLE gathered.refs%d('
+                            'name BLOB, plain INTEGER, chunk INTEGER)' % part)
+
+    def gather_change(self, change):
+        """Write down what a Change says of blocks."""
+        commit = change.commit
+        if commit.kind == KIND_NUKE:
+            for part in range(SHARDS):
+                self.db.execute('DELETE FROM gathered.events%d' % part)
+            return
+        events = [(name, cls.decode(), 0, stored)
+                  for name, cls, stored in change.added]
+        events += [(link[1], None, -1, None) for link in commit.unlinked]
+        events += [(link[1], None, 1, None) for link in commit.linked]
+        events += [(name, None, 0, None) for name in change.removed]
+        for part, rows in parted(events):
+            self.db.executemany('INSERT INTO gathered.events%d '
+                                'VALUES(?, ?, ?, ?)' % part, rows)
+
+    def gathered_changes(self):
+        """Enter the blocks that are left after all changes."""
+        self.gathering = False
+        self.db.execute('BEGIN IMMEDIATE')
+        for part in range(SHARDS):
+            self.db.executemany(INSERT_BLOCK, blocks_left(self.db.execute(
+                'SELECT name, cls, step, stored FROM gathered.events%d '
+                'ORDER BY name, rowid' % part)))
+            self.db.execute('DROP TABLE gathered.events%d' % part)
+        self.partial = self.unread() is not None
+        self.save()
+        self.db.execute('COMMIT')
 
     def gather(self, blocks):
         """As learn(), of which gathered() does the rest."""
         self.db.execute('BEGIN IMMEDIATE')
         self.kids_enter(blocks)
-        self.db.executemany('INSERT INTO gathered.refs VALUES(?, ?, ?)', (
-            row[:3] for row in references(blocks)))
+        for part, rows in parted(references(blocks)):
+            self.db.executemany('INSERT INTO gathered.refs%d '
+                                'VALUES(?, ?, ?)' % part,
+                                (row[:3] for row in rows))
         self.db.execute('COMMIT')
 
     def gathered(self):
         """Count what was gathered.  If that fails nothing here is of use."""
         self.db.execute('PRAGMA main.journal_mode=OFF')
         self.db.execute('BEGIN IMMEDIATE')
-        self.refer(self.db.execute(
-            'SELECT name, max(plain), max(chunk), count(*) '
-            'FROM gathered.refs GROUP BY name ORDER BY name'))
-        self.db.execute('DELETE FROM gathered.refs')
+        for part in range(SHARDS):
+            self.refer(self.db.execute(
+                'SELECT name, max(plain), max(chunk), count(*) '
+                'FROM gathered.refs%d GROUP BY name ORDER BY name' % part))
+            self.db.execute('DELETE FROM gathered.refs%d' % part)
         self.partial = self.unread() is not None
         self.save()
         self.db.execute('COMMIT')
         self.db.execute('PRAGMA main.journal_mode=DELETE')
+
+    def gather_end(self):
+        """All was gathered; from now on it is as any other Cache."""
+        self.db.executescript(SQL_DIRECTORY)
 
     def total(self, name):
         """(plain, stored) bytes of a block and everything below it.
@@ -4982,6 +5037,30 @@ class Cache:
                 kids = coalesce(kids, excluded.kids)""")
         self.db.execute('INSERT OR REPLACE INTO small '
                         'SELECT digest, extents FROM p.small')
+
+
+def parted(rows):
+    """Rows that begin with a name by its first digit, each in their order."""
+    rows = sorted(rows, key=operator.itemgetter(0))
+    return itertools.groupby(rows, lambda row: row[0][0] * SHARDS >> 8)
+
+
+def blocks_left(events):
+    """(name, class, count, stored length) of the blocks that are there after
+    all events, which come by name: (name, class or None, step of the count,
+    stored length).  Of no class and no step: it is removed.
+    """
+    for name, some in itertools.groupby(events, operator.itemgetter(0)):
+        row = None
+        for _, cls, step, stored in some:
+            if cls:
+                row = row or [name, cls, 0, stored]
+            elif not step:
+                row = None
+            elif row:
+                row[2] += step
+        if row:
+            yield row
 
 
 def references(blocks):
@@ -14122,6 +14201,7 @@ class Fsck:
             phase('Phase 3: Reading the index')
             if self.opt.key.refs_priv:
                 self.index('i')
+            self.cache.gather_end()
             if self.opt.read_data:
                 self.chunks()
             phase('Phase 4: Verifying archives are complete')
@@ -14159,6 +14239,7 @@ class Fsck:
             if e.code == E_NOBLOCK:     # so are blocks, nobody knows which
                 self.mark()
             raise
+        self.cache.gathered_changes()
 
     def mark(self):
         """Nothing may build on the cache directory as it was."""
