@@ -446,7 +446,7 @@ class Passphrases(Online):
         self.assertTrue(self.load(passphrase=b'w').can(N))
 
     def test_empty_is_refused(self):
-        self.fails(self.make('--passphrased'), 'empty', PASSWORD)
+        self.fails(self.make('--passphrased'), 'No passphrase on ', PASSWORD)
         # Not confirmed: asks again, and finds the end of its input.
         done = self.run_tool(self.make('--passphrased'), PASSWORD + b'\none')
         self.assertEqual(done.returncode, 1)
