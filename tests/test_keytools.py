@@ -427,7 +427,7 @@ class Tarsnap(unittest.TestCase):
         wrong = 'Passphrase is incorrect'
         for name, says, words, options in (
                 ('wrong on stdin', wrong, (), {'give': b'pass\n'}),
-                ('none on stdin', wrong, (), {}),
+                ('none on stdin', 'No passphrase on standard', (), {}),
                 ('wrong, dev:stdin-once', wrong,
                  ('--passphrase', 'dev:stdin-once'), {'give': b'pass\n'}),
                 ('wrong in env', wrong, ('--passphrase', 'env:WORD'),
