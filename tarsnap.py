@@ -4859,7 +4859,12 @@ class Cache:
                             'name BLOB, cls TEXT, step INTEGER, '
                             'stored INTEGER)' % part)
             self.db.execute('CREATE TABLE gathered.refs%d('
-                            'name BLOB, plain INTEGER, chunk INTEGER)' % part)
+                            'name BLOB, plain INTEGER, chunk INTEGER, '
+                            'parent INTEGER, times INTEGER)' % part)
+        self.db.execute('CREATE TABLE gathered.parents('
+                        'id INTEGER PRIMARY KEY, name BLOB, kids INTEGER)')
+        self.db.execute('CREATE TABLE gathered.sums(parent INTEGER, '
+                        'kids INTEGER, plain INTEGER, stored INTEGER)')
 
     def gather_change(self, change):
         """Write down what a Change says of blocks."""
@@ -4894,11 +4899,23 @@ class Cache:
         """As learn(), of which gathered() does the rest."""
         self.db.execute('BEGIN IMMEDIATE')
         self.kids_enter(blocks)
-        for part, rows in parted(references(blocks)):
+        for part, rows in parted(itertools.chain.from_iterable(
+                self.gather_kids(name, kids) for name, _, kids in blocks)):
             self.db.executemany('INSERT INTO gathered.refs%d '
-                                'VALUES(?, ?, ?)' % part,
-                                (row[:3] for row in rows))
+                                'VALUES(?, ?, ?, ?, ?)' % part, rows)
         self.db.execute('COMMIT')
+
+    def gather_kids(self, name, kids):
+        """Rows of what block `name` refers to; with a parent's id where these
+        are chunks, each of them once, which are added up as well.
+        """
+        parent, unique = None, {kid.name: kid for kid in kids}
+        if len(unique) == len(kids) and all(kid.cls == CHUNK for kid in kids):
+            parent = self.db.execute(
+                'INSERT INTO gathered.parents(name, kids) VALUES(?, ?)',
+                (name, len(kids))).lastrowid
+        for kid in unique.values():
+            yield (kid.name, kid.plain, kid.cls == CHUNK, parent, kid.times)
 
     def gathered(self):
         """Count what was gathered.  If that fails nothing here is of use."""
@@ -4908,6 +4925,14 @@ class Cache:
             self.refer(self.db.execute(
                 'SELECT name, max(plain), max(chunk), count(*) '
                 'FROM gathered.refs%d GROUP BY name ORDER BY name' % part))
+            # The limit keeps the order: blocks are looked up in it.
+            self.db.execute(
+                'INSERT INTO gathered.sums SELECT parent, count(tplain), '
+                'sum(times * tplain), sum(times * tstored) FROM ('
+                'SELECT name, parent, times FROM gathered.refs%d '
+                'WHERE parent ORDER BY name LIMIT -1) AS ref '
+                'CROSS JOIN main.blocks AS kid ON kid.name = ref.name '
+                'GROUP BY parent' % part)
             self.db.execute('DELETE FROM gathered.refs%d' % part)
         self.partial = self.unread() is not None
         self.save()
@@ -4915,7 +4940,19 @@ class Cache:
         self.db.execute('PRAGMA main.journal_mode=DELETE')
 
     def gather_end(self):
-        """All was gathered; from now on it is as any other Cache."""
+        """All was gathered; from now on it is as any other Cache.
+
+        What blocks of chunks have below them is known, too.  If one of these
+        is missing that is left to total(), which says so.
+        """
+        self.db.execute('BEGIN IMMEDIATE')
+        self.db.executemany(
+            'UPDATE blocks SET tplain = plain + ?2, tstored = stored + ?3 '
+            'WHERE name = ?1', self.db.execute(
+                'SELECT name, sum(plain), sum(stored) FROM gathered.sums '
+                'JOIN gathered.parents ON id = parent GROUP BY id '
+                'HAVING sum(sums.kids) = parents.kids ORDER BY name'))
+        self.db.execute('COMMIT')
         self.db.executescript(SQL_DIRECTORY)
 
     def total(self, name):

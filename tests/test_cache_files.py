@@ -655,6 +655,21 @@ class CaughtUp(LabTest):
             cache.catch_up(self.changes(cache, 100))
         self.assertEqual(cache.n, 1 + self.COMMITS)
 
+    def totals(self, rows):
+        """Each block's totals are its bytes and all below, times counted."""
+        blocks = {row[0]: row for row in rows}
+
+        def total(name):
+            _, _, _, plain, stored, _, _, kids = blocks[name]
+            for _, kid, _, times in tarsnap.KID.iter_unpack(kids or b''):
+                below = total(kid)
+                plain += times * below[0]
+                stored += times * below[1]
+            return plain, stored
+
+        for name, row in blocks.items():
+            self.assertEqual(row[5:7], total(name))
+
     def test_references_entered_in_pieces(self):
         with lab.fine():            # many pages, by names that are new
             for number in range(40):
@@ -671,6 +686,7 @@ class CaughtUp(LabTest):
                               db.execute('SELECT * FROM small').fetchall(),
                               gather.call_count))
         self.assertEqual(found[0][:2], found[1][:2])
+        self.totals(found[0][0])
         self.assertGreater(len(found[0][1]), 30)
         self.assertGreater(found[0][2], found[1][2])
 
