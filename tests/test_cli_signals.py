@@ -169,11 +169,20 @@ class Terminal(unittest.TestCase):
         self.assertTrue(select.select([master], [], [], world.SECONDS)[0])
         return os.read(master, 4096)
 
-    def end(self, pid, master, write, more):
-        """(wait status, what it said), once it has ended."""
+    def end(self, pid, master, write, more, number=0):
+        """(wait status, what it said), once it has ended.
+
+        Signal `number` is sent again after a while, as by a user: one that
+        comes just before a read of a pipe that is silent ends nothing until
+        that read ends.
+        """
         text, view = b'', memoryview(self.data)[900000:]
         os.set_blocking(write, False)
+        again = time.monotonic() + 5
         while True:
+            if number and time.monotonic() > again:
+                os.kill(pid, number)
+                again += 5
             if more and view:
                 try:
                     view = view[os.write(write, view[:65536]):]
@@ -208,7 +217,8 @@ class Terminal(unittest.TestCase):
             with self.subTest(number):
                 pid, master, write = self.start('two')
                 os.kill(pid, number)
-                status, text = self.end(pid, master, write, False)
+                status, text = self.end(pid, master, write, False,
+                                        number)
                 self.assertEqual(os.waitstatus_to_exitcode(status), -number,
                                  text)
                 self.assertEqual(termios.tcgetattr(master), self.modes)
