@@ -4746,6 +4746,7 @@ class Cache:
         self.partial = self.unread() is not None
 
     def absorb_blocks(self, change):
+        """The blocks of one Change."""
         commit = change.commit
         self.db.executemany(INSERT_BLOCK, (
             (name, cls.decode(), 0, stored)
@@ -4823,6 +4824,7 @@ class Cache:
         self.db.execute('COMMIT')
 
     def kids_enter(self, blocks):
+        """What learn() has of the blocks themselves."""
         self.db.executemany(
             'UPDATE blocks SET plain = coalesce(?, plain), kids = ? '
             'WHERE name = ?',
@@ -4850,8 +4852,8 @@ class Cache:
         self.db.execute('DROP INDEX unused')    # all are, until counted
         # What SQLite sorts does not fit into every /tmp.
         os.environ['SQLITE_TMPDIR'] = os.path.abspath(self.path)
-        self.db.execute('ATTACH ? AS gathered',
-                        (os.path.join(self.path, 'references'),))
+        self.db.execute('ATTACH ? AS gathered', (os.fsencode(
+            os.path.join(self.path, 'references')),))
         self.db.execute('PRAGMA gathered.journal_mode=OFF')
         self.db.execute('PRAGMA gathered.synchronous=OFF')
         for part in range(SHARDS):
@@ -4873,11 +4875,17 @@ class Cache:
             for part in range(SHARDS):
                 self.db.execute('DELETE FROM gathered.events%d' % part)
             return
-        events = [(name, cls.decode(), 0, stored)
-                  for name, cls, stored in change.added]
-        events += [(link[1], None, -1, None) for link in commit.unlinked]
-        events += [(link[1], None, 1, None) for link in commit.linked]
-        events += [(name, None, 0, None) for name in change.removed]
+        self.gather_events(
+            (name, cls.decode(), 0, stored)
+            for name, cls, stored in sorted(change.added))
+        self.gather_events(sorted(
+            [(link[1], None, -1, None) for link in commit.unlinked]
+            + [(link[1], None, 1, None) for link in commit.linked]))
+        self.gather_events((name, None, 0, None)
+                           for name in sorted(change.removed))
+
+    def gather_events(self, events):
+        """Write down events as blocks_left() takes them, in order of name."""
         for part, rows in parted(events):
             self.db.executemany('INSERT INTO gathered.events%d '
                                 'VALUES(?, ?, ?, ?)' % part, rows)
@@ -4899,8 +4907,9 @@ class Cache:
         """As learn(), of which gathered() does the rest."""
         self.db.execute('BEGIN IMMEDIATE')
         self.kids_enter(blocks)
-        for part, rows in parted(itertools.chain.from_iterable(
-                self.gather_kids(name, kids) for name, _, kids in blocks)):
+        refs = [row for name, _, kids in blocks
+                for row in self.gather_kids(name, kids)]
+        for part, rows in parted(sorted(refs, key=operator.itemgetter(0))):
             self.db.executemany('INSERT INTO gathered.refs%d '
                                 'VALUES(?, ?, ?, ?, ?)' % part, rows)
         self.db.execute('COMMIT')
@@ -5077,8 +5086,7 @@ class Cache:
 
 
 def parted(rows):
-    """Rows that begin with a name by its first digit, each in their order."""
-    rows = sorted(rows, key=operator.itemgetter(0))
+    """(shard, rows) of rows that begin with a name, in order of that."""
     return itertools.groupby(rows, lambda row: row[0][0] * SHARDS >> 8)
 
 

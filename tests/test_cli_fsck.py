@@ -186,6 +186,11 @@ class Progress(FsckCase):
         self.host.good('--fsck-prune', '--read-data')
         self.assertEqual(self.host.seq(), head)
 
+    def test_cache_directory_of_any_name(self):
+        odd = self.lab.host(os.fsdecode(b"odd ?' \xff"), key=self.lab.key)
+        odd.good('--fsck')
+        self.assertEqual(dump(odd), dump(self.host))
+
     def test_empty_machine(self):
         host = lab.Lab(self).host()
         self.assertRegex(host.good('--fsck').out, '^' + PROGRESS % '' + '$')
